@@ -1,0 +1,5 @@
+//! Pure scheduling: facts and `now` go in, decisions come out. No I/O, no clock, no threads, no randomness of its own.
+
+pub mod ids;
+pub mod request;
+pub mod timeline;

@@ -1,0 +1,148 @@
+//! What was asked (`Request`), what has come of it (`PortableState`), and how it ended (`Finish`, `Failure`).
+//! Text, templates and stop strings belong to the front door; here there are only token ids.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Epoch, RequestId, TokenId};
+
+/// How tokens are chosen and when generation ends. Resolved: nothing here is left to a default.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SamplingParams {
+    /// Upper bound on generated tokens, at least 1.
+    pub max_tokens: u32,
+    /// 0 is greedy; else logits are divided by it.
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Seed of the counter-based generator. The front door draws one when the client named none.
+    pub seed: u64,
+    /// Ids that end generation (the model's end-of-sequence ids unless the client ignores them, and the client's own).
+    pub stop_token_ids: Vec<TokenId>,
+    /// Report the chosen token's log-probability and this many of the most likely ones; `None` reports nothing.
+    pub logprobs: Option<u8>,
+    /// The same for each prompt token after the first. Such a request takes no prefix-cache hit.
+    pub prompt_logprobs: Option<u8>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        SamplingParams {
+            max_tokens: 16,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 0,
+            stop_token_ids: Vec::new(),
+            logprobs: None,
+            prompt_logprobs: None,
+        }
+    }
+}
+
+/// What was asked, in the form every instance understands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// Identity in the cluster.
+    pub id: RequestId,
+    /// The prompt, at least one token.
+    pub prompt_ids: Arc<[TokenId]>,
+    /// How to generate.
+    pub sampling: SamplingParams,
+    /// Separates prefix caches: requests share cached blocks only with equal salts.
+    pub cache_salt: u64,
+}
+
+/// Log-probabilities reported with one token, of the raw distribution.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprobs {
+    /// Natural-log probability of the token itself.
+    pub logprob: f32,
+    /// 1-based position of the token in the distribution's order.
+    pub rank: u32,
+    /// The most likely tokens, most likely first; ties by the smaller id.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// One generated token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Token {
+    /// Position among the generated tokens of its choice, from 0.
+    pub index: u32,
+    /// The id.
+    pub id: TokenId,
+    /// Present when the request asked for them.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Why generation ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Finish {
+    /// One of [`SamplingParams::stop_token_ids`] was generated; it is the last token reported.
+    Stop(TokenId),
+    /// `max_tokens` were generated or the model's length was reached.
+    Length,
+}
+
+/// Why a request ended badly. Each has one HTTP status and one gRPC code (`src/`, one function).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+pub enum Failure {
+    /// The request can never run here (too long, say). Not retried.
+    #[error("invalid request: {0}")]
+    Invalid(String),
+    /// No room now; another instance or a later attempt may succeed.
+    #[error("busy: {0}")]
+    Busy(String),
+    /// An instance died, was cut off, or gave up; placed again where attempts are left.
+    #[error("instance lost: {0}")]
+    InstanceLost(String),
+    /// The peer is of another protocol version, model, dtype or layout. Not retried with the same pair.
+    #[error("incompatible peer: {0}")]
+    Incompatible(String),
+    /// The request's own deadline passed.
+    #[error("deadline exceeded")]
+    DeadlineExceeded,
+    /// The client went away or aborted.
+    #[error("cancelled")]
+    Cancelled,
+    /// A bug; the message says which assertion.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl Failure {
+    /// Whether another placement of the same request may succeed.
+    pub const fn is_retryable(&self) -> bool {
+        matches!(self, Failure::Busy(_) | Failure::InstanceLost(_))
+    }
+}
+
+/// What one choice of a request has produced.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ChoiceState {
+    /// Tokens generated so far, in order; `index` equals the position.
+    pub output: Vec<Token>,
+    /// Set once the choice has ended.
+    pub finish: Option<Finish>,
+}
+
+/// All that is needed to go on with a request elsewhere: generator, penalties and grammar are rebuilt from it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PortableState {
+    /// What was asked, with its resolved seed.
+    pub request: Request,
+    /// One entry per choice.
+    pub choices: Vec<ChoiceState>,
+    /// The epoch in which the receiver may speak.
+    pub epoch: Epoch,
+}
+
+impl PortableState {
+    /// A request that has produced nothing yet.
+    pub fn fresh(request: Request, epoch: Epoch) -> PortableState {
+        PortableState { request, choices: vec![ChoiceState::default()], epoch }
+    }
+}
