@@ -1,0 +1,387 @@
+//! Wire types to domain types and back, with every field of a message from outside checked. No other file does this.
+
+use std::sync::Arc;
+
+use baton_scheduler::ids::{Epoch, Fingerprint, RequestId, Role};
+use baton_scheduler::request::{
+    ChoiceState, Failure, Finish, PortableState, Request, SamplingParams, Token, TokenLogprobs,
+};
+
+use crate::cluster;
+
+/// A message that does not say what it must.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// A required field is absent.
+    #[error("field {0} is missing")]
+    Missing(&'static str),
+    /// A field has a value outside its range.
+    #[error("field {field} is {found}, expected {expected}")]
+    Bad {
+        /// Path of the field.
+        field: &'static str,
+        /// What it holds.
+        found: String,
+        /// What it may hold.
+        expected: &'static str,
+    },
+}
+
+fn bad(field: &'static str, found: impl ToString, expected: &'static str) -> WireError {
+    WireError::Bad {
+        field,
+        found: found.to_string(),
+        expected,
+    }
+}
+
+/// 32 bytes of a fingerprint.
+pub fn fingerprint_from_wire(bytes: &[u8]) -> Result<Fingerprint, WireError> {
+    let bytes = bytes
+        .try_into()
+        .map_err(|_| bad("fingerprint", format!("{} bytes", bytes.len()), "32 bytes"))?;
+    Ok(Fingerprint(bytes))
+}
+
+/// A role by its name.
+pub fn role_from_wire(name: &str) -> Result<Role, WireError> {
+    [Role::Prefill, Role::Decode, Role::Mixed]
+        .into_iter()
+        .find(|role| role.as_str() == name)
+        .ok_or_else(|| bad("role", name, "prefill, decode or mixed"))
+}
+
+fn top_from_wire(field: &'static str, value: Option<u32>) -> Result<Option<u8>, WireError> {
+    match value {
+        None => Ok(None),
+        Some(n) if n <= 20 => Ok(Some(n as u8)),
+        Some(n) => Err(bad(field, n, "0 to 20")),
+    }
+}
+
+impl From<&SamplingParams> for cluster::SamplingParams {
+    fn from(params: &SamplingParams) -> Self {
+        cluster::SamplingParams {
+            max_tokens: params.max_tokens,
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            seed: params.seed,
+            stop_token_ids: params.stop_token_ids.clone(),
+            logprobs: params.logprobs.map(u32::from),
+            prompt_logprobs: params.prompt_logprobs.map(u32::from),
+        }
+    }
+}
+
+impl TryFrom<cluster::SamplingParams> for SamplingParams {
+    type Error = WireError;
+
+    fn try_from(wire: cluster::SamplingParams) -> Result<Self, WireError> {
+        if wire.max_tokens == 0 {
+            return Err(bad("sampling.max_tokens", 0, "at least 1"));
+        }
+        if !(wire.temperature.is_finite() && wire.temperature >= 0.0) {
+            return Err(bad(
+                "sampling.temperature",
+                wire.temperature,
+                "a finite number, at least 0",
+            ));
+        }
+        if !(wire.top_p > 0.0 && wire.top_p <= 1.0) {
+            return Err(bad("sampling.top_p", wire.top_p, "above 0, at most 1"));
+        }
+        Ok(SamplingParams {
+            max_tokens: wire.max_tokens,
+            temperature: wire.temperature,
+            top_k: wire.top_k,
+            top_p: wire.top_p,
+            seed: wire.seed,
+            stop_token_ids: wire.stop_token_ids,
+            logprobs: top_from_wire("sampling.logprobs", wire.logprobs)?,
+            prompt_logprobs: top_from_wire("sampling.prompt_logprobs", wire.prompt_logprobs)?,
+        })
+    }
+}
+
+impl From<&TokenLogprobs> for cluster::TokenLogprobs {
+    fn from(logprobs: &TokenLogprobs) -> Self {
+        cluster::TokenLogprobs {
+            logprob: logprobs.logprob,
+            rank: logprobs.rank,
+            top: logprobs
+                .top
+                .iter()
+                .map(|&(id, logprob)| cluster::TokenLogprob { id, logprob })
+                .collect(),
+        }
+    }
+}
+
+impl From<cluster::TokenLogprobs> for TokenLogprobs {
+    fn from(wire: cluster::TokenLogprobs) -> Self {
+        TokenLogprobs {
+            logprob: wire.logprob,
+            rank: wire.rank,
+            top: wire.top.into_iter().map(|entry| (entry.id, entry.logprob)).collect(),
+        }
+    }
+}
+
+impl From<&Token> for cluster::Token {
+    fn from(token: &Token) -> Self {
+        cluster::Token {
+            index: token.index,
+            id: token.id,
+            logprobs: token.logprobs.as_ref().map(Into::into),
+        }
+    }
+}
+
+impl From<cluster::Token> for Token {
+    fn from(wire: cluster::Token) -> Self {
+        Token {
+            index: wire.index,
+            id: wire.id,
+            logprobs: wire.logprobs.map(Into::into),
+        }
+    }
+}
+
+impl From<Finish> for cluster::Finish {
+    fn from(finish: Finish) -> Self {
+        use cluster::finish::Reason;
+        let reason = match finish {
+            Finish::Stop(id) => Reason::StopTokenId(id),
+            Finish::Length => Reason::Length(true),
+        };
+        cluster::Finish { reason: Some(reason) }
+    }
+}
+
+impl TryFrom<cluster::Finish> for Finish {
+    type Error = WireError;
+
+    fn try_from(wire: cluster::Finish) -> Result<Self, WireError> {
+        use cluster::finish::Reason;
+        match wire.reason.ok_or(WireError::Missing("finish.reason"))? {
+            Reason::StopTokenId(id) => Ok(Finish::Stop(id)),
+            Reason::Length(_) => Ok(Finish::Length),
+        }
+    }
+}
+
+impl From<&Failure> for cluster::Failure {
+    fn from(failure: &Failure) -> Self {
+        use cluster::FailureKind as Kind;
+        let (kind, message) = match failure {
+            Failure::Invalid(message) => (Kind::Invalid, message.as_str()),
+            Failure::Busy(message) => (Kind::Busy, message.as_str()),
+            Failure::InstanceLost(message) => (Kind::InstanceLost, message.as_str()),
+            Failure::Incompatible(message) => (Kind::Incompatible, message.as_str()),
+            Failure::DeadlineExceeded => (Kind::DeadlineExceeded, ""),
+            Failure::Cancelled => (Kind::Cancelled, ""),
+            Failure::Internal(message) => (Kind::Internal, message.as_str()),
+        };
+        cluster::Failure {
+            kind: kind.into(),
+            message: message.to_owned(),
+            instance_id: String::new(),
+        }
+    }
+}
+
+impl From<cluster::Failure> for Failure {
+    fn from(wire: cluster::Failure) -> Self {
+        use cluster::FailureKind as Kind;
+        let kind = wire.kind();
+        let message = wire.message;
+        match kind {
+            Kind::Invalid => Failure::Invalid(message),
+            Kind::Busy => Failure::Busy(message),
+            Kind::InstanceLost => Failure::InstanceLost(message),
+            Kind::Incompatible => Failure::Incompatible(message),
+            Kind::DeadlineExceeded => Failure::DeadlineExceeded,
+            Kind::Cancelled => Failure::Cancelled,
+            // A kind of a newer protocol is never taken for success.
+            Kind::Internal | Kind::Unspecified => Failure::Internal(message),
+        }
+    }
+}
+
+impl From<&PortableState> for cluster::PortableState {
+    fn from(state: &PortableState) -> Self {
+        cluster::PortableState {
+            request_id: state.request.id.0.to_be_bytes().to_vec(),
+            prompt_ids: state.request.prompt_ids.to_vec(),
+            sampling: Some((&state.request.sampling).into()),
+            cache_salt: state.request.cache_salt,
+            choices: state
+                .choices
+                .iter()
+                .map(|choice| cluster::Choice {
+                    output: choice.output.iter().map(Into::into).collect(),
+                    finish: choice.finish.map(Into::into),
+                })
+                .collect(),
+            epoch: state.epoch.0,
+        }
+    }
+}
+
+impl TryFrom<cluster::PortableState> for PortableState {
+    type Error = WireError;
+
+    fn try_from(wire: cluster::PortableState) -> Result<Self, WireError> {
+        let id: [u8; 16] = wire.request_id.as_slice().try_into().map_err(|_| {
+            bad(
+                "state.request_id",
+                format!("{} bytes", wire.request_id.len()),
+                "16 bytes",
+            )
+        })?;
+        if wire.prompt_ids.is_empty() {
+            return Err(bad("state.prompt_ids", "empty", "at least one token"));
+        }
+        if wire.choices.len() != 1 {
+            return Err(bad("state.choices", wire.choices.len(), "exactly 1 choice"));
+        }
+        let choices = wire
+            .choices
+            .into_iter()
+            .map(choice_from_wire)
+            .collect::<Result<_, _>>()?;
+        Ok(PortableState {
+            request: Request {
+                id: RequestId(u128::from_be_bytes(id)),
+                prompt_ids: Arc::from(wire.prompt_ids),
+                sampling: wire.sampling.ok_or(WireError::Missing("state.sampling"))?.try_into()?,
+                cache_salt: wire.cache_salt,
+            },
+            choices,
+            epoch: Epoch(wire.epoch),
+        })
+    }
+}
+
+fn choice_from_wire(wire: cluster::Choice) -> Result<ChoiceState, WireError> {
+    let output: Vec<Token> = wire.output.into_iter().map(Into::into).collect();
+    if let Some((position, token)) = output
+        .iter()
+        .enumerate()
+        .find(|(position, token)| *position != token.index as usize)
+    {
+        return Err(bad(
+            "state.choices.output.index",
+            format!("{} at position {position}", token.index),
+            "indexes 0, 1, 2, ... in order",
+        ));
+    }
+    Ok(ChoiceState {
+        output,
+        finish: wire.finish.map(TryInto::try_into).transpose()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn token() -> impl Strategy<Value = (u32, Option<(f32, u32, Vec<(u32, f32)>)>)> {
+        let logprobs = (
+            -50f32..0.0,
+            1u32..100,
+            prop::collection::vec((0u32..9999, -50f32..0.0), 0..4),
+        );
+        (0u32..200_000, prop::option::of(logprobs))
+    }
+
+    prop_compose! {
+        fn state()(
+            id in any::<u128>(),
+            prompt in prop::collection::vec(0u32..200_000, 1..50),
+            output in prop::collection::vec(token(), 0..20),
+            (max_tokens, temperature, top_k, top_p, seed) in (1u32..1000, 0f32..2.0, 0u32..100, 0.01f32..1.0, any::<u64>()),
+            stop in prop::collection::vec(any::<u32>(), 0..3),
+            (logprobs, prompt_logprobs) in (prop::option::of(0u8..=20), prop::option::of(0u8..=20)),
+            (salt, epoch) in (any::<u64>(), any::<u32>()),
+            finish in prop::option::of(prop_oneof![any::<u32>().prop_map(Finish::Stop), Just(Finish::Length)]),
+        ) -> PortableState {
+            let output = output.into_iter().enumerate().map(|(index, (id, logprobs))| Token {
+                index: index as u32,
+                id,
+                logprobs: logprobs.map(|(logprob, rank, top)| TokenLogprobs { logprob, rank, top }),
+            }).collect();
+            PortableState {
+                request: Request {
+                    id: RequestId(id),
+                    prompt_ids: Arc::from(prompt),
+                    sampling: SamplingParams {
+                        max_tokens, temperature, top_k, top_p, seed, stop_token_ids: stop, logprobs, prompt_logprobs,
+                    },
+                    cache_salt: salt,
+                },
+                choices: vec![ChoiceState { output, finish }],
+                epoch: Epoch(epoch),
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn portable_state_survives_the_wire(state in state()) {
+            let bytes = prost::Message::encode_to_vec(&cluster::PortableState::from(&state));
+            let wire = <cluster::PortableState as prost::Message>::decode(bytes.as_slice()).unwrap();
+            prop_assert_eq!(PortableState::try_from(wire).unwrap(), state);
+        }
+    }
+
+    #[test]
+    fn failures_survive_the_wire() {
+        for failure in [
+            Failure::Invalid("a".into()),
+            Failure::Busy("b".into()),
+            Failure::InstanceLost("c".into()),
+            Failure::Incompatible("d".into()),
+            Failure::DeadlineExceeded,
+            Failure::Cancelled,
+            Failure::Internal("e".into()),
+        ] {
+            assert_eq!(Failure::from(cluster::Failure::from(&failure)), failure);
+        }
+        let newer = cluster::Failure {
+            kind: 99,
+            message: "x".into(),
+            instance_id: String::new(),
+        };
+        assert_eq!(Failure::from(newer), Failure::Internal("x".into()));
+    }
+
+    #[test]
+    fn bad_fields_are_named() {
+        let good = cluster::SamplingParams {
+            max_tokens: 1,
+            temperature: 1.0,
+            top_p: 1.0,
+            ..Default::default()
+        };
+        let error = SamplingParams::try_from(cluster::SamplingParams {
+            top_p: f32::NAN,
+            ..good.clone()
+        })
+        .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "field sampling.top_p is NaN, expected above 0, at most 1"
+        );
+        let error = SamplingParams::try_from(cluster::SamplingParams {
+            logprobs: Some(21),
+            ..good
+        })
+        .unwrap_err();
+        assert_eq!(error.to_string(), "field sampling.logprobs is 21, expected 0 to 20");
+        assert!(fingerprint_from_wire(&[0; 31]).is_err());
+        assert!(role_from_wire("Prefill").is_err());
+    }
+}

@@ -1,0 +1,136 @@
+//! The front door's core: what it accepts from the APIs and what it streams back. It knows token ids only; text, templates
+//! and stop strings belong to `api`, how requests reach instances to the files below.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_scheduler::ids::{InstanceId, Nanos, Role};
+use baton_scheduler::request::{Failure, Finish, Request, Token, TokenLogprobs};
+use baton_scheduler::timeline::Timeline;
+use futures::future::BoxFuture;
+use tokio::sync::mpsc;
+
+/// A validated request on its way in.
+#[derive(Clone, Debug)]
+pub struct Submission {
+    /// What to generate.
+    pub request: Request,
+    /// Time left for the whole request, from now.
+    pub deadline: Option<Duration>,
+    /// The client's name for it (`x-request-id`), for logs.
+    pub label: Arc<str>,
+    /// Moments so far: received and tokenized.
+    pub timeline: Timeline,
+}
+
+/// Token counts of a request, for usage reports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub n_prompt_tokens: u32,
+    /// Tokens generated.
+    pub n_completion_tokens: u32,
+    /// Prompt tokens that a prefix cache held.
+    pub n_cached_tokens: u32,
+}
+
+/// What comes back, in order. `Ended` or `Failed` is last and comes exactly once.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DoorEvent {
+    /// Log-probabilities of each prompt token after the first; before the first token.
+    PromptLogprobs(Vec<TokenLogprobs>),
+    /// The next token; indexes are consecutive from 0.
+    Token(Token),
+    /// The request ended well.
+    Ended {
+        /// Why.
+        finish: Finish,
+        /// What it used.
+        usage: Usage,
+        /// When its moments came.
+        timeline: Timeline,
+    },
+    /// The request ended badly, perhaps after some tokens.
+    Failed(Failure),
+}
+
+/// A request's events. Dropping it cancels the request everywhere.
+#[derive(Debug)]
+pub struct RequestStream {
+    events: mpsc::Receiver<DoorEvent>,
+}
+
+impl RequestStream {
+    /// A stream and the sender that feeds it; the feeder learns of cancellation by `Sender::closed`.
+    pub fn channel(capacity: usize) -> (mpsc::Sender<DoorEvent>, RequestStream) {
+        let (sender, events) = mpsc::channel(capacity);
+        (sender, RequestStream { events })
+    }
+
+    /// The next event; `None` after the last.
+    pub async fn next(&mut self) -> Option<DoorEvent> {
+        self.events.recv().await
+    }
+}
+
+/// Why a request was not admitted. Nothing was computed.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Rejection {
+    /// The queue is full; try again after this long.
+    #[error("over capacity: {n_queued} requests are waiting, the limit is {limit}")]
+    OverCapacity {
+        /// Requests waiting now.
+        n_queued: usize,
+        /// The queue's bound.
+        limit: usize,
+        /// When to come back.
+        retry_after: Duration,
+    },
+    /// It can never run: longer than the model allows, say.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+/// One instance as the front door sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InstanceView {
+    /// Its name.
+    pub id: InstanceId,
+    /// What it is used for.
+    pub role: Role,
+    /// Sequences in its batches.
+    pub n_running: u32,
+    /// Sequences waiting there.
+    pub n_waiting: u32,
+    /// Blocks it has.
+    pub n_blocks_total: u32,
+    /// Blocks neither held nor cached.
+    pub n_blocks_free: u32,
+    /// Whether it can take requests.
+    pub ready: bool,
+}
+
+/// The front door's state, for `/health`, `/metrics` and the Load call.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DoorLoad {
+    /// Requests waiting for admission.
+    pub n_queued: usize,
+    /// Requests admitted and not ended.
+    pub n_running: usize,
+    /// Why no request could be served now, if none could; `None` is healthy.
+    pub not_ready: Option<String>,
+    /// The instances.
+    pub instances: Vec<InstanceView>,
+}
+
+/// Takes requests and streams tokens back: the cluster, or a paced null model that measures the front door alone.
+pub trait Generator: Send + Sync + 'static {
+    /// Waits for admission (bounded) and starts the request. Dropping the future withdraws it.
+    fn submit(&self, submission: Submission) -> BoxFuture<'_, Result<RequestStream, Rejection>>;
+
+    /// State now.
+    fn load(&self) -> DoorLoad;
+
+    /// The front door's clock, for timelines.
+    fn now(&self) -> Nanos;
+}
