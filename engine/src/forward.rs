@@ -1,0 +1,53 @@
+//! The seam between the step loop and a model: one step's tokens in, logits out, KV written on the way.
+
+use baton_kernels::{KernelError, KvCache, KvLayout};
+use baton_scheduler::ids::TokenId;
+
+/// Which of a sequence's new rows need logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitsWanted {
+    /// None: a prefill chunk that is not the prompt's last.
+    None,
+    /// The last row: the next token is sampled from it.
+    Last,
+    /// Every row: prompt log-probabilities.
+    All,
+}
+
+/// One sequence's share of a step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepSequence<'a> {
+    /// New tokens, at least 1.
+    pub tokens: &'a [TokenId],
+    /// Position of the first new token: tokens whose KV is already in the cache.
+    pub start_pos: usize,
+    /// The sequence's blocks in order, covering `start_pos + tokens.len()` tokens.
+    pub block_table: &'a [u32],
+    /// Rows whose logits come back.
+    pub logits: LogitsWanted,
+}
+
+/// A model on a device with its KV cache. Implemented by the real models and, in tests, by a hash of the context.
+pub trait ForwardPass: Send + 'static {
+    /// Entries of the vocabulary: columns of the logits.
+    fn vocab_size(&self) -> usize;
+
+    /// Device kind, instruction set and dtypes; equal classes give equal bits.
+    fn numerics_class(&self) -> String;
+
+    /// Shape of the KV cache.
+    fn layout(&self) -> KvLayout;
+
+    /// The KV memory, for pins and writes between steps.
+    fn kv_cache(&mut self) -> &mut KvCache;
+
+    /// Computes one step. `on_layer(layer, kv)` is called as soon as that layer's K and V of every new token are in memory,
+    /// so that their transfer can start; it must return quickly and must not write the cache.
+    ///
+    /// Returns the wanted logits, `[n_wanted_rows, vocab_size]` row major, sequences in order, rows in order.
+    fn step(
+        &mut self,
+        sequences: &[StepSequence<'_>],
+        on_layer: &mut dyn FnMut(usize, &mut KvCache),
+    ) -> Result<&[f32], KernelError>;
+}
