@@ -3,3 +3,4 @@
 pub mod ids;
 pub mod request;
 pub mod timeline;
+pub mod transfer;
