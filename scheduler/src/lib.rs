@@ -1,6 +1,10 @@
 //! Pure scheduling: facts and `now` go in, decisions come out. No I/O, no clock, no threads, no randomness of its own.
 
+pub mod arbiter;
+pub mod batch;
+pub mod block_pool;
 pub mod ids;
+pub mod prefix_cache;
 pub mod request;
 pub mod timeline;
 pub mod transfer;
