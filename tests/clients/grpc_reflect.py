@@ -1,4 +1,4 @@
-"""grpcio with nothing but reflection (no generated stubs) against a running server. usage: grpc_reflection.py http://HOST:PORT"""
+"""grpcio with nothing but reflection (no generated stubs) against a running server. usage: grpc_reflect.py http://HOST:PORT"""
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
