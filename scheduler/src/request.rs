@@ -143,6 +143,10 @@ pub struct PortableState {
 impl PortableState {
     /// A request that has produced nothing yet.
     pub fn fresh(request: Request, epoch: Epoch) -> PortableState {
-        PortableState { request, choices: vec![ChoiceState::default()], epoch }
+        PortableState {
+            request,
+            choices: vec![ChoiceState::default()],
+            epoch,
+        }
     }
 }

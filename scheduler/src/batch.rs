@@ -1,0 +1,538 @@
+//! What one step computes: continuous batching with chunked prefill, preemption, prefix hits and handoff reservations.
+//! Decides only; it computes no tokens, moves no bytes and knows no peer.
+
+mod admission;
+mod block_table;
+mod config;
+mod sequence;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::block_pool::{BlockPool, IsPinned, Ledger};
+use crate::ids::{BlockId, Generation, Nanos, SequenceId, TokenId};
+use crate::prefix_cache::{PrefixCache, PrefixEvent, PrefixHasher, Registered};
+use crate::request::{Failure, Finish, PortableState};
+
+pub use config::{BatchConfig, BatchConfigError, PrefixCaching};
+pub use sequence::{Phase, SequenceKind};
+
+use sequence::Sequence;
+
+/// One sequence's share of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchItem {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// Position of the first token to compute.
+    pub start_pos: usize,
+    /// Tokens to compute, at least 1.
+    pub n_tokens: usize,
+    /// Whether the next token is sampled from the last of them.
+    pub samples: Samples,
+}
+
+/// Whether a step ends with a new token for a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Samples {
+    /// The last row gives the next token.
+    Token,
+    /// More of the context is left to compute.
+    Nothing,
+}
+
+/// A sequence that entered the running set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Started {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// Leading tokens whose KV the prefix cache had.
+    pub n_hit_tokens: usize,
+}
+
+/// One step's work and what changed while it was chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// What to compute; at most one item for a sequence.
+    pub items: Vec<BatchItem>,
+    /// Sequences that lost their blocks and will recompute.
+    pub preempted: Vec<SequenceId>,
+    /// Sequences that began, or began again after a preemption.
+    pub started: Vec<Started>,
+    /// Deferred reservations that now have their blocks.
+    pub granted: Vec<SequenceId>,
+    /// Sequences given up, already removed.
+    pub refused: Vec<(SequenceId, Failure)>,
+}
+
+/// What a reservation came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReserveOutcome {
+    /// The blocks are there.
+    Granted(SequenceId),
+    /// Someone else is about to bring the same prefix; a later batch grants or refuses, within
+    /// [`BatchConfig::max_defer`].
+    Deferred(SequenceId),
+}
+
+/// What a granted reservation has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Blocks of the context.
+    pub n_blocks_total: usize,
+    /// Leading blocks that the prefix cache had; they need not be sent.
+    pub n_blocks_held: usize,
+    /// The blocks to be written, in order: those of the context after the held ones.
+    pub blocks: Vec<(BlockId, Generation)>,
+}
+
+/// Whether received KV was computed with the same bits as ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numerics {
+    /// The same class: the blocks may serve other sequences.
+    Same,
+    /// Another class: they, and what is computed from them, stay with their sequence.
+    Other,
+}
+
+/// What is counted, from the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BatchCounters {
+    /// Tokens computed in steps that did not sample, or as part of a longer chunk.
+    pub n_prefill_tokens: u64,
+    /// Tokens computed one at a time for a sequence that samples.
+    pub n_decode_tokens: u64,
+    /// Context tokens of sequences that could take hits.
+    pub n_prefix_query_tokens: u64,
+    /// Context tokens found in the prefix cache.
+    pub n_prefix_hit_tokens: u64,
+    /// Times a running sequence lost its blocks.
+    pub n_preemptions: u64,
+    /// Times a sequence began to wait for a prefix that another brings.
+    pub n_deferrals: u64,
+    /// Sequences refused after waiting.
+    pub n_refused: u64,
+}
+
+/// How many sequences and blocks are where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BatchLoad {
+    /// Sequences in the running set.
+    pub n_running: usize,
+    /// Sequences waiting to run, preempted ones included.
+    pub n_waiting: usize,
+    /// Reservations, granted and deferred.
+    pub n_reserved: usize,
+    /// Finished prefills whose KV is still being fetched.
+    pub n_handing_over: usize,
+    /// Context tokens of waiting and running sequences that are not computed yet.
+    pub n_pending_prefill_tokens: usize,
+    /// Where every block is.
+    pub ledger: Ledger,
+}
+
+/// The scheduler of one instance.
+#[derive(Debug)]
+pub struct BatchScheduler {
+    config: BatchConfig,
+    hasher: PrefixHasher,
+    pool: BlockPool,
+    cache: PrefixCache,
+    sequences: BTreeMap<SequenceId, Sequence>,
+    /// Every id is in exactly one of these sets; ids grow with age, so the first of a set is its oldest.
+    running: BTreeSet<SequenceId>,
+    waiting: BTreeSet<SequenceId>,
+    preempted: BTreeSet<SequenceId>,
+    deferred_reservations: BTreeSet<SequenceId>,
+    reserved: BTreeSet<SequenceId>,
+    handing_over: BTreeSet<SequenceId>,
+    next_id: u64,
+    /// The first in line, when the last batch had no blocks or no place for it.
+    left_out: Option<SequenceId>,
+    stalled_since: Option<Nanos>,
+    counters: BatchCounters,
+}
+
+impl BatchScheduler {
+    /// A scheduler with all blocks free.
+    pub fn new(config: BatchConfig) -> Result<BatchScheduler, BatchConfigError> {
+        config.validate()?;
+        Ok(BatchScheduler {
+            hasher: PrefixHasher::new(config.fingerprint, config.block_size),
+            pool: BlockPool::new(config.n_blocks),
+            cache: PrefixCache::new(config.max_prefix_events),
+            sequences: BTreeMap::new(),
+            running: BTreeSet::new(),
+            waiting: BTreeSet::new(),
+            preempted: BTreeSet::new(),
+            deferred_reservations: BTreeSet::new(),
+            reserved: BTreeSet::new(),
+            handing_over: BTreeSet::new(),
+            next_id: 0,
+            left_out: None,
+            stalled_since: None,
+            counters: BatchCounters::default(),
+            config,
+        })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &BatchConfig {
+        &self.config
+    }
+
+    /// Puts a sequence in line to be computed here.
+    ///
+    /// # Errors
+    /// `Invalid` when it can never run, `Busy` when the line is full.
+    pub fn submit(&mut self, state: &PortableState, kind: SequenceKind) -> Result<SequenceId, Failure> {
+        self.config.check(state)?;
+        if self.waiting.len() >= self.config.max_waiting {
+            return Err(Failure::Busy(format!("{} sequences are waiting", self.waiting.len())));
+        }
+        let id = self.insert(state, kind);
+        self.waiting.insert(id);
+        Ok(id)
+    }
+
+    /// Chooses the next step's work. `is_pinned` says which blocks a transfer still uses.
+    pub fn schedule(&mut self, now: Nanos, is_pinned: IsPinned<'_>) -> Batch {
+        self.pool.sweep(is_pinned);
+        let mut batch = Batch::default();
+        self.retry_reservations(now, is_pinned, &mut batch);
+        let mut budget = self.config.max_batch_tokens;
+        let mut n_logit_rows = self.config.max_prompt_logprob_rows;
+        self.schedule_decodes(&mut budget, is_pinned, &mut batch);
+        let has_more = |id: &&SequenceId| self.sequences[id].n_left() > 1;
+        for id in Vec::from_iter(self.running.iter().filter(has_more).copied()) {
+            self.schedule_chunk(id, &mut budget, &mut n_logit_rows, &mut batch);
+        }
+        self.admit_waiting(now, &mut budget, &mut n_logit_rows, is_pinned, &mut batch);
+        self.give_up_when_stalled(now, is_pinned, &mut batch);
+        batch
+    }
+
+    /// Records a computed step. `sampled` has an entry for each item of the batch: the token of those that sample.
+    /// Sequences removed since the batch was made are skipped. Returns how each sampling sequence goes on.
+    pub fn commit(
+        &mut self,
+        batch: &Batch,
+        sampled: &[Option<TokenId>],
+        is_pinned: IsPinned<'_>,
+    ) -> Vec<(SequenceId, Option<Finish>)> {
+        assert_eq!(batch.items.len(), sampled.len(), "one entry for each item of the batch");
+        let mut outcomes = Vec::new();
+        for (item, token) in batch.items.iter().zip(sampled) {
+            let Some(sequence) = self.sequences.get_mut(&item.sequence) else {
+                continue;
+            };
+            assert_eq!(
+                sequence.n_computed, item.start_pos,
+                "a step is committed once and in order"
+            );
+            sequence.n_computed += item.n_tokens;
+            match item.samples {
+                Samples::Token if item.n_tokens == 1 => self.counters.n_decode_tokens += 1,
+                _ => self.counters.n_prefill_tokens += item.n_tokens as u64,
+            }
+            self.register_full_blocks(item.sequence, is_pinned);
+            match (item.samples, token) {
+                (Samples::Token, Some(token)) => {
+                    outcomes.push((item.sequence, self.append(item.sequence, *token, is_pinned)));
+                }
+                (Samples::Nothing, None) => {}
+                (samples, token) => panic!("{samples:?} was committed with {token:?}"),
+            }
+        }
+        outcomes
+    }
+
+    /// A reservation's KV and first token have come: it runs from the next step on. Returns whether the first token
+    /// already ends it (then it is gone).
+    ///
+    /// # Panics
+    /// If the sequence is not a granted reservation.
+    pub fn join(
+        &mut self,
+        id: SequenceId,
+        first: TokenId,
+        numerics: Numerics,
+        is_pinned: IsPinned<'_>,
+    ) -> Option<Finish> {
+        assert!(
+            self.reserved.remove(&id),
+            "sequence {} is not a granted reservation",
+            id.0
+        );
+        self.running.insert(id);
+        let sequence = self.sequences.get_mut(&id).expect("a reserved sequence exists");
+        sequence
+            .table
+            .blocks()
+            .iter()
+            .skip(sequence.n_hit_blocks)
+            .for_each(|block| self.pool.receive(block));
+        sequence.kind = SequenceKind::Local;
+        sequence.n_computed = sequence.tokens.len();
+        sequence.numerics = numerics;
+        self.register_full_blocks(id, is_pinned);
+        self.abandon_claims(id);
+        self.append(id, first, is_pinned)
+    }
+
+    /// Removes a sequence in any phase and frees its blocks; pinned ones go to quarantine. Unknown ids are ignored.
+    pub fn remove(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) {
+        if !self.sequences.contains_key(&id) {
+            return;
+        }
+        self.abandon_claims(id);
+        let mut sequence = self.sequences.remove(&id).expect("checked above");
+        sequence.table.release(&mut self.pool, is_pinned);
+        for set in [
+            &mut self.running,
+            &mut self.waiting,
+            &mut self.preempted,
+            &mut self.deferred_reservations,
+            &mut self.reserved,
+            &mut self.handing_over,
+        ] {
+            set.remove(&id);
+        }
+    }
+
+    /// Whether the sequence exists, and where it stands.
+    pub fn phase(&self, id: SequenceId) -> Option<Phase> {
+        self.sequences.contains_key(&id).then(|| {
+            if self.running.contains(&id) {
+                Phase::Running
+            } else if self.reserved.contains(&id) {
+                Phase::Reserved
+            } else if self.handing_over.contains(&id) {
+                Phase::HandingOver
+            } else {
+                Phase::Waiting
+            }
+        })
+    }
+
+    /// Prompt and generated tokens, in order.
+    pub fn tokens(&self, id: SequenceId) -> &[TokenId] {
+        &self.sequences[&id].tokens
+    }
+
+    /// Whether every row of the sequence's prompt is wanted for log-probabilities, now that none has been reported.
+    pub fn wants_prompt_logits(&self, id: SequenceId) -> bool {
+        self.sequences[&id].wants_prompt_logits()
+    }
+
+    /// The ids of the sequence's blocks, in order.
+    pub fn block_table(&self, id: SequenceId) -> &[u32] {
+        self.sequences[&id].table.ids()
+    }
+
+    /// What a granted reservation has.
+    pub fn grant(&self, id: SequenceId) -> Grant {
+        let sequence = &self.sequences[&id];
+        let n_blocks_total = self.config.blocks_for(sequence.tokens.len());
+        let n_blocks_held = sequence.n_hit_blocks;
+        let to_write = &sequence.table.blocks()[n_blocks_held..n_blocks_total];
+        Grant {
+            n_blocks_total,
+            n_blocks_held,
+            blocks: to_write.iter().map(|block| (block.id(), block.generation())).collect(),
+        }
+    }
+
+    /// Whether no sequence is here.
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Whether some sequence is in line or running, so that steps are due.
+    pub fn has_work(&self) -> bool {
+        !(self.running.is_empty() && self.waiting.is_empty() && self.preempted.is_empty())
+    }
+
+    /// How much is where.
+    pub fn load(&self) -> BatchLoad {
+        let in_line = self.running.iter().chain(&self.waiting).chain(&self.preempted);
+        let n_left = |id| self.sequences[id].n_left();
+        BatchLoad {
+            n_running: self.running.len(),
+            n_waiting: self.waiting.len() + self.preempted.len(),
+            n_reserved: self.reserved.len() + self.deferred_reservations.len(),
+            n_handing_over: self.handing_over.len(),
+            n_pending_prefill_tokens: in_line.map(n_left).filter(|&n| n > 1).sum(),
+            ledger: self.pool.ledger(),
+        }
+    }
+
+    /// What has been counted.
+    pub fn counters(&self) -> BatchCounters {
+        self.counters
+    }
+
+    /// The prefix cache's changes since the last call.
+    pub fn take_prefix_events(&mut self) -> Vec<PrefixEvent> {
+        self.cache.take_events()
+    }
+
+    /// The prefix cache's whole contents, as events.
+    pub fn prefix_snapshot(&self) -> Vec<PrefixEvent> {
+        self.cache.snapshot()
+    }
+
+    /// Compares every counter with what it counts, and, when no sequence is here, asserts that nothing is held.
+    ///
+    /// # Panics
+    /// If something was lost.
+    pub fn check(&self) {
+        self.pool.check();
+        let n_in_sets = self.running.len()
+            + self.waiting.len()
+            + self.preempted.len()
+            + self.deferred_reservations.len()
+            + self.reserved.len()
+            + self.handing_over.len();
+        assert_eq!(n_in_sets, self.sequences.len(), "every sequence is in one set");
+        if self.sequences.is_empty() {
+            let ledger = self.pool.ledger();
+            assert_eq!((ledger.held, ledger.reserved), (0, 0), "blocks were lost: {ledger:?}");
+            assert_eq!(self.cache.n_in_flight(), 0, "a prefix is claimed by nobody");
+        }
+    }
+
+    /// Every running sequence with one token left gets it: all of them fit, because a batch has room for
+    /// `max_num_seqs` tokens.
+    fn schedule_decodes(&mut self, budget: &mut usize, is_pinned: IsPinned<'_>, batch: &mut Batch) {
+        for id in Vec::from_iter(self.running.iter().copied()) {
+            let Some(sequence) = self.sequences.get(&id).filter(|_| self.running.contains(&id)) else {
+                continue;
+            };
+            if sequence.n_left() != 1 || !self.grow(id, is_pinned, batch) {
+                continue;
+            }
+            let start_pos = self.sequences[&id].n_computed;
+            batch.items.push(BatchItem {
+                sequence: id,
+                start_pos,
+                n_tokens: 1,
+                samples: Samples::Token,
+            });
+            *budget -= 1;
+        }
+    }
+
+    /// Makes the table cover all tokens, preempting the youngest as long as no block is left. False when `id` itself
+    /// was preempted.
+    fn grow(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) -> bool {
+        while self.sequences[&id].table.len() < self.config.blocks_for(self.sequences[&id].tokens.len()) {
+            if let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) {
+                self.sequences.get_mut(&id).expect("checked above").table.push(block);
+                continue;
+            }
+            // Ids grow with age and items are made in their order, so the victim has no item in this batch.
+            let victim = *self.running.last().expect("the growing sequence runs");
+            self.preempt(victim, is_pinned, batch);
+            if victim == id {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn preempt(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) {
+        self.abandon_claims(id);
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
+        sequence.table.release(&mut self.pool, is_pinned);
+        sequence.forget_computed();
+        self.running.remove(&id);
+        self.preempted.insert(id);
+        self.counters.n_preemptions += 1;
+        batch.preempted.push(id);
+    }
+
+    /// A chunk of a running sequence that has no item yet, as far as the budget allows.
+    fn schedule_chunk(&mut self, id: SequenceId, budget: &mut usize, n_logit_rows: &mut usize, batch: &mut Batch) {
+        let sequence = &self.sequences[&id];
+        let n_left = sequence.n_left();
+        let mut n_tokens = n_left.min(*budget);
+        if sequence.wants_prompt_logits() {
+            n_tokens = n_tokens.min(*n_logit_rows);
+            *n_logit_rows -= n_tokens;
+        }
+        if n_tokens == 0 {
+            return;
+        }
+        *budget -= n_tokens;
+        let samples = if n_tokens == n_left {
+            Samples::Token
+        } else {
+            Samples::Nothing
+        };
+        batch.items.push(BatchItem {
+            sequence: id,
+            start_pos: sequence.n_computed,
+            n_tokens,
+            samples,
+        });
+    }
+
+    /// Appends a sampled token and says whether it is the last one.
+    fn append(&mut self, id: SequenceId, token: TokenId, is_pinned: IsPinned<'_>) -> Option<Finish> {
+        let sequence = self.sequences.get_mut(&id).expect("a sampling sequence exists");
+        sequence.tokens.push(token);
+        let finish = sequence.finish();
+        match sequence.kind {
+            SequenceKind::PrefillForHandoff => {
+                self.abandon_claims(id);
+                self.running.remove(&id);
+                self.handing_over.insert(id);
+            }
+            SequenceKind::Local | SequenceKind::Received if finish.is_some() => self.remove(id, is_pinned),
+            SequenceKind::Local | SequenceKind::Received => {}
+        }
+        finish
+    }
+
+    /// Offers the blocks that have become full to the prefix cache. A block whose contents the cache already has is
+    /// replaced by the cache's, so that one copy is kept.
+    fn register_full_blocks(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) {
+        let sequence = self.sequences.get_mut(&id).expect("a computing sequence exists");
+        if self.config.prefix_caching == PrefixCaching::Off || sequence.numerics == Numerics::Other {
+            return;
+        }
+        self.hasher.extend(sequence.salt, &sequence.tokens, &mut sequence.keys);
+        let block_size = self.config.block_size;
+        for block_idx in sequence.n_registered..sequence.n_computed / block_size {
+            let tokens = &sequence.tokens[block_idx * block_size..(block_idx + 1) * block_size];
+            let (key, block) = (sequence.keys[block_idx], &sequence.table.blocks()[block_idx]);
+            match self.cache.register(&mut self.pool, key, tokens, block) {
+                Registered::New | Registered::Collision => {}
+                Registered::Duplicate(other) => {
+                    let own = sequence.table.replace(block_idx, self.pool.hold(other));
+                    self.pool.release(own, is_pinned);
+                }
+            }
+            self.cache.disclaim(key, id);
+            sequence.n_registered = block_idx + 1;
+        }
+    }
+
+    fn abandon_claims(&mut self, id: SequenceId) {
+        let sequence = self.sequences.get_mut(&id).expect("a claiming sequence exists");
+        for key in std::mem::take(&mut sequence.claims) {
+            self.cache.disclaim(key, id);
+        }
+    }
+
+    fn insert(&mut self, state: &PortableState, kind: SequenceKind) -> SequenceId {
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        self.sequences.insert(id, Sequence::new(state, kind, &self.config));
+        id
+    }
+}

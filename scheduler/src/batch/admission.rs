@@ -1,0 +1,279 @@
+//! How sequences get their first blocks: admission from the line, reservations, and waiting for a prefix that another
+//! sequence is about to bring.
+
+use std::ops::Bound;
+
+use super::{Batch, BatchScheduler, PrefixCaching, ReserveOutcome, SequenceKind, Started};
+use crate::block_pool::IsPinned;
+use crate::ids::{Nanos, SequenceId};
+use crate::prefix_cache::Arrival;
+use crate::request::{Failure, PortableState};
+
+/// A sequence's place in line.
+#[derive(Clone, Copy)]
+enum Place {
+    Preempted(SequenceId),
+    Waiting(SequenceId),
+}
+
+/// What trying to give a sequence its blocks came to.
+enum Attempt {
+    Granted,
+    Deferred,
+    NoBlocks,
+}
+
+impl BatchScheduler {
+    /// Reserves blocks for a sequence computed elsewhere: those of its context that the prefix cache lacks, and one to
+    /// grow into.
+    ///
+    /// # Errors
+    /// `Invalid` when it can never run, `Busy` when there is no room now.
+    pub fn reserve(
+        &mut self,
+        now: Nanos,
+        state: &PortableState,
+        is_pinned: IsPinned<'_>,
+    ) -> Result<ReserveOutcome, Failure> {
+        self.config.check(state)?;
+        if self.n_places_taken() + self.deferred_reservations.len() >= self.config.max_num_seqs {
+            return Err(Failure::Busy(format!(
+                "{} sequences run or are reserved",
+                self.n_places_taken()
+            )));
+        }
+        // Whoever was left out has waited longer; reservations that overtook it could starve it.
+        if self.left_out.is_some_and(|id| self.sequences.contains_key(&id)) {
+            return Err(Failure::Busy("sequences are waiting for room to run".to_owned()));
+        }
+        self.pool.sweep(is_pinned);
+        let id = self.insert(state, SequenceKind::Received);
+        match self.try_allocate(id, now, is_pinned) {
+            Attempt::Granted => {
+                self.reserved.insert(id);
+                Ok(ReserveOutcome::Granted(id))
+            }
+            Attempt::Deferred if self.deferred_reservations.len() < self.config.max_deferred_reservations => {
+                self.deferred_reservations.insert(id);
+                Ok(ReserveOutcome::Deferred(id))
+            }
+            Attempt::Deferred => {
+                self.remove(id, is_pinned);
+                let n_deferred = self.deferred_reservations.len();
+                Err(Failure::Busy(format!(
+                    "{n_deferred} reservations are waiting for a prefix"
+                )))
+            }
+            Attempt::NoBlocks => Err(self.refuse_reservation(id, is_pinned)),
+        }
+    }
+
+    /// Grants or refuses the deferred reservations whose prefix has arrived, or who have waited long enough.
+    pub(super) fn retry_reservations(&mut self, now: Nanos, is_pinned: IsPinned<'_>, batch: &mut Batch) {
+        for id in Vec::from_iter(self.deferred_reservations.iter().copied()) {
+            match self.try_allocate(id, now, is_pinned) {
+                Attempt::Granted => {
+                    self.deferred_reservations.remove(&id);
+                    self.reserved.insert(id);
+                    batch.granted.push(id);
+                }
+                Attempt::Deferred => {}
+                Attempt::NoBlocks => {
+                    let failure = self.refuse_reservation(id, is_pinned);
+                    self.counters.n_refused += 1;
+                    batch.refused.push((id, failure));
+                }
+            }
+        }
+    }
+
+    /// Lets sequences begin: preempted ones first, then in order of arrival. One without blocks holds up those behind
+    /// it, so that none starves; one that waits for a prefix does not.
+    pub(super) fn admit_waiting(
+        &mut self,
+        now: Nanos,
+        budget: &mut usize,
+        n_logit_rows: &mut usize,
+        is_pinned: IsPinned<'_>,
+        batch: &mut Batch,
+    ) {
+        self.left_out = None;
+        let mut cursor = None;
+        while let Some(place) = self.next_in_line(cursor) {
+            cursor = Some(place);
+            let (Place::Preempted(id) | Place::Waiting(id)) = place;
+            if *budget == 0 {
+                return;
+            }
+            if self.n_places_taken() >= self.config.max_num_seqs {
+                self.left_out = Some(id);
+                return;
+            }
+            match self.try_allocate(id, now, is_pinned) {
+                Attempt::Deferred => {}
+                Attempt::NoBlocks => {
+                    self.left_out = Some(id);
+                    return;
+                }
+                Attempt::Granted => {
+                    self.waiting.remove(&id);
+                    self.preempted.remove(&id);
+                    self.running.insert(id);
+                    let n_hit_tokens = self.sequences[&id].n_computed;
+                    batch.started.push(Started {
+                        sequence: id,
+                        n_hit_tokens,
+                    });
+                    self.schedule_chunk(id, budget, n_logit_rows, batch);
+                }
+            }
+        }
+    }
+
+    /// When nothing can run because others hold blocks or places without computing (transfers that do not end), the
+    /// first in line is refused after a while, so that it can be placed elsewhere.
+    pub(super) fn give_up_when_stalled(&mut self, now: Nanos, is_pinned: IsPinned<'_>, batch: &mut Batch) {
+        let Some(id) = self.left_out.filter(|_| batch.items.is_empty()) else {
+            self.stalled_since = None;
+            return;
+        };
+        let since = *self.stalled_since.get_or_insert(now);
+        if now.saturating_sub(since) < self.config.max_stall {
+            return;
+        }
+        self.stalled_since = None;
+        self.remove(id, is_pinned);
+        self.counters.n_refused += 1;
+        batch
+            .refused
+            .push((id, Failure::Busy("no room to run became free in time".to_owned())));
+    }
+
+    /// Sequences that run or will without further asking.
+    fn n_places_taken(&self) -> usize {
+        self.running.len() + self.reserved.len()
+    }
+
+    /// The line is first the preempted sequences, then those that have not begun, the oldest of each first.
+    fn next_in_line(&self, after: Option<Place>) -> Option<Place> {
+        let (preempted_bound, waiting_bound) = match after {
+            None => (Some(Bound::Unbounded), Bound::Unbounded),
+            Some(Place::Preempted(id)) => (Some(Bound::Excluded(id)), Bound::Unbounded),
+            Some(Place::Waiting(id)) => (None, Bound::Excluded(id)),
+        };
+        preempted_bound
+            .and_then(|bound| self.preempted.range((bound, Bound::Unbounded)).next())
+            .map(|&id| Place::Preempted(id))
+            .or_else(|| {
+                self.waiting
+                    .range((waiting_bound, Bound::Unbounded))
+                    .next()
+                    .map(|&id| Place::Waiting(id))
+            })
+    }
+
+    /// Gives a sequence all blocks of its context, from the prefix cache as far as it goes, and claims what it will
+    /// add to it. Takes nothing unless all of it is there.
+    fn try_allocate(&mut self, id: SequenceId, now: Nanos, is_pinned: IsPinned<'_>) -> Attempt {
+        let n_hit = match self.take_hits(id, now) {
+            Some(n_hit) => n_hit,
+            None => return Attempt::Deferred,
+        };
+        let sequence = self.sequences.get_mut(&id).expect("a sequence in line exists");
+        let n_context = self.config.blocks_for(sequence.tokens.len());
+        let n_total = match sequence.kind {
+            SequenceKind::Local | SequenceKind::PrefillForHandoff => n_context,
+            SequenceKind::Received => {
+                n_context.max(self.config.blocks_for(sequence.max_kv_tokens()).min(n_context + 1))
+            }
+        };
+        // A block for each running sequence to grow into, or else what is admitted now is preempted at once.
+        let n_headroom = self.running.len();
+        if self.pool.n_available() >= n_total - n_hit + n_headroom {
+            while sequence.table.len() < n_total {
+                let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) else {
+                    break;
+                };
+                if sequence.kind == SequenceKind::Received {
+                    self.pool.reserve(&block);
+                }
+                sequence.table.push(block);
+            }
+        }
+        if sequence.table.len() < n_total {
+            sequence.table.release(&mut self.pool, is_pinned);
+            return Attempt::NoBlocks;
+        }
+        sequence.deferred_since = None;
+        sequence.n_hit_blocks = n_hit;
+        sequence.n_registered = n_hit;
+        sequence.n_computed = n_hit * self.config.block_size;
+        if sequence.takes_hits(&self.config) {
+            self.counters.n_prefix_query_tokens += sequence.tokens.len() as u64;
+            self.counters.n_prefix_hit_tokens += sequence.n_computed as u64;
+        }
+        let arrival = match sequence.kind {
+            SequenceKind::Local | SequenceKind::PrefillForHandoff => Arrival::Computed,
+            SequenceKind::Received => Arrival::Received,
+        };
+        if self.config.prefix_caching == PrefixCaching::On {
+            let cache = &mut self.cache;
+            sequence.claims = sequence
+                .keys
+                .iter()
+                .skip(n_hit)
+                .copied()
+                .filter(|&key| cache.claim(key, id, arrival))
+                .collect();
+        }
+        Attempt::Granted
+    }
+
+    /// Holds the cached blocks of the sequence's beginning and says how many. `None` while another sequence is about to
+    /// bring the block after them.
+    fn take_hits(&mut self, id: SequenceId, now: Nanos) -> Option<usize> {
+        let sequence = self.sequences.get_mut(&id).expect("a sequence in line exists");
+        if self.config.prefix_caching == PrefixCaching::Off {
+            return Some(0);
+        }
+        self.hasher.extend(sequence.salt, &sequence.tokens, &mut sequence.keys);
+        if !sequence.takes_hits(&self.config) {
+            return Some(0);
+        }
+        // The last token must be computed here to sample the next one, unless that is done elsewhere.
+        let n_usable = match sequence.kind {
+            SequenceKind::Local | SequenceKind::PrefillForHandoff => {
+                (sequence.tokens.len() - 1) / self.config.block_size
+            }
+            SequenceKind::Received => sequence.tokens.len() / self.config.block_size,
+        };
+        let keys = &sequence.keys[..n_usable];
+        let hits = self.cache.lookup(keys, &sequence.tokens, self.config.block_size);
+        let arriving = keys.get(hits.len()).and_then(|&key| self.cache.arriving(key));
+        let waits_for = match sequence.kind {
+            SequenceKind::Local | SequenceKind::Received => arriving,
+            // Were a prefill to wait for KV from another instance, two instances could wait for each other.
+            SequenceKind::PrefillForHandoff => arriving.filter(|&arrival| arrival == Arrival::Computed),
+        };
+        if waits_for.is_some() {
+            if sequence.deferred_since.is_none() {
+                self.counters.n_deferrals += 1;
+            }
+            let since = *sequence.deferred_since.get_or_insert(now);
+            if now.saturating_sub(since) < self.config.max_defer {
+                return None;
+            }
+        }
+        for &hit in &hits {
+            sequence.table.push(self.pool.hold(hit));
+        }
+        Some(hits.len())
+    }
+
+    fn refuse_reservation(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) -> Failure {
+        let n_blocks = self.config.blocks_for(self.sequences[&id].tokens.len());
+        self.remove(id, is_pinned);
+        let n_available = self.pool.n_available();
+        Failure::Busy(format!("{n_blocks} blocks are needed and {n_available} are free"))
+    }
+}

@@ -1,0 +1,162 @@
+//! The limits of one instance, and which requests can run within them at all.
+
+use thiserror::Error;
+
+use crate::ids::{Fingerprint, Nanos};
+use crate::request::{Failure, PortableState};
+
+/// Whether equal prefixes share blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrefixCaching {
+    /// They do.
+    On,
+    /// Every sequence computes its own.
+    Off,
+}
+
+/// The limits of one instance.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BatchConfig {
+    /// Blocks of the KV cache.
+    pub n_blocks: usize,
+    /// Tokens in a block.
+    pub block_size: usize,
+    /// Sequences that run or are reserved at the same time.
+    pub max_num_seqs: usize,
+    /// Tokens of one step, at least `max_num_seqs`.
+    pub max_batch_tokens: usize,
+    /// Tokens of prompt and output together.
+    pub max_model_len: usize,
+    /// Sequences that wait to run for the first time.
+    pub max_waiting: usize,
+    /// Reservations that wait for a prefix someone else brings.
+    pub max_deferred_reservations: usize,
+    /// How long a sequence waits for a prefix someone else brings before it goes on without.
+    pub max_defer: Nanos,
+    /// How long nothing may run while a sequence waits for room before that sequence is refused as `Busy`.
+    pub max_stall: Nanos,
+    /// Rows of prompt log-probabilities in one step: each is a row of logits over the whole vocabulary.
+    pub max_prompt_logprob_rows: usize,
+    /// Changes of the prefix cache kept for whoever mirrors it; after more of them it gets the whole contents.
+    pub max_prefix_events: usize,
+    /// Whether equal prefixes share blocks.
+    pub prefix_caching: PrefixCaching,
+    /// Of model, dtype and layout: what prefix keys are made of.
+    pub fingerprint: Fingerprint,
+}
+
+/// Limits that cannot work together.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum BatchConfigError {
+    /// A limit is zero.
+    #[error("{field} is 0, expected at least 1")]
+    Zero {
+        /// Which.
+        field: &'static str,
+    },
+    /// Decodes alone would not fit a step, so a prefill could starve.
+    #[error("max_batch_tokens is {max_batch_tokens}, expected at least max_num_seqs ({max_num_seqs})")]
+    BatchTooSmall {
+        /// Tokens of one step.
+        max_batch_tokens: usize,
+        /// Sequences that run at the same time.
+        max_num_seqs: usize,
+    },
+    /// A request within `max_model_len` would not fit even alone.
+    #[error("the KV cache has room for {n_tokens} tokens, expected at least max_model_len ({max_model_len})")]
+    CacheTooSmall {
+        /// Tokens that fit the KV cache.
+        n_tokens: usize,
+        /// Tokens of prompt and output together.
+        max_model_len: usize,
+    },
+}
+
+impl BatchConfig {
+    /// Limits for an instance with `n_blocks` blocks; the rest are defaults: 64 sequences, steps of 512 tokens, and the
+    /// largest model length that fits, up to 131,072.
+    pub fn new(n_blocks: usize, block_size: usize, fingerprint: Fingerprint) -> BatchConfig {
+        BatchConfig {
+            n_blocks,
+            block_size,
+            max_num_seqs: 64,
+            max_batch_tokens: 512,
+            max_model_len: (n_blocks * block_size).min(131_072),
+            max_waiting: 1024,
+            max_deferred_reservations: 64,
+            max_defer: Nanos::from_secs(5),
+            max_stall: Nanos::from_secs(5),
+            max_prompt_logprob_rows: 128,
+            max_prefix_events: 16_384,
+            prefix_caching: PrefixCaching::On,
+            fingerprint,
+        }
+    }
+
+    /// Blocks that hold `n_tokens` tokens.
+    pub fn blocks_for(&self, n_tokens: usize) -> usize {
+        n_tokens.div_ceil(self.block_size)
+    }
+
+    /// Refuses limits that cannot work together.
+    pub fn validate(&self) -> Result<(), BatchConfigError> {
+        let fields = [
+            ("n_blocks", self.n_blocks),
+            ("block_size", self.block_size),
+            ("max_num_seqs", self.max_num_seqs),
+            ("max_batch_tokens", self.max_batch_tokens),
+            ("max_model_len", self.max_model_len),
+            ("max_waiting", self.max_waiting),
+            ("max_prompt_logprob_rows", self.max_prompt_logprob_rows),
+            ("max_prefix_events", self.max_prefix_events),
+        ];
+        if let Some(&(field, _)) = fields.iter().find(|(_, value)| *value == 0) {
+            return Err(BatchConfigError::Zero { field });
+        }
+        if self.max_batch_tokens < self.max_num_seqs {
+            let (max_batch_tokens, max_num_seqs) = (self.max_batch_tokens, self.max_num_seqs);
+            return Err(BatchConfigError::BatchTooSmall {
+                max_batch_tokens,
+                max_num_seqs,
+            });
+        }
+        let n_tokens = self.n_blocks * self.block_size;
+        if n_tokens < self.max_model_len {
+            return Err(BatchConfigError::CacheTooSmall {
+                n_tokens,
+                max_model_len: self.max_model_len,
+            });
+        }
+        Ok(())
+    }
+
+    /// Refuses a state that can never run here.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the field and the limit.
+    pub fn check(&self, state: &PortableState) -> Result<(), Failure> {
+        let invalid = |message: String| Err(Failure::Invalid(message));
+        let n_prompt = state.request.prompt_ids.len();
+        let max_tokens = state.request.sampling.max_tokens as usize;
+        let [choice] = state.choices.as_slice() else {
+            return invalid(format!("{} choices, expected 1", state.choices.len()));
+        };
+        if n_prompt == 0 {
+            return invalid("the prompt has 0 tokens, expected at least 1".to_owned());
+        }
+        if n_prompt >= self.max_model_len {
+            let most = self.max_model_len - 1;
+            return invalid(format!("the prompt has {n_prompt} tokens, expected at most {most}"));
+        }
+        if max_tokens == 0 {
+            return invalid("max_tokens is 0, expected at least 1".to_owned());
+        }
+        let n_output = choice.output.len();
+        if choice.finish.is_some() || n_output >= max_tokens || n_prompt + n_output >= self.max_model_len {
+            return invalid(format!(
+                "the choice has ended after {n_output} tokens, expected one that goes on"
+            ));
+        }
+        Ok(())
+    }
+}
