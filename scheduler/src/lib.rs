@@ -3,7 +3,9 @@
 pub mod arbiter;
 pub mod batch;
 pub mod block_pool;
+pub mod cost;
 pub mod ids;
+pub mod placement;
 pub mod prefix_cache;
 pub mod request;
 pub mod timeline;

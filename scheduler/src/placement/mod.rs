@@ -1,0 +1,173 @@
+//! Which instances serve a request: the front door's view of the cluster, and the policies that choose from it.
+
+mod least_loaded;
+mod prefix_aware;
+mod round_robin;
+mod view;
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{InstanceId, Nanos, Role};
+use crate::prefix_cache::PrefixKey;
+use crate::request::Request;
+
+pub use least_loaded::LeastLoaded;
+pub use prefix_aware::PrefixAware;
+pub use round_robin::RoundRobin;
+pub use view::{ClusterView, InstanceInfo, InstanceLoad, InstanceState, OpenPlacement, ViewEvent};
+
+/// Where a request runs.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Placement {
+    /// Generates, and answers to the front door.
+    pub decode: InstanceId,
+    /// Computes the prompt and hands it over; `None` when the decode instance computes it itself.
+    pub prefill: Option<InstanceId>,
+}
+
+/// A request to place, with what policies look at.
+#[derive(Clone, Copy, Debug)]
+pub struct PlacementRequest<'a> {
+    /// The request.
+    pub request: &'a Request,
+    /// Keys of the full blocks of its prompt (and of the tokens already generated, in a replay).
+    pub prefix_keys: &'a [PrefixKey],
+    /// Prompt tokens, and tokens already generated in a replay: all must be in the cache before it decodes.
+    pub n_tokens: u32,
+    /// Instances to choose only when there is no other.
+    pub avoided: &'a [InstanceId],
+}
+
+/// When a prompt is computed on another instance than its decode instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Disaggregation {
+    /// When that is predicted to be quicker, what it does to running decodes included.
+    #[default]
+    Auto,
+    /// Whenever there is a prefill instance.
+    Always,
+    /// Only when the decode instance cannot.
+    Never,
+}
+
+/// Chooses instances. Answers `None` when every suitable instance is full: the request waits at the front door.
+pub trait Policy: Send {
+    /// Its name on the command line.
+    fn name(&self) -> &'static str;
+
+    /// Both instances in one decision, from the view alone. Equal arguments and state give equal answers.
+    fn place(&mut self, now: Nanos, request: PlacementRequest<'_>, view: &ClusterView) -> Option<Placement>;
+}
+
+/// The policies by name: `round-robin`, `least-loaded`, `prefix-aware`.
+pub fn policy(name: &str, disaggregation: Disaggregation) -> Option<Box<dyn Policy>> {
+    match name {
+        "round-robin" => Some(Box::new(RoundRobin::new(disaggregation))),
+        "least-loaded" => Some(Box::new(LeastLoaded::new(disaggregation))),
+        "prefix-aware" => Some(Box::new(PrefixAware::new(disaggregation))),
+        _ => None,
+    }
+}
+
+/// Names that [`policy`] knows; the last is the default.
+pub const POLICIES: [&str; 3] = ["round-robin", "least-loaded", "prefix-aware"];
+
+/// Instances that could serve a request now.
+struct Pools<'a> {
+    /// Decode and mixed instances with room.
+    decode: Vec<&'a InstanceId>,
+    /// Healthy prefill instances.
+    prefill: Vec<&'a InstanceId>,
+}
+
+impl<'a> Pools<'a> {
+    /// Prefill instances whose KV `decode` can take.
+    fn prefill_for(&self, decode: &InstanceId, view: &ClusterView) -> Vec<&'a InstanceId> {
+        let fingerprint = view.instances()[decode].info.fingerprint;
+        let agrees = |id: &&&InstanceId| view.instances()[**id].info.fingerprint == fingerprint;
+        self.prefill.iter().filter(agrees).copied().collect()
+    }
+}
+
+/// Splits the view into pools, leaving avoided instances out where others remain.
+fn candidates<'a>(request: &PlacementRequest<'_>, view: &'a ClusterView) -> Pools<'a> {
+    let all = |wanted: &dyn Fn(&InstanceState) -> bool| -> Vec<&'a InstanceId> {
+        let pool: Vec<&InstanceId> = view
+            .instances()
+            .iter()
+            .filter(|(_, state)| wanted(state))
+            .map(|(id, _)| id)
+            .collect();
+        let preferred: Vec<&InstanceId> = pool
+            .iter()
+            .filter(|id| !request.avoided.contains(id))
+            .copied()
+            .collect();
+        if preferred.is_empty() { pool } else { preferred }
+    };
+    // A decode reservation is the prompt and one block to grow into.
+    let n_blocks = |state: &InstanceState| request.n_tokens.div_ceil(state.info.block_size) + 1;
+    Pools {
+        decode: all(&|state| state.info.role != Role::Prefill && state.has_room(n_blocks(state))),
+        prefill: all(&|state| state.info.role == Role::Prefill && state.load.healthy && !state.is_marked_busy()),
+    }
+}
+
+/// How much a running decode minds being held up, against the new request's own waiting: the share of its sequences'
+/// delay that a local prefill is charged with.
+const INTERFERENCE_WEIGHT: f64 = 0.25;
+
+/// What computing costs beyond the request's own waiting: somebody may queue behind it, so a prefix is rather waited for
+/// than computed twice.
+const OCCUPANCY_WEIGHT: f64 = 0.5;
+
+/// Predicted cost in nanoseconds of a placement, both phases: time to the first token, plus the delay that computing the
+/// prompt beside running decodes does to them.
+fn predicted_cost(request: &PlacementRequest<'_>, placement: &Placement, view: &ClusterView) -> f64 {
+    let decode = &view.instances()[&placement.decode];
+    let held_by_decode = view.n_cached_tokens(&placement.decode, request.prefix_keys, request.n_tokens);
+    match &placement.prefill {
+        None => {
+            let n_new = u64::from(request.n_tokens - held_by_decode);
+            let compute = decode.cost.prefill(n_new, u64::from(held_by_decode)).0 as f64;
+            let queue = decode.prefill_backlog().0 as f64;
+            let delay = compute * f64::from(decode.n_sequences()) * INTERFERENCE_WEIGHT;
+            queue + compute * (1.0 + OCCUPANCY_WEIGHT) + delay
+        }
+        Some(prefill_id) => {
+            let prefill = &view.instances()[prefill_id];
+            let held_by_prefill = view.n_cached_tokens(prefill_id, request.prefix_keys, request.n_tokens);
+            let n_new = u64::from(request.n_tokens - held_by_prefill);
+            let compute = prefill.cost.prefill(n_new, u64::from(held_by_prefill)).0 as f64;
+            let n_bytes = u64::from(request.n_tokens - held_by_decode) * decode.info.kv_bytes_per_token;
+            let transfer = decode.cost.transfer(n_bytes).0 as f64;
+            // Layers travel while later ones are computed: only what compute cannot hide is waited for.
+            let queue = prefill.prefill_backlog().0 as f64;
+            queue + compute.max(transfer) + compute * OCCUPANCY_WEIGHT + decode.cost.transfer_base_ns
+        }
+    }
+}
+
+/// Whether the decode instance computes the prompt itself although `placement` names a prefill instance.
+fn prefers_local(
+    disaggregation: Disaggregation,
+    request: &PlacementRequest<'_>,
+    placement: &Placement,
+    view: &ClusterView,
+) -> bool {
+    match disaggregation {
+        Disaggregation::Always => false,
+        Disaggregation::Never => true,
+        Disaggregation::Auto => {
+            let local = Placement {
+                decode: placement.decode.clone(),
+                prefill: None,
+            };
+            predicted_cost(request, &local, view) <= predicted_cost(request, placement, view)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,64 @@
+//! Least predicted cost over all pairs, cached prefixes counted on both ends (after Mooncake's TTFT = queue + prefill +
+//! transfer), plus a charge for fullness so that one hot prefix does not fill one instance.
+
+use crate::ids::{Nanos, Role};
+use crate::placement::least_loaded::fill;
+use crate::placement::{ClusterView, Disaggregation, Placement, PlacementRequest, Policy, candidates, predicted_cost};
+
+/// Predicted time to the first token, with prefix hits; the default.
+#[derive(Debug)]
+pub struct PrefixAware {
+    disaggregation: Disaggregation,
+}
+
+impl PrefixAware {
+    /// The policy.
+    pub fn new(disaggregation: Disaggregation) -> PrefixAware {
+        PrefixAware { disaggregation }
+    }
+
+    fn is_allowed(&self, placement: &Placement, has_prefill: bool, role: Role) -> bool {
+        let local = placement.prefill.is_none();
+        match self.disaggregation {
+            Disaggregation::Auto => true,
+            Disaggregation::Always => role == Role::Mixed || !local || !has_prefill,
+            Disaggregation::Never => local,
+        }
+    }
+}
+
+impl Policy for PrefixAware {
+    fn name(&self) -> &'static str {
+        "prefix-aware"
+    }
+
+    fn place(&mut self, _now: Nanos, request: PlacementRequest<'_>, view: &ClusterView) -> Option<Placement> {
+        let pools = candidates(&request, view);
+        let mut best: Option<(f64, Placement)> = None;
+        for &decode in &pools.decode {
+            let state = &view.instances()[decode];
+            let prefills = if state.info.role == Role::Mixed {
+                Vec::new()
+            } else {
+                pools.prefill_for(decode, view)
+            };
+            let pairs = prefills.iter().map(|&prefill| Some(prefill.clone())).chain([None]);
+            for prefill in pairs {
+                let placement = Placement {
+                    decode: decode.clone(),
+                    prefill,
+                };
+                if !self.is_allowed(&placement, !prefills.is_empty(), state.info.role) {
+                    continue;
+                }
+                // A full instance decodes each token later; one step per share of fullness is a mild charge.
+                let fullness = fill(decode, view) * state.cost.step(0, u64::from(state.info.max_num_seqs), 0).0 as f64;
+                let cost = predicted_cost(&request, &placement, view) + fullness;
+                if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+                    best = Some((cost, placement));
+                }
+            }
+        }
+        best.map(|(_, placement)| placement)
+    }
+}

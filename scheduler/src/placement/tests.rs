@@ -1,0 +1,278 @@
+//! What each policy chooses, and that the view forgets nothing and keeps nothing.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::cost::CostModel;
+use crate::ids::{Fingerprint, Incarnation, RequestId};
+use crate::prefix_cache::{PrefixEvent, PrefixHasher};
+use crate::request::SamplingParams;
+
+fn info(name: &str, role: Role) -> InstanceInfo {
+    InstanceInfo {
+        id: InstanceId::new(name),
+        incarnation: Incarnation(1),
+        role,
+        fingerprint: Fingerprint([1; 32]),
+        numerics_class: "test".into(),
+        block_size: 16,
+        n_blocks_total: 100,
+        max_num_seqs: 4,
+        max_model_len: 1000,
+        kv_bytes_per_token: 1024,
+    }
+}
+
+fn cluster(instances: &[(&str, Role)]) -> ClusterView {
+    let mut view = ClusterView::new();
+    for (name, role) in instances {
+        view.apply(ViewEvent::Joined(info(name, *role)));
+    }
+    view
+}
+
+fn request(id: u128, n_tokens: u32) -> (Request, Vec<PrefixKey>) {
+    let prompt: Vec<u32> = (0..n_tokens).collect();
+    let keys = PrefixHasher::new(Fingerprint([1; 32]), 16).keys(0, &prompt);
+    let request = Request {
+        id: RequestId(id),
+        prompt_ids: Arc::from(prompt),
+        sampling: SamplingParams::default(),
+        cache_salt: 0,
+    };
+    (request, keys)
+}
+
+fn place(policy: &mut dyn Policy, view: &ClusterView, n_tokens: u32, avoided: &[InstanceId]) -> Option<Placement> {
+    let (request, keys) = request(1, n_tokens);
+    policy.place(
+        Nanos::ZERO,
+        PlacementRequest {
+            request: &request,
+            prefix_keys: &keys,
+            n_tokens,
+            avoided,
+        },
+        view,
+    )
+}
+
+fn open(decode: &str, prefill: Option<&str>, n_tokens: u32) -> OpenPlacement {
+    OpenPlacement {
+        placement: Placement {
+            decode: InstanceId::new(decode),
+            prefill: prefill.map(InstanceId::new),
+        },
+        n_blocks: n_tokens.div_ceil(16) + 1,
+        n_prefill_tokens: n_tokens,
+        prefix_keys: Vec::new(),
+    }
+}
+
+const POOLS: [(&str, Role); 4] = [
+    ("p0", Role::Prefill),
+    ("p1", Role::Prefill),
+    ("d0", Role::Decode),
+    ("d1", Role::Decode),
+];
+
+#[test]
+fn round_robin_takes_turns_in_both_pools() {
+    let view = cluster(&POOLS);
+    let mut policy = RoundRobin::new(Disaggregation::Always);
+    let chosen: Vec<(String, String)> = (0..4)
+        .map(|_| place(&mut policy, &view, 40, &[]).unwrap())
+        .map(|placement| (placement.decode.to_string(), placement.prefill.unwrap().to_string()))
+        .collect();
+    let expected = [("d0", "p0"), ("d1", "p1"), ("d0", "p0"), ("d1", "p1")];
+    assert_eq!(
+        chosen,
+        expected.map(|(decode, prefill)| (decode.to_string(), prefill.to_string()))
+    );
+}
+
+#[test]
+fn least_loaded_counts_own_placements_before_any_report() {
+    let mut view = cluster(&POOLS);
+    let mut policy = LeastLoaded::new(Disaggregation::Always);
+    view.apply(ViewEvent::Placed(RequestId(9), open("d0", Some("p0"), 64)));
+    let placement = place(&mut policy, &view, 40, &[]).unwrap();
+    assert_eq!((&*placement.decode.0, &*placement.prefill.unwrap().0), ("d1", "p1"));
+    view.apply(ViewEvent::Closed(RequestId(9)));
+    assert_eq!(&*place(&mut policy, &view, 40, &[]).unwrap().decode.0, "d0");
+}
+
+#[test]
+fn every_policy_waits_when_all_are_full_and_avoids_when_it_can() {
+    for name in POLICIES {
+        let mut policy = policy(name, Disaggregation::Always).unwrap();
+        let mut view = cluster(&[("p0", Role::Prefill), ("d0", Role::Decode), ("d1", Role::Decode)]);
+        let avoided = [InstanceId::new("d0"), InstanceId::new("p0")];
+        let placement = place(policy.as_mut(), &view, 40, &avoided).unwrap();
+        assert_eq!(placement.decode, InstanceId::new("d1"), "{name}");
+        assert_eq!(
+            placement.prefill,
+            Some(InstanceId::new("p0")),
+            "{name}: the only one is not avoided"
+        );
+        assert!(
+            place(policy.as_mut(), &view, 1600, &[]).is_none(),
+            "{name}: 101 blocks do not fit"
+        );
+        for id in 0..8 {
+            view.apply(ViewEvent::Placed(
+                RequestId(id),
+                open(if id < 4 { "d0" } else { "d1" }, None, 16),
+            ));
+        }
+        assert!(place(policy.as_mut(), &view, 40, &[]).is_none(), "{name}");
+        view.apply(ViewEvent::Closed(RequestId(2)));
+        assert_eq!(
+            place(policy.as_mut(), &view, 40, &[]).unwrap().decode,
+            InstanceId::new("d0"),
+            "{name}"
+        );
+        view.apply(ViewEvent::Busy(InstanceId::new("d0")));
+        assert!(
+            place(policy.as_mut(), &view, 40, &[]).is_none(),
+            "{name}: busy until its next report"
+        );
+    }
+}
+
+#[test]
+fn without_a_prefill_pool_decode_instances_do_both() {
+    for name in POLICIES {
+        let mut policy = policy(name, Disaggregation::Always).unwrap();
+        let placement = place(policy.as_mut(), &cluster(&[("d0", Role::Decode)]), 400, &[]).unwrap();
+        assert_eq!(placement.prefill, None, "{name}");
+        assert!(
+            place(policy.as_mut(), &cluster(&[("p0", Role::Prefill)]), 400, &[]).is_none(),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_prefill_instance_of_another_fingerprint_is_not_paired() {
+    let mut view = cluster(&[("d0", Role::Decode)]);
+    view.apply(ViewEvent::Joined(InstanceInfo {
+        fingerprint: Fingerprint([2; 32]),
+        ..info("p0", Role::Prefill)
+    }));
+    for name in POLICIES {
+        let mut policy = policy(name, Disaggregation::Always).unwrap();
+        assert_eq!(place(policy.as_mut(), &view, 400, &[]).unwrap().prefill, None, "{name}");
+    }
+}
+
+#[test]
+fn prefix_aware_follows_the_prefix_and_forgets_a_dead_incarnation() {
+    let (_, keys) = request(1, 400);
+    let stored: Vec<PrefixEvent> = keys.iter().copied().map(PrefixEvent::Stored).collect();
+    let mut view = cluster(&POOLS);
+    view.apply(ViewEvent::Prefix(InstanceId::new("p1"), Incarnation(1), stored.clone()));
+    view.apply(ViewEvent::Prefix(InstanceId::new("d1"), Incarnation(9), stored));
+    let mut policy = PrefixAware::new(Disaggregation::Always);
+    let placement = place(&mut policy, &view, 400, &[]).unwrap();
+    assert_eq!(placement.prefill, Some(InstanceId::new("p1")));
+    assert_eq!(
+        placement.decode,
+        InstanceId::new("d0"),
+        "another incarnation's events are ignored"
+    );
+    view.apply(ViewEvent::Joined(InstanceInfo {
+        incarnation: Incarnation(2),
+        ..info("p1", Role::Prefill)
+    }));
+    assert_eq!(
+        place(&mut policy, &view, 400, &[]).unwrap().prefill,
+        Some(InstanceId::new("p0"))
+    );
+    view.apply(ViewEvent::Left(InstanceId::new("p1"), Incarnation(1)));
+    assert!(
+        view.instances().contains_key(&InstanceId::new("p1")),
+        "the old incarnation left, the new one stays"
+    );
+}
+
+#[test]
+fn simultaneous_requests_with_one_new_prefix_go_to_the_same_pair() {
+    let mut view = cluster(&POOLS);
+    let mut policy = PrefixAware::new(Disaggregation::Always);
+    let first = place(&mut policy, &view, 400, &[]).unwrap();
+    let (_, keys) = request(1, 400);
+    view.apply(ViewEvent::Placed(
+        RequestId(1),
+        OpenPlacement {
+            placement: first.clone(),
+            n_blocks: 26,
+            n_prefill_tokens: 400,
+            prefix_keys: keys,
+        },
+    ));
+    assert_eq!(place(&mut policy, &view, 400, &[]).unwrap(), first);
+}
+
+#[test]
+fn a_short_prompt_stays_and_a_long_one_beside_decodes_goes() {
+    let quick = CostModel {
+        step_base_ns: 1e6,
+        prefill_ns_per_token: 1e6,
+        transfer_base_ns: 5e6,
+        ..CostModel::default()
+    };
+    for name in POLICIES {
+        let mut view = cluster(&[("p0", Role::Prefill), ("d0", Role::Decode)]);
+        for id in ["p0", "d0"] {
+            view.set_cost(&InstanceId::new(id), quick.clone());
+        }
+        view.apply(ViewEvent::Placed(RequestId(7), open("d0", None, 16)));
+        view.apply(ViewEvent::PrefillDone(RequestId(7)));
+        let mut policy = policy(name, Disaggregation::Auto).unwrap();
+        assert_eq!(place(policy.as_mut(), &view, 3, &[]).unwrap().prefill, None, "{name}");
+        let long = place(policy.as_mut(), &view, 600, &[]).unwrap();
+        assert_eq!(long.prefill, Some(InstanceId::new("p0")), "{name}");
+    }
+}
+
+proptest! {
+    /// After any events, closing every placement leaves the view as if nothing had been placed.
+    #[test]
+    fn the_view_keeps_nothing_of_closed_placements(
+        events in prop::collection::vec((0u8..7, 0u128..6, 0usize..4, 1u32..200), 0..80),
+    ) {
+        let names = ["p0", "p1", "d0", "d1"];
+        let mut view = cluster(&POOLS);
+        for (kind, id, instance, n_tokens) in events {
+            let name = names[instance];
+            let event = match kind {
+                0 | 1 => {
+                    let (_, keys) = request(id, n_tokens);
+                    let prefill = (n_tokens % 2 == 0).then_some(names[n_tokens as usize / 2 % 2]);
+                    let decode = names[2 + instance % 2];
+                    ViewEvent::Placed(RequestId(id), OpenPlacement { prefix_keys: keys, ..open(decode, prefill, n_tokens) })
+                }
+                2 => ViewEvent::PrefillDone(RequestId(id)),
+                3 => ViewEvent::Closed(RequestId(id)),
+                4 => ViewEvent::Left(InstanceId::new(name), Incarnation(1)),
+                5 => ViewEvent::Joined(info(name, if name.starts_with('p') { Role::Prefill } else { Role::Decode })),
+                _ => ViewEvent::Busy(InstanceId::new(name)),
+            };
+            view.apply(event);
+        }
+        for id in 0..6 {
+            view.apply(ViewEvent::Closed(RequestId(id)));
+        }
+        prop_assert!(view.open_placements().is_empty());
+        let (_, keys) = request(1, 200);
+        for (id, state) in view.instances() {
+            prop_assert_eq!(state.n_sequences(), 0);
+            prop_assert_eq!(state.n_prefill_tokens_pending(), 0);
+            prop_assert_eq!(state.n_blocks_available(), 100);
+            prop_assert_eq!(view.n_cached_tokens(id, &keys, 200), 0);
+        }
+    }
+}

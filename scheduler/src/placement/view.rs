@@ -1,0 +1,325 @@
+//! The cluster as one front door sees it: events in, a deterministic picture out. Load reports, and its own placements
+//! that are not yet in them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::cost::{CostFit, CostModel, StepSample};
+use crate::ids::{Fingerprint, Incarnation, InstanceId, Nanos, RequestId, Role};
+use crate::placement::Placement;
+use crate::prefix_cache::{PrefixEvent, PrefixKey};
+
+/// What an instance is, for as long as its incarnation lives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceInfo {
+    /// Its name.
+    pub id: InstanceId,
+    /// Which life.
+    pub incarnation: Incarnation,
+    /// What it is used for.
+    pub role: Role,
+    /// Whom it can exchange KV with.
+    pub fingerprint: Fingerprint,
+    /// Whose bits equal its own.
+    pub numerics_class: String,
+    /// Tokens of a block.
+    pub block_size: u32,
+    /// Blocks it has.
+    pub n_blocks_total: u32,
+    /// Sequences it batches at most.
+    pub max_num_seqs: u32,
+    /// Longest sequence it takes.
+    pub max_model_len: u32,
+    /// Bytes of KV of one token over all layers.
+    pub kv_bytes_per_token: u64,
+}
+
+/// What an instance says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceLoad {
+    /// Sequences in its batches.
+    pub n_running: u32,
+    /// Sequences waiting there.
+    pub n_waiting: u32,
+    /// Blocks neither held nor cached.
+    pub n_blocks_free: u32,
+    /// Blocks that can be evicted.
+    pub n_blocks_cached: u32,
+    /// Prompt tokens accepted and not computed yet.
+    pub n_prefill_tokens_pending: u64,
+    /// False when work is pending and no step has been made for too long.
+    pub healthy: bool,
+    /// Steps since the last report, at most a few.
+    pub step_samples: Vec<StepSample>,
+}
+
+/// What changes the view.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ViewEvent {
+    /// An instance joined, or a new incarnation of it.
+    Joined(InstanceInfo),
+    /// An incarnation left. Ignored when a newer one has joined since.
+    Left(InstanceId, Incarnation),
+    /// A load report. Ignored when of another incarnation.
+    Load(InstanceId, Incarnation, InstanceLoad),
+    /// Changes of an instance's prefix cache, in order. Ignored when of another incarnation.
+    Prefix(InstanceId, Incarnation, Vec<PrefixEvent>),
+    /// This front door placed a request.
+    Placed(RequestId, OpenPlacement),
+    /// The prompt of a placed request is computed.
+    PrefillDone(RequestId),
+    /// A placed request left its instances, whatever the reason.
+    Closed(RequestId),
+    /// An instance answered Busy: it is full until its next report.
+    Busy(InstanceId),
+}
+
+/// A placement of this front door that still holds something.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OpenPlacement {
+    /// Where it runs.
+    pub placement: Placement,
+    /// Blocks reserved at the decode instance at the start.
+    pub n_blocks: u32,
+    /// Prompt tokens to compute, as predicted.
+    pub n_prefill_tokens: u32,
+    /// Keys of its prompt's full blocks: cached on its instances soon.
+    pub prefix_keys: Vec<PrefixKey>,
+}
+
+/// One instance in the view.
+#[derive(Clone, Debug)]
+pub struct InstanceState {
+    /// What it is.
+    pub info: InstanceInfo,
+    /// Its last report.
+    pub load: InstanceLoad,
+    /// Expected times, fitted to its reported steps.
+    pub cost: CostModel,
+    fit: CostFit,
+    is_busy: bool,
+    cached: BTreeSet<PrefixKey>,
+    /// Keys of own open placements, with how many hold each.
+    expected: BTreeMap<PrefixKey, u32>,
+    n_own_sequences: u32,
+    n_own_blocks: u32,
+    n_own_prefill_tokens: u64,
+}
+
+impl InstanceState {
+    fn new(info: InstanceInfo) -> InstanceState {
+        let load = InstanceLoad {
+            n_blocks_free: info.n_blocks_total,
+            healthy: true,
+            ..InstanceLoad::default()
+        };
+        InstanceState {
+            info,
+            load,
+            cost: CostModel::default(),
+            fit: CostFit::default(),
+            is_busy: false,
+            cached: BTreeSet::new(),
+            expected: BTreeMap::new(),
+            n_own_sequences: 0,
+            n_own_blocks: 0,
+            n_own_prefill_tokens: 0,
+        }
+    }
+
+    /// Sequences there, reported or placed and not reported yet.
+    pub fn n_sequences(&self) -> u32 {
+        self.n_own_sequences.max(self.load.n_running + self.load.n_waiting)
+    }
+
+    /// Blocks that a new sequence could take.
+    pub fn n_blocks_available(&self) -> u32 {
+        let reported = self.load.n_blocks_free + self.load.n_blocks_cached;
+        reported.min(self.info.n_blocks_total.saturating_sub(self.n_own_blocks))
+    }
+
+    /// Prompt tokens waiting there.
+    pub fn n_prefill_tokens_pending(&self) -> u64 {
+        self.n_own_prefill_tokens.max(self.load.n_prefill_tokens_pending)
+    }
+
+    /// Expected time until a new prompt is begun.
+    pub fn prefill_backlog(&self) -> Nanos {
+        match self.n_prefill_tokens_pending() {
+            0 => Nanos::ZERO,
+            n_tokens => self.cost.prefill(n_tokens, 0),
+        }
+    }
+
+    /// Whether it answered Busy since its last report.
+    pub fn is_marked_busy(&self) -> bool {
+        self.is_busy
+    }
+
+    /// Whether it can take a sequence of `n_blocks` more now.
+    pub fn has_room(&self, n_blocks: u32) -> bool {
+        self.load.healthy
+            && !self.is_busy
+            && self.n_sequences() < self.info.max_num_seqs
+            && self.n_blocks_available() >= n_blocks
+    }
+}
+
+/// The cluster as this front door sees it.
+#[derive(Clone, Debug, Default)]
+pub struct ClusterView {
+    instances: BTreeMap<InstanceId, InstanceState>,
+    open: BTreeMap<RequestId, OpenPlacement>,
+}
+
+impl ClusterView {
+    /// An empty cluster.
+    pub fn new() -> ClusterView {
+        ClusterView::default()
+    }
+
+    /// The instances, by name.
+    pub fn instances(&self) -> &BTreeMap<InstanceId, InstanceState> {
+        &self.instances
+    }
+
+    /// This front door's open placements.
+    pub fn open_placements(&self) -> &BTreeMap<RequestId, OpenPlacement> {
+        &self.open
+    }
+
+    /// Prompt tokens at the start of `prefix_keys` that the instance holds or will soon hold, in whole blocks, always less
+    /// than `n_tokens` (the last token must be computed).
+    pub fn n_cached_tokens(&self, instance: &InstanceId, prefix_keys: &[PrefixKey], n_tokens: u32) -> u32 {
+        let Some(state) = self.instances.get(instance) else {
+            return 0;
+        };
+        let n_blocks = prefix_keys
+            .iter()
+            .take_while(|key| state.cached.contains(key) || state.expected.contains_key(key))
+            .count() as u32;
+        (n_blocks * state.info.block_size)
+            .min(n_tokens.saturating_sub(1) / state.info.block_size * state.info.block_size)
+    }
+
+    /// Replaces what an instance is expected to take, by a profile.
+    pub fn set_cost(&mut self, instance: &InstanceId, cost: CostModel) {
+        if let Some(state) = self.instances.get_mut(instance) {
+            state.cost = cost;
+        }
+    }
+
+    /// Takes one event.
+    pub fn apply(&mut self, event: ViewEvent) {
+        match event {
+            ViewEvent::Joined(info) => self.join(info),
+            ViewEvent::Left(id, incarnation) => {
+                if self.of_incarnation(&id, incarnation).is_some() {
+                    self.instances.remove(&id);
+                }
+            }
+            ViewEvent::Load(id, incarnation, load) => {
+                if let Some(state) = self.of_incarnation(&id, incarnation) {
+                    for sample in &load.step_samples {
+                        state.fit.add(sample);
+                    }
+                    if let Some(model) = state.fit.model(&state.cost) {
+                        state.cost = model;
+                    }
+                    state.is_busy = false;
+                    state.load = load;
+                }
+            }
+            ViewEvent::Prefix(id, incarnation, events) => {
+                if let Some(state) = self.of_incarnation(&id, incarnation) {
+                    for event in events {
+                        match event {
+                            PrefixEvent::Stored(key) => drop(state.cached.insert(key)),
+                            PrefixEvent::Removed(key) => drop(state.cached.remove(&key)),
+                            PrefixEvent::Cleared => state.cached.clear(),
+                        }
+                    }
+                }
+            }
+            ViewEvent::Placed(request, placement) => {
+                self.apply(ViewEvent::Closed(request));
+                self.count(&placement, 1);
+                self.open.insert(request, placement);
+            }
+            ViewEvent::PrefillDone(request) => {
+                if let Some(mut placement) = self.open.remove(&request) {
+                    self.count(&placement, -1);
+                    placement.n_prefill_tokens = 0;
+                    self.count(&placement, 1);
+                    self.open.insert(request, placement);
+                }
+            }
+            ViewEvent::Closed(request) => {
+                if let Some(placement) = self.open.remove(&request) {
+                    self.count(&placement, -1);
+                }
+            }
+            ViewEvent::Busy(id) => {
+                if let Some(state) = self.instances.get_mut(&id) {
+                    state.is_busy = true;
+                }
+            }
+        }
+    }
+
+    fn of_incarnation(&mut self, id: &InstanceId, incarnation: Incarnation) -> Option<&mut InstanceState> {
+        self.instances
+            .get_mut(id)
+            .filter(|state| state.info.incarnation == incarnation)
+    }
+
+    fn join(&mut self, info: InstanceInfo) {
+        let id = info.id.clone();
+        let mut state = InstanceState::new(info);
+        if let Some(previous) = self.instances.remove(&id) {
+            // The same machine and model: its speed is still the best guess.
+            state.cost = previous.cost;
+        }
+        self.instances.insert(id.clone(), state);
+        // Placements on an earlier incarnation are still open here; their ends will be counted down.
+        let open: Vec<OpenPlacement> = self.open.values().cloned().collect();
+        for placement in &open {
+            self.count_on(&id, placement, 1);
+        }
+    }
+
+    fn count(&mut self, placement: &OpenPlacement, sign: i64) {
+        let decode = placement.placement.decode.clone();
+        self.count_on(&decode, placement, sign);
+        if let Some(prefill) = placement.placement.prefill.clone().filter(|prefill| *prefill != decode) {
+            self.count_on(&prefill, placement, sign);
+        }
+    }
+
+    fn count_on(&mut self, id: &InstanceId, open: &OpenPlacement, sign: i64) {
+        let Some(state) = self.instances.get_mut(id) else {
+            return;
+        };
+        let computes = open.placement.prefill.as_ref().unwrap_or(&open.placement.decode) == id;
+        let decodes = open.placement.decode == *id;
+        if !computes && !decodes {
+            return;
+        }
+        if computes {
+            state.n_own_prefill_tokens =
+                (state.n_own_prefill_tokens as i64 + sign * i64::from(open.n_prefill_tokens)) as u64;
+        }
+        if decodes {
+            state.n_own_sequences = (i64::from(state.n_own_sequences) + sign) as u32;
+            state.n_own_blocks = (i64::from(state.n_own_blocks) + sign * i64::from(open.n_blocks)) as u32;
+        }
+        for &key in &open.prefix_keys {
+            let n = state.expected.entry(key).or_insert(0);
+            *n = (i64::from(*n) + sign) as u32;
+            if *n == 0 {
+                state.expected.remove(&key);
+            }
+        }
+    }
+}
