@@ -161,10 +161,8 @@ impl Arbiter {
         if !retry || self.n_attempts >= MAX_ATTEMPTS {
             return self.end(Stage::Streaming, ArbiterAction::Fail(failure));
         }
-        if let Some(instance) = blamed {
-            if !self.avoided.contains(&instance) {
-                self.avoided.push(instance);
-            }
+        if let Some(instance) = blamed.filter(|instance| !self.avoided.contains(instance)) {
+            self.avoided.push(instance);
         }
         self.stage = Stage::Placing;
         vec![ArbiterAction::Close, ArbiterAction::Place]

@@ -166,8 +166,9 @@ fn solve(mut matrix: [[f64; 4]; 4], mut rhs: [f64; 4]) -> Option<[f64; 4]> {
         rhs.swap(column, pivot);
         for row in column + 1..4 {
             let factor = matrix[row][column] / matrix[column][column];
-            for k in column..4 {
-                matrix[row][k] -= factor * matrix[column][k];
+            let pivot_row = matrix[column];
+            for (entry, pivot_entry) in matrix[row].iter_mut().zip(pivot_row).skip(column) {
+                *entry -= factor * pivot_entry;
             }
             rhs[row] -= factor * rhs[column];
         }

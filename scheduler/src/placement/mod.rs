@@ -118,8 +118,8 @@ fn candidates<'a>(request: &PlacementRequest<'_>, view: &'a ClusterView) -> Pool
 /// delay that a local prefill is charged with.
 const INTERFERENCE_WEIGHT: f64 = 0.25;
 
-/// What computing costs beyond the request's own waiting: somebody may queue behind it, so a prefix is rather waited for
-/// than computed twice.
+/// What computing and moving cost beyond the request's own waiting: somebody may queue behind it, so a prefix is rather waited for
+/// than computed or moved twice.
 const OCCUPANCY_WEIGHT: f64 = 0.5;
 
 /// Predicted cost in nanoseconds of a placement, both phases: time to the first token, plus the delay that computing the
@@ -144,7 +144,7 @@ fn predicted_cost(request: &PlacementRequest<'_>, placement: &Placement, view: &
             let transfer = decode.cost.transfer(n_bytes).0 as f64;
             // Layers travel while later ones are computed: only what compute cannot hide is waited for.
             let queue = prefill.prefill_backlog().0 as f64;
-            queue + compute.max(transfer) + compute * OCCUPANCY_WEIGHT + decode.cost.transfer_base_ns
+            queue + compute.max(transfer) + (compute + transfer) * OCCUPANCY_WEIGHT
         }
     }
 }

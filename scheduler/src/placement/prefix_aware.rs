@@ -51,8 +51,10 @@ impl Policy for PrefixAware {
                 if !self.is_allowed(&placement, !prefills.is_empty(), state.info.role) {
                     continue;
                 }
-                // A full instance decodes each token later; one step per share of fullness is a mild charge.
-                let fullness = fill(decode, view) * state.cost.step(0, u64::from(state.info.max_num_seqs), 0).0 as f64;
+                // Decoding beside others makes each token later; the square keeps nearly empty instances alike.
+                let fill = fill(decode, view);
+                let full_step = state.cost.step(0, u64::from(state.info.max_num_seqs), 0);
+                let fullness = fill * fill * full_step.0 as f64;
                 let cost = predicted_cost(&request, &placement, view) + fullness;
                 if best.as_ref().is_none_or(|(least, _)| cost < *least) {
                     best = Some((cost, placement));

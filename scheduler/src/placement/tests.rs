@@ -21,7 +21,7 @@ fn info(name: &str, role: Role) -> InstanceInfo {
         n_blocks_total: 100,
         max_num_seqs: 4,
         max_model_len: 1000,
-        kv_bytes_per_token: 1024,
+        kv_bytes_per_token: 65_536,
     }
 }
 
