@@ -2,6 +2,7 @@
 //! No policy, no I/O.
 
 pub mod convert;
+pub mod link;
 
 /// The public API, `baton.v1`.
 #[allow(missing_docs, unused_qualifications, clippy::all)]
