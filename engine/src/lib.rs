@@ -1,1 +1,7 @@
-//! placeholder
+//! One instance: model, tokenizer, KV cache, forward pass, sampler, step loop, worker service and transfers.
+//! Knows nothing of the cluster; what to compute next is decided in `baton_scheduler`.
+
+pub mod engine;
+pub mod forward;
+pub mod philox;
+pub mod sampler;

@@ -1,0 +1,369 @@
+//! Starting an engine, and the handle by which async code uses it. Nothing here waits for a step but `reserve`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use baton_kernels::KvLayout;
+use baton_scheduler::batch::{BatchConfig, BatchConfigError, BatchScheduler};
+use baton_scheduler::ids::Nanos;
+use baton_scheduler::prefix_cache::PrefixEvent;
+use baton_scheduler::request::{Failure, PortableState};
+use crossbeam::channel::{self, Sender};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::command::{Command, Granted, PrefixQuery, WakeOnDrop};
+use super::events::{Generation, silence};
+use super::handoff::{PrefillJob, Reservation, refused};
+use super::load::{LoadReport, OpenCount, OpenPermit};
+use super::step_loop;
+use super::watchdog::{Health, Heartbeat};
+use crate::forward::ForwardPass;
+
+/// Room in a sequence's channel beyond its tokens: start, prompt log-probabilities, terminal, and some preemptions.
+const N_EXTRA_EVENTS: usize = 8;
+
+/// How an engine is run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineConfig {
+    /// The scheduler's limits.
+    pub batch: BatchConfig,
+    /// Commands that may be waiting for the step loop.
+    pub max_commands: usize,
+    /// How often an idle step loop looks around.
+    pub tick: Duration,
+    /// How long pending work may see no progress before [`EngineHandle::health`] says stuck.
+    pub stuck_after: Duration,
+}
+
+impl EngineConfig {
+    /// The given limits; 1,024 commands, a tick of 100 ms, stuck after 30 s.
+    pub fn new(batch: BatchConfig) -> EngineConfig {
+        EngineConfig {
+            batch,
+            max_commands: 1024,
+            tick: Duration::from_millis(100),
+            stuck_after: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Why an engine did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// Limits that cannot work.
+    #[error(transparent)]
+    Config(#[from] BatchConfigError),
+    /// The scheduler and the KV cache do not describe the same memory.
+    #[error("{field} is {configured}, expected {actual} as in the KV cache")]
+    Mismatch {
+        /// Which limit.
+        field: &'static str,
+        /// Its value.
+        configured: usize,
+        /// The KV cache's.
+        actual: usize,
+    },
+    /// No thread.
+    #[error("starting the step thread: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// What the step loop and the handles share.
+pub(super) struct Shared {
+    pub(super) started_at: Instant,
+    pub(super) heartbeat: Heartbeat,
+    pub(super) load: Mutex<LoadReport>,
+    /// The step thread's last words, once it has ended.
+    pub(super) death: Mutex<Option<String>>,
+    pub(super) is_stopping: AtomicBool,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    stuck_after: Nanos,
+    batch: BatchConfig,
+    layout: KvLayout,
+    vocab_size: usize,
+    numerics_class: String,
+}
+
+impl Shared {
+    pub(super) fn now(&self) -> Nanos {
+        Nanos(u64::try_from(self.started_at.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
+/// A handle on a running engine. The engine ends when it is shut down or the last handle is dropped.
+#[derive(Clone)]
+pub struct EngineHandle {
+    commands: Sender<Command>,
+    shared: Arc<Shared>,
+    /// Sequences to compute here, and reservations, are bounded apart: neither crowds out the other.
+    in_line: Arc<OpenCount>,
+    reserved: Arc<OpenCount>,
+    stopped: watch::Receiver<()>,
+}
+
+/// Starts the step thread over `forward`.
+///
+/// # Errors
+/// Limits that cannot work, or that differ from the KV cache.
+pub fn start<F: ForwardPass>(mut forward: F, config: EngineConfig) -> Result<EngineHandle, EngineError> {
+    let layout = forward.layout();
+    let n_blocks = forward.kv_cache().n_blocks();
+    for (field, configured, actual) in [
+        ("block_size", config.batch.block_size, layout.block_size),
+        ("n_blocks", config.batch.n_blocks, n_blocks),
+    ] {
+        if configured != actual {
+            return Err(EngineError::Mismatch {
+                field,
+                configured,
+                actual,
+            });
+        }
+    }
+    let scheduler = BatchScheduler::new(config.batch.clone())?;
+    let stuck_after = Nanos(u64::try_from(config.stuck_after.as_nanos()).unwrap_or(u64::MAX));
+    let load = LoadReport {
+        batch: scheduler.load(),
+        ..LoadReport::default()
+    };
+    let in_line = OpenCount::new(config.batch.max_waiting + config.batch.max_num_seqs);
+    let reserved = OpenCount::new(config.batch.max_num_seqs + config.batch.max_deferred_reservations);
+    let shared = Arc::new(Shared {
+        started_at: Instant::now(),
+        heartbeat: Heartbeat::default(),
+        load: Mutex::new(load),
+        death: Mutex::new(None),
+        is_stopping: AtomicBool::new(false),
+        thread: Mutex::new(None),
+        stuck_after,
+        batch: config.batch,
+        layout,
+        vocab_size: forward.vocab_size(),
+        numerics_class: forward.numerics_class(),
+    });
+    let (commands, receiver) = channel::bounded(config.max_commands.max(1));
+    let (stopping, stopped) = watch::channel(());
+    let loop_shared = Arc::clone(&shared);
+    let thread = std::thread::Builder::new()
+        .name("baton-step".to_owned())
+        .spawn(move || {
+            let _stopping = stopping;
+            step_loop::run(forward, scheduler, receiver, loop_shared, config.tick);
+        })?;
+    *shared.thread.lock() = Some(thread);
+    Ok(EngineHandle {
+        commands,
+        shared,
+        in_line,
+        reserved,
+        stopped,
+    })
+}
+
+impl EngineHandle {
+    /// Computes and generates a sequence here.
+    ///
+    /// # Errors
+    /// `Invalid` when it can never run, `Busy` when too many are open, `Internal` when the engine has ended.
+    pub fn generate(&self, state: PortableState) -> Result<Generation, Failure> {
+        self.check(&state)?;
+        let permit = acquire(&self.in_line)?;
+        let (events, receiver) = mpsc::channel(event_capacity(&state, self.shared.batch.max_model_len));
+        self.send(Command::Generate {
+            state: Box::new(state),
+            events,
+            permit,
+        })?;
+        Ok(Generation {
+            events: receiver,
+            _wake: self.wake_on_drop(),
+            has_ended: false,
+        })
+    }
+
+    /// Computes a sequence's context and samples one token, for another instance to go on with. Blocks before
+    /// `first_block` are there already and are not made ready.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::generate`].
+    pub fn prefill(&self, state: PortableState, first_block: usize) -> Result<PrefillJob, Failure> {
+        self.check(&state)?;
+        let n_blocks = self.shared.batch.blocks_for(n_context(&state));
+        if first_block > n_blocks {
+            return Err(Failure::Invalid(format!(
+                "first_block is {first_block}, expected at most {n_blocks}"
+            )));
+        }
+        let permit = acquire(&self.in_line)?;
+        let (events, receiver) = mpsc::channel(self.shared.layout.n_layers * n_blocks + N_EXTRA_EVENTS);
+        self.send(Command::Prefill {
+            state: Box::new(state),
+            first_block,
+            events,
+            permit,
+        })?;
+        Ok(PrefillJob {
+            events: receiver,
+            _wake: self.wake_on_drop(),
+            has_ended: false,
+            n_blocks,
+        })
+    }
+
+    /// Reserves blocks for a sequence that another instance prefills. Answers after the current step, or after
+    /// `max_defer` when someone else is about to bring the same prefix.
+    ///
+    /// # Errors
+    /// `Invalid` when it can never run, `Busy` when there is no room now, `Internal` when the engine has ended.
+    pub async fn reserve(&self, state: PortableState) -> Result<Reservation, Failure> {
+        self.check(&state)?;
+        let permit = acquire(&self.reserved)?;
+        let (events, receiver) = mpsc::channel(event_capacity(&state, self.shared.batch.max_model_len));
+        let wake = self.wake_on_drop();
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Reserve {
+            state: Box::new(state),
+            events,
+            reply,
+            permit,
+        })?;
+        let Granted {
+            sequence,
+            grant,
+            writers,
+        } = answer.await.unwrap_or_else(|_| Err(silence()))?;
+        Ok(Reservation {
+            sequence,
+            n_blocks_total: grant.n_blocks_total,
+            n_blocks_held: grant.n_blocks_held,
+            grant: grant.blocks,
+            writers,
+            events: receiver,
+            wake,
+            commands: self.commands.clone(),
+        })
+    }
+
+    /// The latest report of load, at most a step or a tick old.
+    pub fn load(&self) -> LoadReport {
+        *self.shared.load.lock()
+    }
+
+    /// The prefix cache's changes since the last call, by whoever.
+    ///
+    /// # Errors
+    /// `Busy` when the command queue is full, `Internal` when the engine has ended.
+    pub async fn take_prefix_events(&self) -> Result<Vec<PrefixEvent>, Failure> {
+        self.prefix_events(PrefixQuery::Changes).await
+    }
+
+    /// The prefix cache's whole contents; changes before it are then not reported again.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::take_prefix_events`].
+    pub async fn prefix_snapshot(&self) -> Result<Vec<PrefixEvent>, Failure> {
+        self.prefix_events(PrefixQuery::Everything).await
+    }
+
+    /// Whether the step loop comes round.
+    pub fn health(&self) -> Health {
+        self.health_at(self.shared.now())
+    }
+
+    pub(super) fn health_at(&self, now: Nanos) -> Health {
+        if let Some(words) = self.shared.death.lock().clone() {
+            return Health::Dead(words);
+        }
+        self.shared
+            .heartbeat
+            .check(now, self.shared.stuck_after, !self.commands.is_empty())
+    }
+
+    /// How often the step loop has come round.
+    pub fn n_beats(&self) -> u64 {
+        self.shared.heartbeat.n_beats()
+    }
+
+    /// The scheduler's limits.
+    pub fn batch_config(&self) -> &BatchConfig {
+        &self.shared.batch
+    }
+
+    /// Shape of the KV cache.
+    pub fn layout(&self) -> KvLayout {
+        self.shared.layout
+    }
+
+    /// Entries of the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        self.shared.vocab_size
+    }
+
+    /// Instances with equal classes give equal bits.
+    pub fn numerics_class(&self) -> &str {
+        &self.shared.numerics_class
+    }
+
+    /// Ends the engine after the current step. Open sequences fail as `InstanceLost`. Waits for the thread's end.
+    pub async fn shutdown(&self) {
+        self.shared.is_stopping.store(true, Ordering::Release);
+        drop(self.wake_on_drop());
+        let mut stopped = self.stopped.clone();
+        while stopped.changed().await.is_ok() {}
+        let thread = self.shared.thread.lock().take();
+        if let Some(thread) = thread {
+            // It has dropped its last value; only its exit is left.
+            thread.join().expect("the step thread catches its panics");
+        }
+    }
+
+    async fn prefix_events(&self, query: PrefixQuery) -> Result<Vec<PrefixEvent>, Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::PrefixEvents { query, reply })?;
+        answer.await.map_err(|_| silence())
+    }
+
+    fn check(&self, state: &PortableState) -> Result<(), Failure> {
+        self.shared.batch.check(state)?;
+        let n_vocab = self.shared.vocab_size;
+        let outputs = state.choices[0].output.iter().map(|token| token.id);
+        let unknown = state
+            .request
+            .prompt_ids
+            .iter()
+            .copied()
+            .chain(outputs)
+            .find(|&id| id as usize >= n_vocab);
+        match unknown {
+            Some(id) => Err(Failure::Invalid(format!("token id {id}, expected less than {n_vocab}"))),
+            None => Ok(()),
+        }
+    }
+
+    fn send(&self, command: Command) -> Result<(), Failure> {
+        self.commands.try_send(command).map_err(|error| refused(&error))
+    }
+
+    fn wake_on_drop(&self) -> WakeOnDrop {
+        WakeOnDrop(self.commands.clone())
+    }
+}
+
+fn acquire(count: &Arc<OpenCount>) -> Result<OpenPermit, Failure> {
+    count
+        .acquire()
+        .ok_or_else(|| Failure::Busy(format!("{} sequences are open", count.max_open())))
+}
+
+fn n_context(state: &PortableState) -> usize {
+    state.request.prompt_ids.len() + state.choices[0].output.len()
+}
+
+/// Everything a sequence can say fits: its tokens and a few events besides. Channels grow as they are used.
+fn event_capacity(state: &PortableState, max_model_len: usize) -> usize {
+    let max_tokens = state.request.sampling.max_tokens as usize;
+    (max_tokens - state.choices[0].output.len()).min(max_model_len) + N_EXTRA_EVENTS
+}

@@ -1,0 +1,88 @@
+//! What an engine reports of itself: a snapshot of its load and its counters. Plain numbers; others export them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use baton_scheduler::batch::{BatchCounters, BatchLoad};
+use baton_scheduler::ids::Nanos;
+use serde::{Deserialize, Serialize};
+
+/// What the step loop has counted since its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineCounters {
+    /// Steps computed.
+    pub n_steps: u64,
+    /// Rows computed in them.
+    pub n_step_tokens: u64,
+    /// Time spent in forward passes.
+    pub forward_ns: u64,
+    /// Time spent between them while there was work: scheduling, sampling, events.
+    pub overhead_ns: u64,
+    /// Sequences that finished well, first tokens handed over included.
+    pub n_finished: u64,
+    /// Sequences that failed or were refused.
+    pub n_failed: u64,
+    /// Sequences whose handle was dropped before their end.
+    pub n_cancelled: u64,
+    /// Sequences that joined from another instance.
+    pub n_joined: u64,
+    /// (layer, block) pairs made ready for a transfer.
+    pub n_layer_blocks_ready: u64,
+}
+
+/// An engine at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LoadReport {
+    /// When it was made, since the engine's start.
+    pub at: Nanos,
+    /// Sequences and blocks by where they are.
+    pub batch: BatchLoad,
+    /// What the scheduler has counted.
+    pub scheduler: BatchCounters,
+    /// What the step loop has counted.
+    pub engine: EngineCounters,
+}
+
+impl LoadReport {
+    /// Share of the blocks that somebody holds, 0 to 1.
+    pub fn kv_usage(&self) -> f64 {
+        let ledger = self.batch.ledger;
+        let n_used = ledger.held + ledger.reserved + ledger.quarantined;
+        n_used as f64 / ledger.total.max(1) as f64
+    }
+}
+
+/// Sequences open on an engine, bounded. A permit counts as one until dropped.
+pub(super) struct OpenCount {
+    n_open: AtomicUsize,
+    max_open: usize,
+}
+
+pub(super) struct OpenPermit(Arc<OpenCount>);
+
+impl OpenCount {
+    pub(super) fn new(max_open: usize) -> Arc<OpenCount> {
+        Arc::new(OpenCount {
+            n_open: AtomicUsize::new(0),
+            max_open,
+        })
+    }
+
+    pub(super) fn acquire(self: &Arc<Self>) -> Option<OpenPermit> {
+        let more = |n_open| (n_open < self.max_open).then_some(n_open + 1);
+        self.n_open
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .ok()?;
+        Some(OpenPermit(Arc::clone(self)))
+    }
+
+    pub(super) fn max_open(&self) -> usize {
+        self.max_open
+    }
+}
+
+impl Drop for OpenPermit {
+    fn drop(&mut self) {
+        self.0.n_open.fetch_sub(1, Ordering::AcqRel);
+    }
+}
