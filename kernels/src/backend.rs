@@ -1,10 +1,10 @@
 //! The operators every device provides, over one step's ragged batch and a paged KV cache.
 //! No requests, no scheduling: a batch is tokens, positions and block tables.
 
+use crate::error::KernelError;
 use crate::kv::KvCache;
 use crate::layout::DType;
 use crate::packed::PackedWeights;
-use crate::KernelError;
 
 /// One sequence's share of a step: `n_tokens` new tokens starting at position `start_pos`.
 ///

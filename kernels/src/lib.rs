@@ -1,1 +1,24 @@
-//! placeholder
+//! Device memory and fused operators over a paged KV cache, and the home of all unsafe code.
+//! Knows buffers and operators: no requests, no models, no scheduling, no I/O but the packed weight file.
+
+#![allow(unsafe_code)]
+#![deny(missing_docs)]
+
+mod aligned;
+pub mod backend;
+pub mod cpu;
+mod error;
+pub mod kv;
+pub mod layout;
+pub mod machine;
+mod mapped_file;
+pub mod packed;
+pub mod reference;
+
+pub use backend::{AttentionParams, Backend, RaggedBatch, RaggedSequence, RopeParams};
+pub use cpu::{Cpu, CpuOptions, Isa};
+pub use error::KernelError;
+pub use kv::{KvCache, KvRead, KvWrite};
+pub use layout::{DType, KvLayout};
+pub use mapped_file::MappedFile;
+pub use packed::{PackedWeights, SourceTensor, WeightKind, WeightSource, WeightSpec};

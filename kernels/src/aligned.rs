@@ -1,0 +1,84 @@
+//! Zeroed, 64-byte aligned buffers for activations and scratch. Not growable in place: contents are lost on growth.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+use bytemuck::Pod;
+
+const ALIGN: usize = 64;
+
+/// An owned `[T]` on a cache line boundary; pages are touched when first used.
+pub(crate) struct AlignedBuf<T: Pod> {
+    ptr: NonNull<T>,
+    len: usize,
+}
+
+// SAFETY: the buffer owns its memory as Vec<T> would, and T is plain data.
+unsafe impl<T: Pod> Send for AlignedBuf<T> {}
+// SAFETY: as above; shared access only reads.
+unsafe impl<T: Pod> Sync for AlignedBuf<T> {}
+
+impl<T: Pod> AlignedBuf<T> {
+    /// `len` zeroed elements.
+    pub(crate) fn zeroed(len: usize) -> AlignedBuf<T> {
+        if len == 0 {
+            return AlignedBuf {
+                ptr: NonNull::dangling(),
+                len: 0,
+            };
+        }
+        let layout = Self::layout(len);
+        // SAFETY: the layout's size is not zero, as len is not and T is not zero-sized.
+        let raw = unsafe { alloc_zeroed(layout) };
+        let Some(ptr) = NonNull::new(raw.cast::<T>()) else {
+            handle_alloc_error(layout)
+        };
+        AlignedBuf { ptr, len }
+    }
+
+    /// Makes room for `len` elements, losing the contents when it has to grow; returns exactly `len` of them.
+    pub(crate) fn at_least(&mut self, len: usize) -> &mut [T] {
+        if self.len < len {
+            *self = AlignedBuf::zeroed(len.next_power_of_two());
+        }
+        &mut self[..len]
+    }
+
+    fn layout(len: usize) -> Layout {
+        const { assert!(size_of::<T>() > 0 && align_of::<T>() <= ALIGN) };
+        let bytes = len.checked_mul(size_of::<T>()).expect("buffer size fits in usize");
+        Layout::from_size_align(bytes, ALIGN).expect("buffer size fits in isize")
+    }
+}
+
+impl<T: Pod> Drop for AlignedBuf<T> {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: allocated in `zeroed` with this very layout.
+            unsafe { dealloc(self.ptr.as_ptr().cast(), Self::layout(self.len)) }
+        }
+    }
+}
+
+impl<T: Pod> Default for AlignedBuf<T> {
+    fn default() -> AlignedBuf<T> {
+        AlignedBuf::zeroed(0)
+    }
+}
+
+impl<T: Pod> Deref for AlignedBuf<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: `len` initialised (zeroed or written) elements live at `ptr`, which is aligned even when len is 0.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Pod> DerefMut for AlignedBuf<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, and the borrow is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
