@@ -36,7 +36,7 @@ impl BatchScheduler {
         is_pinned: IsPinned<'_>,
     ) -> Result<ReserveOutcome, Failure> {
         self.config.check(state)?;
-        if self.n_places_taken() + self.deferred_reservations.len() >= self.config.max_num_seqs {
+        if self.n_places_taken() >= self.config.max_num_seqs {
             return Err(Failure::Busy(format!(
                 "{} sequences run or are reserved",
                 self.n_places_taken()
@@ -149,9 +149,9 @@ impl BatchScheduler {
             .push((id, Failure::Busy("no room to run became free in time".to_owned())));
     }
 
-    /// Sequences that run or will without further asking.
+    /// Sequences that run or may begin to at any time.
     fn n_places_taken(&self) -> usize {
-        self.running.len() + self.reserved.len()
+        self.running.len() + self.reserved.len() + self.deferred_reservations.len()
     }
 
     /// The line is first the preempted sequences, then those that have not begun, the oldest of each first.
