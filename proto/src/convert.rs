@@ -1,8 +1,12 @@
 //! Wire types to domain types and back, with every field of a message from outside checked. No other file does this.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use baton_scheduler::ids::{Epoch, Fingerprint, RequestId, Role};
+use baton_scheduler::cost::StepSample;
+use baton_scheduler::ids::{Epoch, Fingerprint, Incarnation, InstanceId, Nanos, RequestId, Role};
+use baton_scheduler::placement::{InstanceInfo, InstanceLoad};
+use baton_scheduler::prefix_cache::{PrefixEvent, PrefixKey};
 use baton_scheduler::request::{
     ChoiceState, Failure, Finish, PortableState, Request, SamplingParams, Token, TokenLogprobs,
 };
@@ -283,6 +287,97 @@ fn choice_from_wire(wire: cluster::Choice) -> Result<ChoiceState, WireError> {
     })
 }
 
+/// Changes of a prefix cache, of which only the last `Cleared` and what follows it counts: removals of a key stored in the
+/// same message cancel out, so order within a message is not needed.
+pub fn prefix_events_to_wire(events: &[PrefixEvent]) -> cluster::PrefixEvents {
+    let mut cleared = false;
+    let mut present: BTreeMap<PrefixKey, bool> = BTreeMap::new();
+    for event in events {
+        match *event {
+            PrefixEvent::Stored(key) => drop(present.insert(key, true)),
+            PrefixEvent::Removed(key) => drop(present.insert(key, false)),
+            PrefixEvent::Cleared => {
+                cleared = true;
+                present.clear();
+            }
+        }
+    }
+    let keys = |wanted: bool| {
+        let of_kind = present.iter().filter(move |&(_, stored)| *stored == wanted);
+        of_kind.map(|(key, _)| key.0.to_be_bytes().to_vec()).collect()
+    };
+    cluster::PrefixEvents {
+        cleared,
+        stored: keys(true),
+        removed: keys(false),
+    }
+}
+
+/// The events of a message, to be applied in order.
+pub fn prefix_events_from_wire(wire: &cluster::PrefixEvents) -> Result<Vec<PrefixEvent>, WireError> {
+    let key = |bytes: &Vec<u8>| {
+        let bytes: [u8; 16] = bytes
+            .as_slice()
+            .try_into()
+            .map_err(|_| bad("prefix.key", format!("{} bytes", bytes.len()), "16 bytes"))?;
+        Ok(PrefixKey(u128::from_be_bytes(bytes)))
+    };
+    let mut events = Vec::with_capacity(1 + wire.stored.len() + wire.removed.len());
+    events.extend(wire.cleared.then_some(PrefixEvent::Cleared));
+    for bytes in &wire.removed {
+        events.push(PrefixEvent::Removed(key(bytes)?));
+    }
+    for bytes in &wire.stored {
+        events.push(PrefixEvent::Stored(key(bytes)?));
+    }
+    Ok(events)
+}
+
+/// What a worker says of itself when it joins.
+pub fn instance_info_from_wire(wire: &cluster::WorkerJoin) -> Result<InstanceInfo, WireError> {
+    if wire.instance_id.is_empty() {
+        return Err(WireError::Missing("join.instance_id"));
+    }
+    if wire.block_size == 0 {
+        return Err(bad("join.block_size", 0, "at least 1"));
+    }
+    Ok(InstanceInfo {
+        id: InstanceId::new(&wire.instance_id),
+        incarnation: Incarnation(wire.incarnation),
+        role: role_from_wire(&wire.role)?,
+        fingerprint: fingerprint_from_wire(&wire.fingerprint)?,
+        numerics_class: wire.numerics_class.clone(),
+        block_size: wire.block_size,
+        n_blocks_total: wire.n_blocks_total,
+        max_num_seqs: wire.max_num_seqs,
+        max_model_len: wire.max_model_len,
+        kv_bytes_per_token: wire.kv_bytes_per_token,
+    })
+}
+
+impl From<&cluster::WorkerLoad> for InstanceLoad {
+    fn from(wire: &cluster::WorkerLoad) -> Self {
+        InstanceLoad {
+            n_running: wire.n_running,
+            n_waiting: wire.n_waiting,
+            n_blocks_free: wire.n_blocks_free,
+            n_blocks_cached: wire.n_blocks_cached,
+            n_prefill_tokens_pending: wire.n_prefill_tokens_pending,
+            healthy: wire.healthy,
+            step_samples: wire
+                .step_times
+                .iter()
+                .map(|step| StepSample {
+                    n_prefill_tokens: step.n_prefill_tokens,
+                    n_decode_tokens: step.n_decode_tokens,
+                    n_context_tokens: step.n_context_tokens,
+                    duration: Nanos(step.duration_ns),
+                })
+                .collect(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -334,6 +429,33 @@ mod tests {
             let bytes = prost::Message::encode_to_vec(&cluster::PortableState::from(&state));
             let wire = <cluster::PortableState as prost::Message>::decode(bytes.as_slice()).unwrap();
             prop_assert_eq!(PortableState::try_from(wire).unwrap(), state);
+        }
+    }
+
+    proptest! {
+        /// A mirror fed by messages holds what a mirror fed by events holds.
+        #[test]
+        fn prefix_events_survive_the_wire(events in prop::collection::vec((0u8..9, 0u128..6), 0..40), cut in 0usize..40) {
+            let events: Vec<PrefixEvent> = events.into_iter().map(|(kind, key)| match kind {
+                0..=4 => PrefixEvent::Stored(PrefixKey(key)),
+                5..=7 => PrefixEvent::Removed(PrefixKey(key)),
+                _ => PrefixEvent::Cleared,
+            }).collect();
+            let mirror = |events: &[PrefixEvent]| {
+                let mut keys = std::collections::BTreeSet::new();
+                for event in events {
+                    match *event {
+                        PrefixEvent::Stored(key) => drop(keys.insert(key)),
+                        PrefixEvent::Removed(key) => drop(keys.remove(&key)),
+                        PrefixEvent::Cleared => keys.clear(),
+                    }
+                }
+                keys
+            };
+            let (first, second) = events.split_at(cut.min(events.len()));
+            let mut carried = prefix_events_from_wire(&prefix_events_to_wire(first)).unwrap();
+            carried.extend(prefix_events_from_wire(&prefix_events_to_wire(second)).unwrap());
+            prop_assert_eq!(mirror(&carried), mirror(&events));
         }
     }
 

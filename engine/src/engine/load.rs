@@ -14,6 +14,8 @@ pub struct EngineCounters {
     pub n_steps: u64,
     /// Rows computed in them.
     pub n_step_tokens: u64,
+    /// Tokens attended to by them, summed over rows.
+    pub n_context_tokens: u64,
     /// Time spent in forward passes.
     pub forward_ns: u64,
     /// Time spent between them while there was work: scheduling, sampling, events.

@@ -367,6 +367,13 @@ impl<F: ForwardPass> StepLoop<F> {
             .iter()
             .map(|sequence| sequence.tokens.len() as u64)
             .sum::<u64>();
+        self.counters.n_context_tokens += sequences
+            .iter()
+            .map(|sequence| {
+                let n_new = sequence.tokens.len() as u64;
+                n_new * sequence.start_pos as u64 + n_new * (n_new + 1) / 2
+            })
+            .sum::<u64>();
         let n_rows: usize = sequences.iter().map(n_logit_rows).sum();
         assert_eq!(
             logits.len(),
