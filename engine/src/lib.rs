@@ -3,5 +3,7 @@
 
 pub mod engine;
 pub mod forward;
+pub mod model;
 pub mod philox;
 pub mod sampler;
+pub mod text;

@@ -1,0 +1,343 @@
+//! Logits of one position -> the next token and its log-probabilities.
+//! Stateless between tokens: randomness is a function of (seed, choice, token index), so another instance continues alike.
+//! No penalties, no grammar, no batching.
+
+use baton_scheduler::ids::TokenId;
+use baton_scheduler::request::{SamplingParams, Token, TokenLogprobs};
+
+use crate::philox::uniform_f64;
+
+/// Why no token can be chosen.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SampleError {
+    /// A logit is NaN or +infinity: the model's output is broken, and no token is made of it.
+    #[error("logit of token {id} is {value}, expected a finite number")]
+    NotFinite {
+        /// The token id of the first such logit.
+        id: TokenId,
+        /// The logit.
+        value: f32,
+    },
+    /// Every logit is -infinity, or there are none.
+    #[error("no token has a finite logit (vocabulary of {n_tokens})")]
+    NoCandidate {
+        /// Logits given.
+        n_tokens: usize,
+    },
+    /// An id past the vocabulary was asked for.
+    #[error("token id {id} is past the vocabulary of {n_tokens}")]
+    UnknownToken {
+        /// The id.
+        id: TokenId,
+        /// Logits given.
+        n_tokens: usize,
+    },
+}
+
+/// Chooses tokens. Holds only scratch memory; equal inputs give equal tokens on every instance of a numerics class.
+#[derive(Debug, Default)]
+pub struct Sampler {
+    candidates: Vec<Candidate>,
+    weights: Vec<f32>,
+}
+
+/// Order of a distribution: larger logit first, then smaller id.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Candidate {
+    logit: f32,
+    id: TokenId,
+}
+
+impl Candidate {
+    fn order(&self, other: &Candidate) -> std::cmp::Ordering {
+        other.logit.total_cmp(&self.logit).then(self.id.cmp(&other.id))
+    }
+}
+
+/// A candidate set this small holds the top-p nucleus of nearly every real distribution.
+const FIRST_NUCLEUS: usize = 256;
+
+impl Sampler {
+    /// A sampler with no scratch yet; it grows to the vocabulary's size on first use.
+    pub fn new() -> Sampler {
+        Sampler::default()
+    }
+
+    /// Chooses token number `index` of choice `choice` from `logits`, `[vocab_size]`.
+    ///
+    /// Temperature 0 takes the largest logit (the smaller id on a tie). Otherwise, as vLLM does: logits are divided by the
+    /// temperature, the `top_k` largest kept, and of those, renormalised, the smallest set that reaches `top_p`.
+    /// Log-probabilities are of the raw distribution.
+    pub fn sample(
+        &mut self,
+        logits: &[f32],
+        params: &SamplingParams,
+        choice: u32,
+        index: u32,
+    ) -> Result<Token, SampleError> {
+        let best = largest(logits)?;
+        let id = if params.temperature > 0.0 {
+            let uniform = uniform_f64(params.seed, [index, choice, 0, 0]);
+            self.draw(logits, best.logit, params, uniform)
+        } else {
+            best.id
+        };
+        let logprobs = match params.logprobs {
+            Some(n_top) => Some(self.logprobs_with_max(logits, best.logit, id, usize::from(n_top))?),
+            None => None,
+        };
+        Ok(Token { index, id, logprobs })
+    }
+
+    /// Log-probability and rank of `id` under `logits`, `[vocab_size]`, and the `n_top` most likely tokens.
+    ///
+    /// For prompts: the row of position `i` with the id at `i + 1`.
+    pub fn logprobs(&mut self, logits: &[f32], id: TokenId, n_top: usize) -> Result<TokenLogprobs, SampleError> {
+        let best = largest(logits)?;
+        self.logprobs_with_max(logits, best.logit, id, n_top)
+    }
+
+    fn logprobs_with_max(
+        &mut self,
+        logits: &[f32],
+        max: f32,
+        id: TokenId,
+        n_top: usize,
+    ) -> Result<TokenLogprobs, SampleError> {
+        let n_tokens = logits.len();
+        let &logit = logits
+            .get(id as usize)
+            .ok_or(SampleError::UnknownToken { id, n_tokens })?;
+        let log_sum = f64::from(max) + sum_of_exps(logits, max, 1.0).ln();
+        let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
+        let n_larger = logits.iter().filter(|&&other| other > logit).count();
+        let n_ties_before = logits[..id as usize].iter().filter(|&&other| other == logit).count();
+        self.select_top(logits, n_top);
+        let top = self
+            .candidates
+            .iter()
+            .map(|candidate| (candidate.id, logprob(candidate.logit)))
+            .collect();
+        Ok(TokenLogprobs {
+            logprob: logprob(logit),
+            rank: (n_larger + n_ties_before + 1) as u32,
+            top,
+        })
+    }
+
+    /// Inverse transform of `uniform` in [0, 1) over the kept tokens.
+    fn draw(&mut self, logits: &[f32], max: f32, params: &SamplingParams, uniform: f64) -> TokenId {
+        let n_tokens = logits.len();
+        let top_k = match params.top_k as usize {
+            0 => n_tokens,
+            top_k => top_k.min(n_tokens),
+        };
+        let inverse_temperature = 1.0 / params.temperature;
+        if top_k == n_tokens && params.top_p >= 1.0 {
+            return self.draw_from_all(logits, max, inverse_temperature, uniform);
+        }
+        // The mass that top_p is a share of: of the k largest, or of everything.
+        let (mut n_selected, total) = if top_k < n_tokens {
+            self.select_top(logits, top_k);
+            (top_k, self.weigh_candidates(max, inverse_temperature))
+        } else {
+            let total = sum_of_exps(logits, max, inverse_temperature);
+            let n_selected = FIRST_NUCLEUS.min(n_tokens);
+            self.select_top(logits, n_selected);
+            self.weigh_candidates(max, inverse_temperature);
+            (n_selected, total)
+        };
+        let target = f64::from(params.top_p) * total;
+        let (n_kept, mass) = loop {
+            let (n_kept, mass) = nucleus(&self.weights, target);
+            if n_kept < n_selected || n_selected == top_k {
+                break (n_kept, mass);
+            }
+            n_selected = (n_selected * 8).min(top_k);
+            self.select_top(logits, n_selected);
+            self.weigh_candidates(max, inverse_temperature);
+        };
+        let chosen = position_at(&self.weights[..n_kept], uniform * mass);
+        self.candidates[chosen].id
+    }
+
+    fn draw_from_all(&mut self, logits: &[f32], max: f32, inverse_temperature: f32, uniform: f64) -> TokenId {
+        self.weights.clear();
+        self.weights
+            .extend(logits.iter().map(|&logit| exp((logit - max) * inverse_temperature)));
+        let total = sum(&self.weights);
+        position_at(&self.weights, uniform * total) as TokenId
+    }
+
+    /// Fills `weights` from `candidates` and returns their sum.
+    fn weigh_candidates(&mut self, max: f32, inverse_temperature: f32) -> f64 {
+        self.weights.clear();
+        self.weights.extend(
+            self.candidates
+                .iter()
+                .map(|c| exp((c.logit - max) * inverse_temperature)),
+        );
+        self.weights.iter().map(|&weight| f64::from(weight)).sum()
+    }
+
+    /// Leaves the `n_top` first tokens of the distribution in `candidates`, in order.
+    ///
+    /// One pass with a threshold: candidates gather in a buffer twice as large as needed, and are cut to the best
+    /// `n_top` whenever it is full, so that nearly every token costs one comparison.
+    fn select_top(&mut self, logits: &[f32], n_top: usize) {
+        let n_top = n_top.min(logits.len());
+        let candidates = &mut self.candidates;
+        candidates.clear();
+        if n_top == 0 {
+            return;
+        }
+        let capacity = (2 * n_top).max(64);
+        let mut threshold = f32::NEG_INFINITY;
+        for (id, &logit) in logits.iter().enumerate() {
+            // A tie with the threshold comes later, thus has a larger id than all that are kept at it.
+            if logit > threshold || candidates.len() < n_top {
+                candidates.push(Candidate {
+                    logit,
+                    id: id as TokenId,
+                });
+                if candidates.len() == capacity {
+                    candidates.select_nth_unstable_by(n_top - 1, Candidate::order);
+                    candidates.truncate(n_top);
+                    threshold = candidates[n_top - 1].logit;
+                }
+            }
+        }
+        candidates.sort_unstable_by(Candidate::order);
+        candidates.truncate(n_top);
+    }
+}
+
+/// The first token of the distribution; refuses NaN, +infinity and an empty distribution.
+fn largest(logits: &[f32]) -> Result<Candidate, SampleError> {
+    const LANES: usize = 16;
+    // Lane-wise, so that it vectorises. `x - x` is 0 for finite x, NaN for NaN and the infinities.
+    let mut max = [f32::NEG_INFINITY; LANES];
+    let mut suspect = [false; LANES];
+    let (chunks, tail) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            let logit = chunk[lane];
+            max[lane] = if logit > max[lane] { logit } else { max[lane] };
+            suspect[lane] |= logit.is_nan() | (logit == f32::INFINITY);
+        }
+    }
+    for (lane, &logit) in tail.iter().enumerate() {
+        max[lane] = if logit > max[lane] { logit } else { max[lane] };
+        suspect[lane] |= logit.is_nan() | (logit == f32::INFINITY);
+    }
+    if suspect.contains(&true) {
+        let id = logits
+            .iter()
+            .position(|logit| logit.is_nan() || *logit == f32::INFINITY)
+            .unwrap_or(0);
+        return Err(SampleError::NotFinite {
+            id: id as TokenId,
+            value: logits[id],
+        });
+    }
+    let logit = max.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    if logit == f32::NEG_INFINITY {
+        return Err(SampleError::NoCandidate { n_tokens: logits.len() });
+    }
+    let id = logits.iter().position(|&other| other == logit).unwrap_or(0);
+    Ok(Candidate {
+        logit,
+        id: id as TokenId,
+    })
+}
+
+/// How many leading weights reach `target`, at least one, and their sum.
+fn nucleus(weights: &[f32], target: f64) -> (usize, f64) {
+    let mut mass = 0.0;
+    for (n_before, &weight) in weights.iter().enumerate() {
+        if mass >= target && n_before > 0 {
+            return (n_before, mass);
+        }
+        mass += f64::from(weight);
+    }
+    (weights.len(), mass)
+}
+
+/// The first position whose running sum exceeds `mark`; the last positive one if rounding leaves none.
+fn position_at(weights: &[f32], mark: f64) -> usize {
+    // Chunk sums first: most of a vocabulary is skipped without a dependent addition per token.
+    let mut before = 0.0;
+    for (chunk_idx, chunk) in weights.chunks(CHUNK).enumerate() {
+        let mass = chunk_sum(chunk);
+        if before + mass > mark {
+            for (offset, &weight) in chunk.iter().enumerate() {
+                before += f64::from(weight);
+                if before > mark {
+                    return chunk_idx * CHUNK + offset;
+                }
+            }
+            // The chunk's sum was rounded up past the mark: its last token with any weight.
+            if let Some(offset) = chunk.iter().rposition(|&weight| weight > 0.0) {
+                return chunk_idx * CHUNK + offset;
+            }
+        } else {
+            before += mass;
+        }
+    }
+    weights.iter().rposition(|&weight| weight > 0.0).unwrap_or(0)
+}
+
+const CHUNK: usize = 256;
+
+fn chunk_sum(chunk: &[f32]) -> f64 {
+    const LANES: usize = 8;
+    let mut lanes = [0.0f64; LANES];
+    let (whole, tail) = chunk.as_chunks::<LANES>();
+    for values in whole {
+        for lane in 0..LANES {
+            lanes[lane] += f64::from(values[lane]);
+        }
+    }
+    for (lane, &value) in tail.iter().enumerate() {
+        lanes[lane] += f64::from(value);
+    }
+    lanes.iter().sum()
+}
+
+fn sum(values: &[f32]) -> f64 {
+    values.chunks(CHUNK).map(chunk_sum).sum()
+}
+
+/// Sum of `exp((logit - max) * inverse_temperature)`.
+fn sum_of_exps(logits: &[f32], max: f32, inverse_temperature: f32) -> f64 {
+    let mut weights = [0.0f32; CHUNK];
+    let mut total = 0.0;
+    for chunk in logits.chunks(CHUNK) {
+        for (weight, &logit) in weights.iter_mut().zip(chunk) {
+            *weight = exp((logit - max) * inverse_temperature);
+        }
+        total += chunk_sum(&weights[..chunk.len()]);
+    }
+    total
+}
+
+/// e^x for x <= 0 within 2 units in the last place, 0 below -87; the same bits on every machine, and free of calls so that it vectorises.
+///
+/// x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts after Cody and Waite), then a Taylor polynomial of degree 7 in r.
+#[inline]
+fn exp(x: f32) -> f32 {
+    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x > -87.0 { x } else { -87.0 };
+    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
+    let mut polynomial = 1.0 / 5040.0;
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        polynomial = polynomial * r + coefficient;
+    }
+    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    if x > -87.0 { polynomial * scale } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,217 @@
+//! The sampler against a naive model that sorts everything in f64.
+
+use baton_scheduler::request::SamplingParams;
+use proptest::prelude::*;
+
+use super::*;
+
+fn params(temperature: f32, top_k: u32, top_p: f32, seed: u64) -> SamplingParams {
+    SamplingParams {
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        ..SamplingParams::default()
+    }
+}
+
+/// Kept ids with their probabilities, in the distribution's order.
+fn naive(logits: &[f32], params: &SamplingParams) -> Vec<(u32, f64)> {
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    if params.top_k > 0 {
+        order.truncate(params.top_k as usize);
+    }
+    let max = f64::from(logits[order[0]]);
+    let weight = |id: usize| ((f64::from(logits[id]) - max) / f64::from(params.temperature)).exp();
+    let total: f64 = order.iter().map(|&id| weight(id)).sum();
+    let mut kept = Vec::new();
+    let mut mass = 0.0;
+    for id in order {
+        if mass >= f64::from(params.top_p) && !kept.is_empty() {
+            break;
+        }
+        mass += weight(id) / total;
+        kept.push((id as u32, weight(id)));
+    }
+    let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+    kept.into_iter().map(|(id, weight)| (id, weight / total)).collect()
+}
+
+fn logits_of(n_tokens: usize, seed: u64, spread: f32) -> Vec<f32> {
+    (0..n_tokens)
+        .map(|id| (uniform_f64(seed, [id as u32, 0, 0, 9]) as f32 - 0.5) * spread)
+        .collect()
+}
+
+#[test]
+fn greedy_takes_the_smaller_id_on_a_tie() {
+    let mut sampler = Sampler::new();
+    let logits = [0.5, 3.0, -1.0, 3.0, 3.0];
+    let token = sampler.sample(&logits, &params(0.0, 0, 1.0, 1), 0, 5).unwrap();
+    assert_eq!((token.id, token.index), (1, 5));
+    let logprobs = sampler.logprobs(&logits, 3, 2).unwrap();
+    assert_eq!(logprobs.rank, 2);
+    assert_eq!(logprobs.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 3]);
+}
+
+#[test]
+fn broken_logits_are_errors() {
+    let mut sampler = Sampler::new();
+    let greedy = params(0.0, 0, 1.0, 0);
+    for n_tokens in [1, 15, 16, 17, 40] {
+        let mut logits = vec![0.25; n_tokens];
+        logits[n_tokens - 1] = f32::NAN;
+        let error = sampler.sample(&logits, &greedy, 0, 0).unwrap_err();
+        assert!(
+            matches!(error, SampleError::NotFinite { id, .. } if id as usize == n_tokens - 1),
+            "{error}"
+        );
+        logits[n_tokens - 1] = f32::INFINITY;
+        assert!(sampler.sample(&logits, &greedy, 0, 0).is_err());
+        logits[n_tokens - 1] = 1.0;
+        assert_eq!(
+            sampler.sample(&logits, &greedy, 0, 0).unwrap().id as usize,
+            n_tokens - 1
+        );
+    }
+    assert_eq!(
+        sampler.sample(&[], &greedy, 0, 0),
+        Err(SampleError::NoCandidate { n_tokens: 0 })
+    );
+    assert!(sampler.sample(&[f32::NEG_INFINITY; 3], &greedy, 0, 0).is_err());
+    assert!(matches!(
+        sampler.logprobs(&[0.0; 3], 3, 0),
+        Err(SampleError::UnknownToken { id: 3, n_tokens: 3 })
+    ));
+}
+
+#[test]
+fn masked_tokens_are_never_drawn() {
+    let mut sampler = Sampler::new();
+    let mut logits = vec![f32::NEG_INFINITY; 1000];
+    logits[77] = -3.0;
+    logits[901] = -3.5;
+    for (top_k, top_p) in [(0, 1.0), (50, 1.0), (0, 0.9999), (700, 0.99)] {
+        for index in 0..200 {
+            let id = sampler
+                .sample(&logits, &params(1.0, top_k, top_p, 3), 0, index)
+                .unwrap()
+                .id;
+            assert!(id == 77 || id == 901, "{id}");
+        }
+    }
+}
+
+#[test]
+fn exp_is_accurate() {
+    for step in 0..870_000 {
+        let x = step as f32 * -1e-4;
+        let (got, want) = (f64::from(exp(x)), f64::from(x).exp());
+        assert!(
+            (got - want).abs() <= want * 2.5e-7 + 1e-38,
+            "exp({x}) = {got}, expected {want}"
+        );
+    }
+    assert_eq!(exp(0.0), 1.0);
+    assert_eq!(exp(-100.0), 0.0);
+    assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+}
+
+/// Chi-squared over many indices: the drawn frequencies are those of the naive distribution.
+#[test]
+fn frequencies_follow_the_distribution() {
+    let mut sampler = Sampler::new();
+    let logits = logits_of(37, 11, 6.0);
+    for (temperature, top_k, top_p) in [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.3, 5, 1.0), (1.5, 20, 0.8)] {
+        let params = params(temperature, top_k, top_p, 42);
+        let expected = naive(&logits, &params);
+        let n_draws = 40_000;
+        let mut counts = vec![0u32; logits.len()];
+        for index in 0..n_draws {
+            counts[sampler.sample(&logits, &params, 0, index).unwrap().id as usize] += 1;
+        }
+        let mut statistic = 0.0;
+        for &(id, probability) in &expected {
+            let mean = probability * f64::from(n_draws);
+            statistic += (f64::from(counts[id as usize]) - mean).powi(2) / mean;
+            counts[id as usize] = 0;
+        }
+        assert_eq!(
+            counts.iter().sum::<u32>(),
+            0,
+            "drew a token outside the kept set: {params:?}"
+        );
+        // Mean of chi-squared is its degrees of freedom, its standard deviation sqrt(2 of them): five of those.
+        let degrees = (expected.len() - 1) as f64;
+        assert!(
+            statistic < degrees + 5.0 * (2.0 * degrees).sqrt() + 1.0,
+            "{statistic} with {degrees} degrees"
+        );
+    }
+}
+
+#[test]
+fn randomness_depends_on_seed_choice_and_index_only() {
+    let mut first = Sampler::new();
+    let mut second = Sampler::new();
+    let logits = logits_of(5000, 3, 4.0);
+    // Another sampler that has done other work in between gives the same token.
+    let early: Vec<u32> = (0..50)
+        .map(|i| first.sample(&logits, &params(1.0, 0, 0.95, 8), 0, i).unwrap().id)
+        .collect();
+    second.sample(&logits[..7], &params(0.3, 3, 0.5, 99), 1, 0).unwrap();
+    let late: Vec<u32> = (0..50)
+        .rev()
+        .map(|i| second.sample(&logits, &params(1.0, 0, 0.95, 8), 0, i).unwrap().id)
+        .collect();
+    assert!(early.iter().eq(late.iter().rev()));
+    let other_choice: Vec<u32> = (0..50)
+        .map(|i| first.sample(&logits, &params(1.0, 0, 0.95, 8), 1, i).unwrap().id)
+        .collect();
+    let other_seed: Vec<u32> = (0..50)
+        .map(|i| first.sample(&logits, &params(1.0, 0, 0.95, 9), 0, i).unwrap().id)
+        .collect();
+    assert_ne!(early, other_choice);
+    assert_ne!(early, other_seed);
+}
+
+proptest! {
+    /// Ranks, top lists and log-probabilities equal a full sort's, with many ties.
+    #[test]
+    fn logprobs_match_a_full_sort(
+        values in prop::collection::vec(-8i8..8, 1..600),
+        pick in any::<prop::sample::Index>(),
+        n_top in 0usize..25,
+    ) {
+        let logits: Vec<f32> = values.iter().map(|&value| f32::from(value) * 0.75).collect();
+        let id = pick.index(logits.len()) as u32;
+        let got = Sampler::new().logprobs(&logits, id, n_top).unwrap();
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+        let log_sum = logits.iter().map(|&logit| f64::from(logit).exp()).sum::<f64>().ln();
+        prop_assert_eq!(got.rank as usize, order.iter().position(|&other| other == id).unwrap() + 1);
+        prop_assert!((f64::from(got.logprob) - (f64::from(logits[id as usize]) - log_sum)).abs() < 1e-5);
+        prop_assert_eq!(got.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), order[..n_top.min(order.len())].to_vec());
+        for (id, logprob) in got.top {
+            prop_assert!((f64::from(logprob) - (f64::from(logits[id as usize]) - log_sum)).abs() < 1e-5);
+        }
+    }
+
+    /// A drawn token is in the naive kept set, whatever the cut; and the cut can be past the first nucleus.
+    #[test]
+    fn draws_stay_in_the_kept_set(
+        n_tokens in 1usize..3000, seed in any::<u64>(), spread in 0.0f32..20.0,
+        temperature in 0.05f32..3.0, top_k in 0u32..400, top_p in 0.01f32..1.0,
+    ) {
+        let logits = logits_of(n_tokens, seed, spread);
+        let params = params(temperature, top_k, top_p, seed);
+        let kept = naive(&logits, &params);
+        let id = Sampler::new().sample(&logits, &params, 0, 0).unwrap().id;
+        // One more than the naive set is tolerated: its sum and ours may cross top_p a token apart.
+        let mut looser = params.clone();
+        looser.top_p = (params.top_p + 1e-5).min(1.0);
+        let tolerated = naive(&logits, &looser);
+        prop_assert!(kept.iter().chain(&tolerated).any(|(other, _)| *other == id), "{} not in {:?}", id, kept);
+    }
+}

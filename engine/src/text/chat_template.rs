@@ -1,0 +1,292 @@
+//! Jinja chat templates as transformers renders them: messages -> one prompt text. No tokenization.
+
+use std::time::SystemTime;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Rest, Serde, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+use serde_json::Map;
+
+use super::python_format::{JsonStyle, json_dumps, python_str};
+use super::strftime::strftime;
+
+/// Why a template could not be compiled or rendered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChatTemplateError {
+    /// The template itself is broken.
+    #[error("chat template does not parse: {0}")]
+    Syntax(String),
+    /// The template refused the messages by `raise_exception`; the message is the template's own.
+    #[error("{0}")]
+    Raised(String),
+    /// Rendering failed: the messages do not have the shape the template expects.
+    #[error("chat template failed: {0}")]
+    Render(String),
+}
+
+/// The templates of one model.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    has_tool_use: bool,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+}
+
+const DEFAULT: &str = "default";
+const TOOL_USE: &str = "tool_use";
+
+impl ChatTemplate {
+    /// Compiles `(name, source)` templates. `default` renders; `tool_use`, if there, renders chats with tools.
+    pub fn new(
+        templates: &[(String, String)],
+        bos_token: Option<&str>,
+        eos_token: Option<&str>,
+    ) -> Result<ChatTemplate, ChatTemplateError> {
+        let mut environment = environment().map_err(|error| ChatTemplateError::Syntax(one_line(&error)))?;
+        for (name, source) in templates {
+            environment
+                .add_template_owned(name.clone(), without_generation_tags(source))
+                .map_err(|error| ChatTemplateError::Syntax(one_line(&error)))?;
+        }
+        let has = |name: &str| templates.iter().any(|(other, _)| other == name);
+        if !has(DEFAULT) {
+            return Err(ChatTemplateError::Syntax("no template is named `default`".to_owned()));
+        }
+        Ok(ChatTemplate {
+            environment,
+            has_tool_use: has(TOOL_USE),
+            bos_token: bos_token.map(str::to_owned),
+            eos_token: eos_token.map(str::to_owned),
+        })
+    }
+
+    /// The prompt of `messages` (a list of objects), ready to be encoded without adding special tokens.
+    ///
+    /// `tools` is what the request offers, if anything; `extra` are further variables of the template.
+    pub fn render(
+        &self,
+        messages: &serde_json::Value,
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+        extra: &Map<String, serde_json::Value>,
+    ) -> Result<String, ChatTemplateError> {
+        let name = if tools.is_some() && self.has_tool_use {
+            TOOL_USE
+        } else {
+            DEFAULT
+        };
+        let template = self
+            .environment
+            .get_template(name)
+            .map_err(|error| ChatTemplateError::Syntax(one_line(&error)))?;
+        let standard = context! {
+            messages => Value::from(Serde(messages)),
+            tools => tools.map(|tools| Value::from(Serde(tools))),
+            add_generation_prompt,
+            bos_token => self.bos_token.as_deref().unwrap_or_default(),
+            eos_token => self.eos_token.as_deref().unwrap_or_default(),
+        };
+        let context = context! { ..Value::from(Serde(extra)), ..standard };
+        template.render(context).map_err(|error| render_error(&error))
+    }
+}
+
+fn environment() -> Result<Environment<'static>, Error> {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+    let mut environment = Environment::new();
+    environment.set_syntax(syntax);
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(|out, _state, value| {
+        let written = match value.as_str() {
+            Some(string) => out.write_str(string),
+            None if value.is_undefined() => Ok(()),
+            None => out.write_str(&to_python_str(value)?),
+        };
+        written.map_err(|_| Error::new(ErrorKind::WriteFailure, "cannot write the prompt"))
+    });
+    environment.add_filter("tojson", tojson);
+    environment.add_filter("string", |value: Value| to_python_str(&value));
+    environment.add_filter("trim", trim);
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
+    });
+    environment.add_function("strftime_now", |format: String| {
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        strftime(&format, now.as_secs() as i64)
+    });
+    Ok(environment)
+}
+
+/// What `raise_exception` said, kept apart from errors of the engine.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Raised(String);
+
+fn render_error(error: &Error) -> ChatTemplateError {
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if let Some(Raised(message)) = inner.downcast_ref() {
+            return ChatTemplateError::Raised(message.clone());
+        }
+        source = inner.source();
+    }
+    ChatTemplateError::Render(one_line(error))
+}
+
+fn one_line(error: &Error) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn to_json_value(value: &Value) -> Result<serde_json::Value, Error> {
+    serde_json::to_value(value)
+        .map_err(|error| Error::new(ErrorKind::InvalidOperation, "not a value of JSON").with_source(error))
+}
+
+fn to_python_str(value: &Value) -> Result<String, Error> {
+    match value.as_str() {
+        Some(string) => Ok(string.to_owned()),
+        None if value.is_undefined() => Ok(String::new()),
+        None if matches!(value.kind(), ValueKind::Plain | ValueKind::Invalid) => Ok(value.to_string()),
+        None => Ok(python_str(&to_json_value(value)?)),
+    }
+}
+
+/// `trim`, of anything: Jinja's takes the string form first.
+fn trim(value: Value, chars: Option<String>) -> Result<String, Error> {
+    let text = to_python_str(&value)?;
+    Ok(match chars {
+        Some(chars) => text.trim_matches(|char| chars.contains(char)).to_owned(),
+        None => text.trim().to_owned(),
+    })
+}
+
+/// transformers' `tojson`: `json.dumps` with `ensure_ascii=False` and nothing escaped for HTML.
+fn tojson(value: Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+    if value.is_undefined() {
+        return Err(Error::new(ErrorKind::UndefinedError, "tojson of an undefined value"));
+    }
+    let indent = match kwargs.get::<Option<Value>>("indent")? {
+        Some(indent) => Some(indent),
+        None => positional.first().cloned(),
+    };
+    let indent = indent
+        .filter(|indent| !indent.is_none())
+        .map(usize::try_from)
+        .transpose()?;
+    let mut style = JsonStyle::new(indent);
+    style.ensure_ascii = kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
+    style.sort_keys = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
+    if let Some(separators) = kwargs.get::<Option<Vec<String>>>("separators")? {
+        let [item, key] = <[String; 2]>::try_from(separators)
+            .map_err(|_| Error::new(ErrorKind::InvalidOperation, "separators: expected two strings"))?;
+        (style.item_separator, style.key_separator) = (item, key);
+    }
+    kwargs.assert_all_used()?;
+    Ok(json_dumps(&to_json_value(&value)?, &style))
+}
+
+/// Without `{% generation %}` and `{% endgeneration %}`, which mark trainable text and render as nothing.
+///
+/// The trimming that their dashes ask for is kept by leaving an empty comment in their place.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let Some(length) = rest[start..].find("%}") else { break };
+        let tag = &rest[start + 2..start + length];
+        out.push_str(&rest[..start]);
+        match tag.trim_matches(['-', '+']).trim() {
+            "generation" | "endgeneration" => {
+                out.push_str(if tag.starts_with('-') { "{#-" } else { "{#" });
+                out.push_str(if tag.ends_with('-') { "-#}" } else { "#}" });
+            }
+            _ => out.push_str(&rest[start..start + length + 2]),
+        }
+        rest = &rest[start + length + 2..];
+    }
+    out.push_str(rest);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn render(source: &str, messages: serde_json::Value) -> Result<String, ChatTemplateError> {
+        let templates = [("default".to_owned(), source.to_owned())];
+        ChatTemplate::new(&templates, Some("<s>"), None)?.render(&messages, None, true, &Map::new())
+    }
+
+    #[test]
+    fn values_print_as_python_prints_them() {
+        let source = "{{ bos_token }}{{ eos_token }}|{{ true }}|{{ none }}|{{ 1.0 }}|{{ missing }}|{{ messages[0] }}|{{ tools }}";
+        let messages = json!([{"role": "user", "n": [1, null]}]);
+        assert_eq!(
+            render(source, messages).unwrap(),
+            "<s>|True|None|1.0||{'role': 'user', 'n': [1, None]}|None"
+        );
+    }
+
+    #[test]
+    fn tojson_arguments() {
+        let source =
+            "{{ messages|tojson }} {{ messages|tojson(indent=2) }} {{ messages|tojson(separators=(',', ':')) }}";
+        let got = render(source, json!([{"b": "<é>", "a": 1}])).unwrap();
+        assert_eq!(
+            got,
+            "[{\"b\": \"<é>\", \"a\": 1}] [\n  {\n    \"b\": \"<é>\",\n    \"a\": 1\n  }\n] [{\"b\":\"<é>\",\"a\":1}]"
+        );
+    }
+
+    #[test]
+    fn the_templates_own_refusal_is_told_apart() {
+        let raised = render(
+            "{% if true %}{{ raise_exception('no system role') }}{% endif %}",
+            json!([]),
+        );
+        assert_eq!(raised, Err(ChatTemplateError::Raised("no system role".to_owned())));
+        assert!(matches!(
+            render("{{ messages.x.y }}", json!([])),
+            Err(ChatTemplateError::Render(_))
+        ));
+        assert!(matches!(
+            render("{% if %}", json!([])),
+            Err(ChatTemplateError::Syntax(_))
+        ));
+        assert!(matches!(
+            render("{{ 'a' + messages }}", json!([])),
+            Err(ChatTemplateError::Render(_))
+        ));
+    }
+
+    #[test]
+    fn blocks_loops_and_generation_marks() {
+        let source = "{%- for m in messages %}\n    {%- if loop.index0 == 1 %}{% break %}{% endif %}\n{% generation %}\n{{ m.c.strip().upper() }}{%- endgeneration %}\n{%- endfor %}\n";
+        assert_eq!(render(source, json!([{"c": " a "}, {"c": "b"}])).unwrap(), "A");
+        assert_eq!(render("{{ strftime_now('%Y')|length }}", json!([])).unwrap(), "4");
+    }
+
+    #[test]
+    fn tools_choose_their_template() {
+        let templates = [
+            ("default".to_owned(), "plain {{ x }}".to_owned()),
+            ("tool_use".to_owned(), "{{ tools|tojson }}".to_owned()),
+        ];
+        let template = ChatTemplate::new(&templates, None, None).unwrap();
+        let mut extra = Map::new();
+        extra.insert("x".to_owned(), json!(false));
+        assert_eq!(template.render(&json!([]), None, false, &extra).unwrap(), "plain False");
+        assert_eq!(
+            template
+                .render(&json!([]), Some(&json!([{"a": 1}])), false, &extra)
+                .unwrap(),
+            r#"[{"a": 1}]"#
+        );
+        assert!(ChatTemplate::new(&templates[1..], None, None).is_err());
+    }
+}

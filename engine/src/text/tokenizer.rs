@@ -1,0 +1,134 @@
+//! tokenizer.json: text to ids and back. Knows nothing of chats, and never truncates or pads.
+
+use std::sync::Arc;
+
+use baton_scheduler::ids::TokenId;
+
+use super::detokenize::DetokenizeStream;
+
+/// A tokenizer; clones share it.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    tokenizer: tokenizers::Tokenizer,
+    /// Of each id, whether it is a special token of the vocabulary.
+    kinds: Vec<IdKind>,
+}
+
+/// What an id is to a decoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum IdKind {
+    Unknown,
+    Text,
+    Special,
+}
+
+/// The tokenizer library's complaint.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct TokenizerError(String);
+
+impl From<tokenizers::Error> for TokenizerError {
+    fn from(error: tokenizers::Error) -> TokenizerError {
+        TokenizerError(error.to_string())
+    }
+}
+
+impl Tokenizer {
+    /// Reads the bytes of tokenizer.json.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Tokenizer, TokenizerError> {
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)?;
+        // A saved tokenizer may ask for the truncation or padding of its training.
+        tokenizer.with_truncation(None)?;
+        tokenizer.with_padding(None);
+        let added = tokenizer.get_added_tokens_decoder();
+        let n_added = added.keys().map(|&id| id as usize + 1).max().unwrap_or(0);
+        // Ids may be sparse: those at and past the vocabulary's size can still be known, so look at the largest one.
+        let largest = tokenizer
+            .get_vocab(true)
+            .values()
+            .map(|&id| id as usize + 1)
+            .max()
+            .unwrap_or(0);
+        const MAX_IDS: usize = 1 << 26;
+        if largest.max(n_added) > MAX_IDS {
+            return Err(TokenizerError(format!(
+                "expected ids below {MAX_IDS}, found {}",
+                largest.max(n_added) - 1
+            )));
+        }
+        let mut kinds = vec![IdKind::Unknown; largest.max(n_added)];
+        for id in tokenizer.get_vocab(true).into_values() {
+            kinds[id as usize] = IdKind::Text;
+        }
+        for (id, token) in added {
+            kinds[id as usize] = if token.special { IdKind::Special } else { IdKind::Text };
+        }
+        Ok(Tokenizer {
+            inner: Arc::new(Inner { tokenizer, kinds }),
+        })
+    }
+
+    /// Ids of `text` with what the tokenizer itself adds (a beginning-of-text id, say).
+    pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
+        Ok(self.inner.tokenizer.encode_fast(text, true)?.get_ids().to_vec())
+    }
+
+    /// Ids of `text` alone: for rendered chats and continuations. Special tokens written in the text are recognised.
+    pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
+        Ok(self.inner.tokenizer.encode_fast(text, false)?.get_ids().to_vec())
+    }
+
+    /// Text of `ids`, special tokens included. Ids past the vocabulary are nothing.
+    pub fn decode_with_special_tokens(&self, ids: &[TokenId]) -> Result<String, TokenizerError> {
+        Ok(self.inner.tokenizer.decode(ids, false)?)
+    }
+
+    /// Text of `ids` without special tokens. Ids past the vocabulary are nothing.
+    pub fn decode(&self, ids: &[TokenId]) -> Result<String, TokenizerError> {
+        Ok(self.inner.tokenizer.decode(ids, true)?)
+    }
+
+    /// A decoder of ids that come one by one; it skips special tokens.
+    pub fn stream(&self) -> DetokenizeStream {
+        DetokenizeStream::new(self.clone(), true)
+    }
+
+    /// A decoder of ids that come one by one; special tokens appear in its text.
+    pub fn stream_with_special_tokens(&self) -> DetokenizeStream {
+        DetokenizeStream::new(self.clone(), false)
+    }
+
+    /// The id of a token by its exact text.
+    pub fn token_to_id(&self, token: &str) -> Option<TokenId> {
+        self.inner.tokenizer.token_to_id(token)
+    }
+
+    /// The token of an id as the vocabulary writes it (`▁the`, `Ġthe`), for log-probability reports of raw tokens.
+    pub fn id_to_token(&self, id: TokenId) -> Option<String> {
+        self.inner.tokenizer.id_to_token(id)
+    }
+
+    /// One past the largest id.
+    pub fn n_ids(&self) -> usize {
+        self.inner.kinds.len()
+    }
+
+    /// Whether the vocabulary has a token of this id.
+    pub fn knows(&self, id: TokenId) -> bool {
+        self.kind(id) != IdKind::Unknown
+    }
+
+    /// Whether the id is a special token, which ordinary decoding skips.
+    pub fn is_special(&self, id: TokenId) -> bool {
+        self.kind(id) == IdKind::Special
+    }
+
+    fn kind(&self, id: TokenId) -> IdKind {
+        self.inner.kinds.get(id as usize).copied().unwrap_or(IdKind::Unknown)
+    }
+}

@@ -1,0 +1,70 @@
+//! goldens.json of a model in tests/data, as far as the tests use it.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+#[derive(Deserialize)]
+pub struct Golden {
+    pub prompts: Vec<Prompt>,
+    pub tolerances: Tolerances,
+}
+
+#[derive(Deserialize)]
+pub struct Prompt {
+    pub name: String,
+    pub input_ids: Vec<u32>,
+    pub last_logits: LastLogits,
+    pub positions: Positions,
+    pub greedy: Greedy,
+    pub forced: Forced,
+}
+
+#[derive(Deserialize)]
+pub struct LastLogits {
+    pub top_ids: Vec<u32>,
+    pub top_logits: Vec<f32>,
+    pub mean: f32,
+}
+
+#[derive(Deserialize)]
+pub struct Positions {
+    pub top1_ids: Vec<u32>,
+    pub top1_logprobs: Vec<f32>,
+    pub next_token_logprobs: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+pub struct Greedy {
+    pub ids: Vec<u32>,
+    pub gaps: Vec<f32>,
+    pub logprobs: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+pub struct Forced {
+    pub ids: Vec<u32>,
+    pub logprobs: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+pub struct Tolerances {
+    pub f32_max_abs_logit: f32,
+    pub f32_min_gap_for_equal_token: f32,
+    pub bf16_min_gap_for_equal_token: f32,
+    pub bf16_max_abs_logit: f32,
+    pub bf16_min_top1_agreement: f32,
+}
+
+impl Golden {
+    pub fn load(model: &str) -> Golden {
+        let path = models_folder().join(model).join("goldens.json");
+        let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        serde_json::from_slice(&bytes).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+}
+
+/// The models of tests/data.
+pub fn models_folder() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data/models")
+}
