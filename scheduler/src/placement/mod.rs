@@ -40,15 +40,19 @@ pub struct PlacementRequest<'a> {
 
 /// When a prompt is computed on another instance than its decode instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
-#[serde(rename_all = "lowercase")]
 pub enum Disaggregation {
     /// When that is predicted to be quicker, what it does to running decodes included.
     #[default]
     Auto,
+    /// When at least this many of its tokens are not cached at the decode instance: 0 is always.
+    Threshold(u32),
+}
+
+impl Disaggregation {
     /// Whenever there is a prefill instance.
-    Always,
-    /// Only when the decode instance cannot.
-    Never,
+    pub const ALWAYS: Disaggregation = Disaggregation::Threshold(0);
+    /// Only when there is nothing else.
+    pub const NEVER: Disaggregation = Disaggregation::Threshold(u32::MAX);
 }
 
 /// Chooses instances. Answers `None` when every suitable instance is full: the request waits at the front door.
@@ -157,8 +161,7 @@ fn prefers_local(
     view: &ClusterView,
 ) -> bool {
     match disaggregation {
-        Disaggregation::Always => false,
-        Disaggregation::Never => true,
+        Disaggregation::Threshold(n_tokens) => n_uncached(request, &placement.decode, view) < n_tokens,
         Disaggregation::Auto => {
             let local = Placement {
                 decode: placement.decode.clone(),
@@ -167,6 +170,11 @@ fn prefers_local(
             predicted_cost(request, &local, view) <= predicted_cost(request, placement, view)
         }
     }
+}
+
+/// Tokens that somebody must compute before `decode` can go on.
+fn n_uncached(request: &PlacementRequest<'_>, decode: &InstanceId, view: &ClusterView) -> u32 {
+    request.n_tokens - view.n_cached_tokens(decode, request.prefix_keys, request.n_tokens)
 }
 
 #[cfg(test)]

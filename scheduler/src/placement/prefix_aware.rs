@@ -3,7 +3,9 @@
 
 use crate::ids::{Nanos, Role};
 use crate::placement::least_loaded::fill;
-use crate::placement::{ClusterView, Disaggregation, Placement, PlacementRequest, Policy, candidates, predicted_cost};
+use crate::placement::{
+    ClusterView, Disaggregation, Placement, PlacementRequest, Policy, candidates, n_uncached, predicted_cost,
+};
 
 /// Predicted time to the first token, with prefix hits; the default.
 #[derive(Debug)]
@@ -15,15 +17,6 @@ impl PrefixAware {
     /// The policy.
     pub fn new(disaggregation: Disaggregation) -> PrefixAware {
         PrefixAware { disaggregation }
-    }
-
-    fn is_allowed(&self, placement: &Placement, has_prefill: bool, role: Role) -> bool {
-        let local = placement.prefill.is_none();
-        match self.disaggregation {
-            Disaggregation::Auto => true,
-            Disaggregation::Always => role == Role::Mixed || !local || !has_prefill,
-            Disaggregation::Never => local,
-        }
     }
 }
 
@@ -37,20 +30,21 @@ impl Policy for PrefixAware {
         let mut best: Option<(f64, Placement)> = None;
         for &decode in &pools.decode {
             let state = &view.instances()[decode];
-            let prefills = if state.info.role == Role::Mixed {
-                Vec::new()
-            } else {
-                pools.prefill_for(decode, view)
-            };
-            let pairs = prefills.iter().map(|&prefill| Some(prefill.clone())).chain([None]);
-            for prefill in pairs {
+            let mut prefills = Vec::new();
+            if state.info.role != Role::Mixed {
+                prefills = pools.prefill_for(decode, view);
+            }
+            let mut allows_local = true;
+            if let (Disaggregation::Threshold(n_tokens), false) = (self.disaggregation, prefills.is_empty()) {
+                allows_local = n_uncached(&request, decode, view) < n_tokens;
+                prefills.retain(|_| !allows_local);
+            }
+            let pairs = prefills.iter().map(|&prefill| Some(prefill.clone()));
+            for prefill in pairs.chain(allows_local.then_some(None)) {
                 let placement = Placement {
                     decode: decode.clone(),
                     prefill,
                 };
-                if !self.is_allowed(&placement, !prefills.is_empty(), state.info.role) {
-                    continue;
-                }
                 // Decoding beside others makes each token later; the square keeps nearly empty instances alike.
                 let fill = fill(decode, view);
                 let full_step = state.cost.step(0, u64::from(state.info.max_num_seqs), 0);

@@ -81,7 +81,7 @@ const POOLS: [(&str, Role); 4] = [
 #[test]
 fn round_robin_takes_turns_in_both_pools() {
     let view = cluster(&POOLS);
-    let mut policy = RoundRobin::new(Disaggregation::Always);
+    let mut policy = RoundRobin::new(Disaggregation::ALWAYS);
     let chosen: Vec<(String, String)> = (0..4)
         .map(|_| place(&mut policy, &view, 40, &[]).unwrap())
         .map(|placement| (placement.decode.to_string(), placement.prefill.unwrap().to_string()))
@@ -96,7 +96,7 @@ fn round_robin_takes_turns_in_both_pools() {
 #[test]
 fn least_loaded_counts_own_placements_before_any_report() {
     let mut view = cluster(&POOLS);
-    let mut policy = LeastLoaded::new(Disaggregation::Always);
+    let mut policy = LeastLoaded::new(Disaggregation::ALWAYS);
     view.apply(ViewEvent::Placed(RequestId(9), open("d0", Some("p0"), 64)));
     let placement = place(&mut policy, &view, 40, &[]).unwrap();
     assert_eq!((&*placement.decode.0, &*placement.prefill.unwrap().0), ("d1", "p1"));
@@ -107,7 +107,7 @@ fn least_loaded_counts_own_placements_before_any_report() {
 #[test]
 fn every_policy_waits_when_all_are_full_and_avoids_when_it_can() {
     for name in POLICIES {
-        let mut policy = policy(name, Disaggregation::Always).unwrap();
+        let mut policy = policy(name, Disaggregation::ALWAYS).unwrap();
         let mut view = cluster(&[("p0", Role::Prefill), ("d0", Role::Decode), ("d1", Role::Decode)]);
         let avoided = [InstanceId::new("d0"), InstanceId::new("p0")];
         let placement = place(policy.as_mut(), &view, 40, &avoided).unwrap();
@@ -145,7 +145,7 @@ fn every_policy_waits_when_all_are_full_and_avoids_when_it_can() {
 #[test]
 fn without_a_prefill_pool_decode_instances_do_both() {
     for name in POLICIES {
-        let mut policy = policy(name, Disaggregation::Always).unwrap();
+        let mut policy = policy(name, Disaggregation::ALWAYS).unwrap();
         let placement = place(policy.as_mut(), &cluster(&[("d0", Role::Decode)]), 400, &[]).unwrap();
         assert_eq!(placement.prefill, None, "{name}");
         assert!(
@@ -163,7 +163,7 @@ fn a_prefill_instance_of_another_fingerprint_is_not_paired() {
         ..info("p0", Role::Prefill)
     }));
     for name in POLICIES {
-        let mut policy = policy(name, Disaggregation::Always).unwrap();
+        let mut policy = policy(name, Disaggregation::ALWAYS).unwrap();
         assert_eq!(place(policy.as_mut(), &view, 400, &[]).unwrap().prefill, None, "{name}");
     }
 }
@@ -175,7 +175,7 @@ fn prefix_aware_follows_the_prefix_and_forgets_a_dead_incarnation() {
     let mut view = cluster(&POOLS);
     view.apply(ViewEvent::Prefix(InstanceId::new("p1"), Incarnation(1), stored.clone()));
     view.apply(ViewEvent::Prefix(InstanceId::new("d1"), Incarnation(9), stored));
-    let mut policy = PrefixAware::new(Disaggregation::Always);
+    let mut policy = PrefixAware::new(Disaggregation::ALWAYS);
     let placement = place(&mut policy, &view, 400, &[]).unwrap();
     assert_eq!(placement.prefill, Some(InstanceId::new("p1")));
     assert_eq!(
@@ -201,7 +201,7 @@ fn prefix_aware_follows_the_prefix_and_forgets_a_dead_incarnation() {
 #[test]
 fn simultaneous_requests_with_one_new_prefix_go_to_the_same_pair() {
     let mut view = cluster(&POOLS);
-    let mut policy = PrefixAware::new(Disaggregation::Always);
+    let mut policy = PrefixAware::new(Disaggregation::ALWAYS);
     let first = place(&mut policy, &view, 400, &[]).unwrap();
     let (_, keys) = request(1, 400);
     view.apply(ViewEvent::Placed(
@@ -235,6 +235,27 @@ fn a_short_prompt_stays_and_a_long_one_beside_decodes_goes() {
         assert_eq!(place(policy.as_mut(), &view, 3, &[]).unwrap().prefill, None, "{name}");
         let long = place(policy.as_mut(), &view, 600, &[]).unwrap();
         assert_eq!(long.prefill, Some(InstanceId::new("p0")), "{name}");
+    }
+}
+
+#[test]
+fn a_threshold_decides_by_uncached_tokens() {
+    let (_, keys) = request(1, 400);
+    for name in POLICIES {
+        let mut view = cluster(&[("p0", Role::Prefill), ("d0", Role::Decode)]);
+        let mut policy = policy(name, Disaggregation::Threshold(100)).unwrap();
+        assert_eq!(place(policy.as_mut(), &view, 99, &[]).unwrap().prefill, None, "{name}");
+        assert!(
+            place(policy.as_mut(), &view, 400, &[]).unwrap().prefill.is_some(),
+            "{name}"
+        );
+        let stored = keys.iter().take(20).copied().map(PrefixEvent::Stored).collect();
+        view.apply(ViewEvent::Prefix(InstanceId::new("d0"), Incarnation(1), stored));
+        assert_eq!(
+            place(policy.as_mut(), &view, 400, &[]).unwrap().prefill,
+            None,
+            "{name}: 80 are not cached"
+        );
     }
 }
 
