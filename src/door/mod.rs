@@ -89,6 +89,9 @@ pub enum Rejection {
     /// It can never run: longer than the model allows, say.
     #[error("{0}")]
     Invalid(String),
+    /// Nothing can serve it now: no instances, or the server is stopping.
+    #[error("{0}")]
+    Unavailable(String),
 }
 
 /// One instance as the front door sees it.

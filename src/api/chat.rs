@@ -1,0 +1,361 @@
+//! `POST /v1/chat/completions`: one conversation, one answer, whole or as a stream.
+
+use std::ops::ControlFlow;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
+use axum::response::{IntoResponse as _, Response};
+use baton_scheduler::ids::TokenId;
+use baton_scheduler::request::TokenLogprobs;
+use http::HeaderMap;
+use serde::Serialize;
+
+use super::call::{Call, understand, with_label};
+use super::chat_prompt::ChatPrompt;
+use super::encode::{SpecialTokens, encode};
+use super::error::ApiError;
+use super::fan_in::{Item, Outputs};
+use super::fields::Fields;
+use super::logprobs::{ChatLogprobs, PromptLogprobsBody, TokenWriter, prompt_logprobs};
+use super::metrics::Endpoint;
+use super::neutral::refuse_unsupported;
+use super::options::{MAX_LOGPROBS, StreamOptions, check_prompt_ids, resolve_max_tokens};
+use super::output::{Finished, Job, Output, OutputToken, StopReason, timeline_from};
+use super::sse::{self, EventBuffer};
+use super::usage::UsageBody;
+use super::{ApiState, unix_time_s};
+
+/// A validated request.
+struct ChatRequest {
+    job: Job,
+    shape: Shape,
+    stream: Option<StreamOptions>,
+}
+
+/// How the answer is to be written.
+struct Shape {
+    id: String,
+    created: u64,
+    /// Alternatives per token; `None` reports no log-probabilities.
+    n_top: Option<u8>,
+    /// Alternatives per prompt token in `prompt_logprobs`.
+    n_prompt_top: Option<u8>,
+    return_token_ids: bool,
+    tokens_as_ids: bool,
+}
+
+pub(super) async fn handle(
+    State(state): State<ApiState>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Response {
+    match understand(&state, Endpoint::Chat, &headers, body, parse).await {
+        Ok((label, request)) => {
+            let response = answer(&state, request).await;
+            with_label(&label, response.unwrap_or_else(ApiError::into_response))
+        }
+        Err(refused) => refused,
+    }
+}
+
+fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
+    let Call {
+        mut fields,
+        common,
+        label,
+        received,
+    } = call;
+    let model = state.model();
+    common.refuse_streamed_prompt_logprobs()?;
+    let max_completion_tokens = fields.integer("max_completion_tokens", 1..=i64::from(u32::MAX))?;
+    let max_tokens = max_completion_tokens.map(|n| n as u32).or(common.max_tokens);
+    if max_tokens == Some(0) {
+        return Err(ApiError::expected("max_tokens", 0, "at least 1"));
+    }
+    let n_top = n_top(&mut fields)?;
+    let prompt = ChatPrompt::take(&mut fields)?;
+    refuse_unsupported(&fields)?;
+    let special_tokens = SpecialTokens::asked(common.add_special_tokens, SpecialTokens::AsWritten);
+    let prompt_ids = encode(model, "messages", &prompt.render(model)?, special_tokens)?;
+    check_prompt_ids("messages", &prompt_ids, model)?;
+    let mut sampling = common.sampling;
+    sampling.max_tokens = resolve_max_tokens(max_tokens, None, prompt_ids.len(), model)?;
+    sampling.logprobs = n_top;
+    sampling.prompt_logprobs = common.prompt_logprobs;
+    let shape = Shape {
+        id: format!("chatcmpl-{}", label.as_str()),
+        created: unix_time_s(),
+        n_top,
+        n_prompt_top: common.prompt_logprobs,
+        return_token_ids: common.return_token_ids,
+        tokens_as_ids: common.tokens_as_ids,
+    };
+    let job = Job {
+        endpoint: Endpoint::Chat,
+        label,
+        prompt_ids: prompt_ids.into(),
+        sampling,
+        text: common.text,
+        cache_salt: common.cache_salt,
+        deadline: None,
+        timeline: timeline_from(state, received),
+    };
+    Ok(ChatRequest {
+        job,
+        shape,
+        stream: common.stream,
+    })
+}
+
+/// `logprobs` switches reports on, `top_logprobs` says how many alternatives they have.
+fn n_top(fields: &mut Fields) -> Result<Option<u8>, ApiError> {
+    let logprobs = fields.boolean("logprobs")?.unwrap_or(false);
+    let n_top = fields
+        .integer("top_logprobs", 0..=i64::from(MAX_LOGPROBS))?
+        .map(|n| n as u8);
+    match (logprobs, n_top) {
+        (true, n_top) => Ok(Some(n_top.unwrap_or(0))),
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(n)) => Err(ApiError::expected("top_logprobs", n, "0, or logprobs to be true")),
+    }
+}
+
+async fn answer(state: &ApiState, request: ChatRequest) -> Result<Response, ApiError> {
+    let ChatRequest { job, shape, stream } = request;
+    let prompt_ids = job.prompt_ids.clone();
+    let outputs = Outputs::start(state, vec![job]).await?;
+    let Some(options) = stream else {
+        return whole(state, outputs, &prompt_ids, &shape).await;
+    };
+    let (first, outputs) = outputs.first(state.options().ping_interval).await?;
+    let mut stream = ChatStream {
+        prompt_ids: shape.return_token_ids.then(|| prompt_ids.to_vec()),
+        state: state.clone(),
+        shape,
+        options,
+        buffer: EventBuffer::default(),
+        is_first: true,
+    };
+    Ok(sse::response(outputs.into_events(
+        first,
+        state.options().ping_interval,
+        move |item| stream.write(item),
+    )))
+}
+
+#[derive(Serialize)]
+struct ChatBody<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: [ChatChoice<'a>; 1],
+    usage: UsageBody,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobsBody>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [TokenId]>,
+}
+
+#[derive(Serialize)]
+struct ChatChoice<'a> {
+    index: u32,
+    message: ChatMessage<'a>,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: &'static str,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Serialize)]
+struct ChatMessage<'a> {
+    role: &'static str,
+    content: &'a str,
+}
+
+async fn whole(
+    state: &ApiState,
+    mut outputs: Outputs,
+    prompt_ids: &[TokenId],
+    shape: &Shape,
+) -> Result<Response, ApiError> {
+    let writer = TokenWriter::new(state, shape.tokens_as_ids);
+    let mut text = String::new();
+    let mut token_ids = shape.return_token_ids.then(Vec::new);
+    let mut logprobs = shape.n_top.map(|_| ChatLogprobs::default());
+    let mut prompt: Vec<TokenLogprobs> = Vec::new();
+    let finished: Finished = loop {
+        match outputs.required().await?.output? {
+            Output::PromptLogprobs(logprobs) => prompt = logprobs,
+            Output::Token(OutputToken { token, text: piece, .. }) => {
+                text.push_str(&piece);
+                if let Some(ids) = &mut token_ids {
+                    ids.push(token.id);
+                }
+                push_logprobs(&mut logprobs, writer, token.id, token.logprobs.as_ref(), shape);
+            }
+            Output::Finished(finished) => break finished,
+        }
+    };
+    text.push_str(&finished.text);
+    let body = ChatBody {
+        id: &shape.id,
+        object: "chat.completion",
+        created: shape.created,
+        model: state.model().name(),
+        choices: [ChatChoice {
+            index: 0,
+            message: ChatMessage {
+                role: "assistant",
+                content: &text,
+            },
+            logprobs,
+            finish_reason: finished.reason.as_str(),
+            stop_reason: finished.stop_reason,
+            token_ids,
+        }],
+        usage: finished.usage.into(),
+        prompt_logprobs: shape
+            .n_prompt_top
+            .map(|n_top| prompt_logprobs(writer, prompt_ids, &prompt, n_top)),
+        prompt_token_ids: shape.return_token_ids.then_some(prompt_ids),
+    };
+    Ok(Json(body).into_response())
+}
+
+fn push_logprobs(
+    to: &mut Option<ChatLogprobs>,
+    writer: TokenWriter<'_>,
+    id: TokenId,
+    logprobs: Option<&TokenLogprobs>,
+    shape: &Shape,
+) {
+    if let (Some(to), Some(logprobs)) = (to, logprobs) {
+        to.push(writer, id, logprobs, shape.n_top.unwrap_or(0));
+    }
+}
+
+#[derive(Serialize)]
+struct ChunkBody<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: &'a [ChunkChoice<'a>],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<UsageBody>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice<'a> {
+    index: u32,
+    delta: Delta<'a>,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<[TokenId; 1]>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+}
+
+/// Writes outputs as chunks.
+struct ChatStream {
+    state: ApiState,
+    shape: Shape,
+    options: StreamOptions,
+    buffer: EventBuffer,
+    /// Sent with the first chunk, when asked for.
+    prompt_ids: Option<Vec<TokenId>>,
+    is_first: bool,
+}
+
+impl ChatStream {
+    fn write(&mut self, item: Item) -> ControlFlow<Bytes, Bytes> {
+        match item.output {
+            // Asked for only without a stream.
+            Ok(Output::PromptLogprobs(_)) => {}
+            Ok(Output::Token(token)) => self.token(token, item.usage.into()),
+            Ok(Output::Finished(finished)) => {
+                self.finished(finished);
+                return ControlFlow::Break(self.buffer.take());
+            }
+            Err(error) => {
+                self.buffer.error(&error);
+                self.buffer.done();
+                return ControlFlow::Break(self.buffer.take());
+            }
+        }
+        ControlFlow::Continue(self.buffer.take())
+    }
+
+    fn token(&mut self, OutputToken { token, text, .. }: OutputToken, so_far: UsageBody) {
+        let writer = TokenWriter::new(&self.state, self.shape.tokens_as_ids);
+        let mut logprobs = self.shape.n_top.map(|_| ChatLogprobs::default());
+        push_logprobs(&mut logprobs, writer, token.id, token.logprobs.as_ref(), &self.shape);
+        let is_first = std::mem::replace(&mut self.is_first, false);
+        let choice = ChunkChoice {
+            index: 0,
+            delta: Delta {
+                role: is_first.then_some("assistant"),
+                content: Some(&text),
+            },
+            logprobs,
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: self.shape.return_token_ids.then_some([token.id]),
+        };
+        let prompt_ids = self.prompt_ids.take();
+        self.chunk(
+            &[choice],
+            self.options.continuous_usage_stats.then_some(so_far),
+            prompt_ids,
+        );
+    }
+
+    /// The reason of the end goes alone, with an empty delta unless text was still held back.
+    fn finished(&mut self, finished: Finished) {
+        let usage = UsageBody::from(finished.usage);
+        let is_first = std::mem::replace(&mut self.is_first, false);
+        let choice = ChunkChoice {
+            index: 0,
+            delta: Delta {
+                role: is_first.then_some("assistant"),
+                content: (is_first || !finished.text.is_empty()).then_some(finished.text.as_str()),
+            },
+            logprobs: None,
+            finish_reason: Some(finished.reason.as_str()),
+            stop_reason: finished.stop_reason,
+            token_ids: None,
+        };
+        self.chunk(&[choice], self.options.continuous_usage_stats.then_some(usage), None);
+        if self.options.include_usage {
+            self.chunk(&[], Some(usage), None);
+        }
+        self.buffer.done();
+    }
+
+    fn chunk(&mut self, choices: &[ChunkChoice<'_>], usage: Option<UsageBody>, prompt_token_ids: Option<Vec<TokenId>>) {
+        self.buffer.event(&ChunkBody {
+            id: &self.shape.id,
+            object: "chat.completion.chunk",
+            created: self.shape.created,
+            model: self.state.model().name(),
+            choices,
+            usage,
+            prompt_token_ids,
+        });
+    }
+}

@@ -1,0 +1,153 @@
+//! The `prompt` of a completions request in its four forms: a text, texts, token ids, or lists of token ids.
+
+use baton_scheduler::ids::TokenId;
+use serde_json::Value;
+
+use super::encode::{SpecialTokens, encode};
+use super::error::ApiError;
+use super::fields::{Fields, kind_of, token_id};
+use super::options::check_prompt_ids;
+use super::served_model::ServedModel;
+
+/// One prompt. Nothing is added to ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CompletionPrompt {
+    /// To be tokenized.
+    Text(String),
+    /// As they are.
+    Ids(Vec<TokenId>),
+}
+
+impl CompletionPrompt {
+    /// Takes `prompt`: 1 to `max_prompts` of them.
+    pub fn take(fields: &mut Fields, max_prompts: usize) -> Result<Vec<CompletionPrompt>, ApiError> {
+        const EXPECTED: &str = "a string, an array of strings, an array of token ids, or an array of those";
+        let prompts = match fields.take("prompt") {
+            None => return Err(ApiError::expected("prompt", "missing", EXPECTED)),
+            Some(Value::String(text)) => vec![CompletionPrompt::Text(text)],
+            Some(Value::Array(values)) => match values.first() {
+                None => return Err(ApiError::expected("prompt", "an empty array", EXPECTED)),
+                Some(Value::Number(_)) => vec![CompletionPrompt::Ids(ids(None, &values)?)],
+                Some(Value::String(_) | Value::Array(_)) => values
+                    .into_iter()
+                    .enumerate()
+                    .map(|(idx, value)| one(idx, value))
+                    .collect::<Result<_, _>>()?,
+                Some(other) => {
+                    return Err(ApiError::field(
+                        "prompt",
+                        format!("prompt[0] is {}, expected {EXPECTED}", kind_of(other)),
+                    ));
+                }
+            },
+            Some(other) => return Err(ApiError::expected("prompt", kind_of(&other), EXPECTED)),
+        };
+        if prompts.len() > max_prompts {
+            let found = format!("an array of {} prompts", prompts.len());
+            return Err(ApiError::expected("prompt", found, format!("at most {max_prompts}")));
+        }
+        Ok(prompts)
+    }
+
+    /// Its ids, checked against the model.
+    pub fn ids(&self, model: &ServedModel, special_tokens: SpecialTokens) -> Result<Vec<TokenId>, ApiError> {
+        let ids = match self {
+            CompletionPrompt::Text(text) => encode(model, "prompt", text, special_tokens)?,
+            CompletionPrompt::Ids(ids) => ids.clone(),
+        };
+        check_prompt_ids("prompt", &ids, model)?;
+        Ok(ids)
+    }
+
+    /// Its text, for `echo`.
+    pub fn text(&self, model: &ServedModel) -> String {
+        match (self, &model.tokenizer) {
+            (CompletionPrompt::Text(text), _) => text.clone(),
+            (CompletionPrompt::Ids(ids), Some(tokenizer)) => {
+                tokenizer.decode_with_special_tokens(ids).unwrap_or_default()
+            }
+            (CompletionPrompt::Ids(_), None) => String::new(),
+        }
+    }
+}
+
+fn one(idx: usize, value: Value) -> Result<CompletionPrompt, ApiError> {
+    match value {
+        Value::String(text) => Ok(CompletionPrompt::Text(text)),
+        Value::Array(values) => ids(Some(idx), &values).map(CompletionPrompt::Ids),
+        other => {
+            let found = kind_of(&other);
+            Err(ApiError::field(
+                "prompt",
+                format!("prompt[{idx}] is {found}, expected a string or an array of token ids"),
+            ))
+        }
+    }
+}
+
+fn ids(prompt_idx: Option<usize>, values: &[Value]) -> Result<Vec<TokenId>, ApiError> {
+    let ids = values
+        .iter()
+        .enumerate()
+        .map(|(idx, value)| token_id("prompt", idx, value))
+        .collect();
+    match prompt_idx {
+        None => ids,
+        Some(prompt_idx) => ids.map_err(|error: ApiError| {
+            let message = format!("in prompt[{prompt_idx}]: {}", error.message);
+            ApiError { message, ..error }
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn take(json: &str) -> Result<Vec<CompletionPrompt>, ApiError> {
+        CompletionPrompt::take(&mut Fields::parse(json.as_bytes()).unwrap(), 3)
+    }
+
+    #[test]
+    fn the_four_forms() {
+        use CompletionPrompt::{Ids, Text};
+        let cases = [
+            (r#"{"prompt": "a"}"#, vec![Text("a".into())]),
+            (r#"{"prompt": ["a", "b"]}"#, vec![Text("a".into()), Text("b".into())]),
+            (r#"{"prompt": [1, 2]}"#, vec![Ids(vec![1, 2])]),
+            (
+                r#"{"prompt": [[1], [2, 3], "x"]}"#,
+                vec![Ids(vec![1]), Ids(vec![2, 3]), Text("x".into())],
+            ),
+        ];
+        for (json, expected) in cases {
+            assert_eq!(take(json), Ok(expected), "{json}");
+        }
+    }
+
+    #[test]
+    fn wrong_prompts_are_refused() {
+        let cases = [
+            (r#"{}"#, "prompt is missing"),
+            (r#"{"prompt": []}"#, "prompt is an empty array"),
+            (r#"{"prompt": 5}"#, "prompt is a number"),
+            (r#"{"prompt": {}}"#, "prompt is an object"),
+            (r#"{"prompt": [true]}"#, "prompt[0] is a boolean"),
+            (r#"{"prompt": ["a", 1]}"#, "prompt[1] is a number"),
+            (r#"{"prompt": [1, "a"]}"#, "prompt[1] is \"a\""),
+            (r#"{"prompt": [1, -1]}"#, "prompt[1] is -1"),
+            (r#"{"prompt": [1, 0.5]}"#, "prompt[1] is 0.5"),
+            (r#"{"prompt": [1, 4294967296]}"#, "prompt[1] is 4294967296"),
+            (r#"{"prompt": [[1], [2, null]]}"#, "in prompt[1]: prompt[1] is null"),
+            (
+                r#"{"prompt": ["a", "b", "c", "d"]}"#,
+                "an array of 4 prompts, expected at most 3",
+            ),
+        ];
+        for (json, expected) in cases {
+            let error = take(json).expect_err(json);
+            assert!(error.message.contains(expected), "{json}: {error}");
+            assert_eq!(error.param.as_deref(), Some("prompt"));
+        }
+    }
+}

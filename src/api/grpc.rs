@@ -1,0 +1,305 @@
+//! `baton.v1` over gRPC: the same requests as the OpenAI endpoints, typed. Health and reflection are added here too.
+
+use std::pin::Pin;
+
+use axum::Router;
+use baton_proto::api::baton_server::{Baton, BatonServer};
+use baton_proto::api::{self as wire, generate_request};
+use baton_scheduler::request::{SamplingParams, TokenLogprobs};
+use futures::Stream;
+use http::HeaderMap;
+use tokio::time::Instant;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tonic::{Request, Response, Status};
+use tonic_health::pb::health_server::HealthServer;
+use tower::{Service, ServiceExt as _};
+
+use super::ApiState;
+use super::call::beside_runtime;
+use super::encode::{SpecialTokens, encode};
+use super::error::{ApiError, ErrorKind};
+use super::health::HealthService;
+use super::metrics::Endpoint;
+use super::options::{
+    DEFAULT_MAX_TOKENS, MAX_LOGPROBS, check_prompt_ids, check_stop_strings, fresh_seed, parse_grpc_timeout,
+    resolve_max_tokens, stop_token_ids,
+};
+use super::output::{FinishReason, Finished, Job, Output, OutputStream, OutputToken, TextOptions, timeline_from};
+use super::request_label::RequestLabel;
+use super::served_model::ServedModel;
+use crate::door::Usage;
+
+/// Adds the gRPC services to the routes of the port.
+pub(super) fn add_services(router: Router, state: &ApiState) -> Router {
+    let limit = state.options().max_body_bytes;
+    let router = add(
+        router,
+        BatonServer::new(BatonService::new(state.clone())).max_decoding_message_size(limit),
+    );
+    let router = add(router, HealthServer::new(HealthService::new(state.clone())));
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(baton_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // Between instances only, and on other ports.
+            .with_service_name(<BatonServer<BatonService> as NamedService>::NAME)
+            .with_service_name(<HealthServer<HealthService> as NamedService>::NAME)
+    };
+    let valid = "the descriptors are built with this program";
+    let router = add(router, reflection().build_v1().expect(valid));
+    add(router, reflection().build_v1alpha().expect(valid))
+}
+
+fn add<S>(router: Router, service: S) -> Router
+where
+    S: Service<http::Request<Body>, Error = std::convert::Infallible> + NamedService + Clone + Send + Sync + 'static,
+    S::Response: axum::response::IntoResponse,
+    S::Future: Send + 'static,
+{
+    let path = format!("/{}/{{*method}}", S::NAME);
+    router.route_service(
+        &path,
+        service.map_request(|request: http::Request<axum::body::Body>| request.map(Body::new)),
+    )
+}
+
+/// The service.
+#[derive(Clone, Debug)]
+struct BatonService {
+    state: ApiState,
+}
+
+impl BatonService {
+    fn new(state: ApiState) -> BatonService {
+        BatonService { state }
+    }
+
+    async fn job(&self, headers: &HeaderMap, request: wire::GenerateRequest) -> Result<Job, ApiError> {
+        let received = self.state.generator().now();
+        let deadline = deadline(headers)?;
+        let label = match request.request_id.as_str() {
+            "" => RequestLabel::from_headers(headers)?.unwrap_or_else(RequestLabel::fresh),
+            text => RequestLabel::parse("request_id", text)?,
+        };
+        let n_bytes = match &request.prompt {
+            Some(generate_request::Prompt::Text(text)) => text.len(),
+            Some(generate_request::Prompt::TokenIds(_)) | None => 0,
+        };
+        let state = self.state.clone();
+        let job = move || {
+            let model = state.model();
+            if !request.model.is_empty() && !model.answers_to(&request.model) {
+                return Err(ApiError::unknown_model(&request.model));
+            }
+            let prompt_ids = match request.prompt {
+                Some(generate_request::Prompt::Text(text)) => encode(model, "text", &text, SpecialTokens::Added)?,
+                Some(generate_request::Prompt::TokenIds(ids)) => ids.ids,
+                None => return Err(ApiError::expected("prompt", "missing", "text or token_ids")),
+            };
+            check_prompt_ids("prompt", &prompt_ids, model)?;
+            let wire = request.sampling.unwrap_or_default();
+            let stop = wire.stop.clone();
+            check_stop_strings(&stop, model)?;
+            Ok(Job {
+                endpoint: Endpoint::Generate,
+                label,
+                sampling: sampling(wire, prompt_ids.len(), model)?,
+                prompt_ids: prompt_ids.into(),
+                text: TextOptions {
+                    stop,
+                    ..TextOptions::default()
+                },
+                cache_salt: 0,
+                deadline,
+                timeline: timeline_from(&state, received),
+            })
+        };
+        beside_runtime(&self.state, n_bytes, job).await?
+    }
+}
+
+/// When the client gives up, by its `grpc-timeout`.
+fn deadline(headers: &HeaderMap) -> Result<Option<Instant>, ApiError> {
+    let Some(value) = headers.get("grpc-timeout") else {
+        return Ok(None);
+    };
+    let timeout = value.to_str().ok().and_then(parse_grpc_timeout);
+    let timeout =
+        timeout.ok_or_else(|| ApiError::expected("grpc-timeout", format!("{value:?}"), "1 to 8 digits and a unit"))?;
+    // A time too far away to be represented is none.
+    Ok(Instant::now().checked_add(timeout))
+}
+
+fn sampling(wire: wire::SamplingParams, n_prompt: usize, model: &ServedModel) -> Result<SamplingParams, ApiError> {
+    if wire.max_tokens == Some(0) {
+        return Err(ApiError::expected("sampling.max_tokens", 0, "at least 1"));
+    }
+    let temperature = wire.temperature.unwrap_or(1.0);
+    if !(temperature.is_finite() && temperature >= 0.0) {
+        return Err(ApiError::expected(
+            "sampling.temperature",
+            temperature,
+            "a finite number, at least 0",
+        ));
+    }
+    let top_p = wire.top_p.unwrap_or(1.0);
+    if !(top_p > 0.0 && top_p <= 1.0) {
+        return Err(ApiError::expected(
+            "sampling.top_p",
+            top_p,
+            "a number above 0, at most 1",
+        ));
+    }
+    let n_top = |field: &'static str, n: Option<u32>| match n {
+        None => Ok(None),
+        Some(n) if n <= u32::from(MAX_LOGPROBS) => Ok(Some(n as u8)),
+        Some(n) => Err(ApiError::expected(field, n, format!("0 to {MAX_LOGPROBS}"))),
+    };
+    Ok(SamplingParams {
+        max_tokens: resolve_max_tokens(wire.max_tokens, Some(DEFAULT_MAX_TOKENS), n_prompt, model)?,
+        temperature,
+        top_k: wire.top_k.unwrap_or(0),
+        top_p,
+        seed: wire.seed.unwrap_or_else(fresh_seed),
+        stop_token_ids: stop_token_ids(wire.stop_token_ids, model, wire.ignore_eos)?,
+        logprobs: n_top("sampling.logprobs", wire.logprobs)?,
+        prompt_logprobs: n_top("sampling.prompt_logprobs", wire.prompt_logprobs)?,
+    })
+}
+
+/// A message of one request's stream.
+fn message(request_id: &str, output: Output) -> wire::GenerateResponse {
+    let mut message = wire::GenerateResponse {
+        request_id: request_id.to_owned(),
+        ..Default::default()
+    };
+    match output {
+        Output::PromptLogprobs(logprobs) => {
+            let first = std::iter::once(wire::Logprobs::default());
+            let tokens = first.chain(logprobs.into_iter().map(logprobs_to_wire)).collect();
+            message.prompt_logprobs = Some(wire::PromptLogprobs { tokens });
+        }
+        Output::Token(OutputToken { token, text, .. }) => {
+            let logprobs = token.logprobs.map(logprobs_to_wire);
+            message.tokens = vec![wire::GeneratedToken {
+                index: token.index,
+                id: token.id,
+                logprobs,
+            }];
+            message.text = text;
+        }
+        Output::Finished(Finished {
+            reason, text, usage, ..
+        }) => {
+            let reason = match reason {
+                FinishReason::Stop => wire::FinishReason::Stop,
+                FinishReason::Length => wire::FinishReason::Length,
+                FinishReason::Abort => wire::FinishReason::Abort,
+            };
+            message.finish = reason.into();
+            message.text = text;
+            message.usage = Some(usage_to_wire(usage));
+        }
+    }
+    message
+}
+
+fn logprobs_to_wire(logprobs: TokenLogprobs) -> wire::Logprobs {
+    let top = logprobs
+        .top
+        .into_iter()
+        .map(|(id, logprob)| wire::TokenLogprob { id, logprob })
+        .collect();
+    wire::Logprobs {
+        logprob: logprobs.logprob,
+        rank: logprobs.rank,
+        top,
+    }
+}
+
+fn usage_to_wire(usage: Usage) -> wire::Usage {
+    wire::Usage {
+        prompt_tokens: usage.n_prompt_tokens,
+        completion_tokens: usage.n_completion_tokens,
+        cached_tokens: usage.n_cached_tokens,
+    }
+}
+
+#[tonic::async_trait]
+impl Baton for BatonService {
+    type GenerateStream = Pin<Box<dyn Stream<Item = Result<wire::GenerateResponse, Status>> + Send>>;
+
+    async fn generate(
+        &self,
+        request: Request<wire::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        let job = self.job(metadata.as_ref(), request).await.map_err(|error| {
+            self.state.metrics().refused(Endpoint::Generate, &error);
+            error.to_status()
+        })?;
+        let label = job.label.clone();
+        let output = OutputStream::start(&self.state, job)
+            .await
+            .map_err(|error| error.to_status())?;
+        let request_id = label.shared();
+        let messages = futures::stream::unfold((output, request_id), |(mut output, request_id)| async move {
+            let next = output.next().await?;
+            let next = next
+                .map(|output| message(&request_id, output))
+                .map_err(|error| error.to_status());
+            Some((next, (output, request_id)))
+        });
+        let mut response = Response::new(Box::pin(messages) as Self::GenerateStream);
+        let value = label
+            .as_str()
+            .parse()
+            .map_err(|_| Status::internal("request id is not ASCII"))?;
+        response.metadata_mut().insert("x-request-id", value);
+        Ok(response)
+    }
+
+    async fn abort(&self, request: Request<wire::AbortRequest>) -> Result<Response<wire::AbortResponse>, Status> {
+        let ids = request.into_inner().request_ids;
+        let n_aborted = ids.iter().filter(|id| self.state.running().abort(id)).count();
+        Ok(Response::new(wire::AbortResponse {
+            n_aborted: n_aborted as u32,
+        }))
+    }
+
+    async fn model_info(
+        &self,
+        _request: Request<wire::ModelInfoRequest>,
+    ) -> Result<Response<wire::ModelInfoResponse>, Status> {
+        let model = self.state.model();
+        Ok(Response::new(wire::ModelInfoResponse {
+            model: model.name().to_owned(),
+            max_model_len: model.max_model_len,
+            vocab_size: model.vocab_size,
+            dtype: model.dtype.clone(),
+            eos_token_ids: model.eos_token_ids.clone(),
+            has_tokenizer: model.tokenizer.is_some(),
+            has_chat_template: model.chat_template.is_some(),
+        }))
+    }
+
+    async fn load(&self, _request: Request<wire::LoadRequest>) -> Result<Response<wire::LoadResponse>, Status> {
+        let load = self.state.generator().load();
+        let instances = load.instances.into_iter().map(|instance| wire::InstanceLoad {
+            instance_id: instance.id.to_string(),
+            role: instance.role.to_string(),
+            n_running: instance.n_running,
+            n_waiting: instance.n_waiting,
+            n_blocks_total: instance.n_blocks_total,
+            n_blocks_free: instance.n_blocks_free,
+            ready: instance.ready,
+        });
+        let n_queued = u32::try_from(load.n_queued)
+            .map_err(|_| ApiError::new(ErrorKind::Internal, "the queue is longer than its bound").to_status())?;
+        Ok(Response::new(wire::LoadResponse {
+            n_queued,
+            instances: instances.collect(),
+        }))
+    }
+}

@@ -1,0 +1,194 @@
+//! The front door's APIs: OpenAI HTTP and `baton.v1` gRPC on one port, and everything that has to do with text.
+//! How requests reach instances is [`crate::door`]'s business.
+
+mod auth;
+mod call;
+mod chat;
+mod chat_prompt;
+mod completion_choice;
+mod completion_prompt;
+mod completions;
+mod encode;
+mod error;
+mod fan_in;
+mod fields;
+mod grpc;
+mod health;
+mod logprobs;
+pub mod metrics;
+mod models;
+mod neutral;
+mod options;
+mod output;
+mod request_label;
+mod running;
+mod serve;
+mod served_model;
+mod sse;
+mod tokenize;
+mod usage;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::routing::{get, post};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+pub use self::auth::ApiKey;
+pub use self::error::{ApiError, Codes, ErrorKind};
+use self::metrics::{ApiMetrics, LoadCollector, MetricsRegistry};
+pub use self::request_label::{REQUEST_ID_HEADER, RequestLabel};
+use self::running::Running;
+pub use self::serve::{ServeOptions, serve};
+use self::served_model::TokenTexts;
+pub use self::served_model::{DefaultSampling, ServedModel};
+use crate::door::Generator;
+
+/// What an operator may set.
+#[derive(Clone, Debug)]
+pub struct ApiOptions {
+    /// Required of every call but health checks, when set.
+    pub api_key: Option<ApiKey>,
+    /// Longest request body, bytes.
+    pub max_body_bytes: usize,
+    /// Most prompts of one completions request.
+    pub max_prompts: usize,
+    /// How long a stream waits for its first token before it says `: ping`, and then between pings.
+    pub ping_interval: Duration,
+}
+
+impl Default for ApiOptions {
+    fn default() -> ApiOptions {
+        ApiOptions {
+            api_key: None,
+            max_body_bytes: 16 << 20,
+            max_prompts: 256,
+            ping_interval: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What every handler needs; clones share it.
+#[derive(Clone)]
+pub struct ApiState {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    generator: Arc<dyn Generator>,
+    model: ServedModel,
+    token_texts: TokenTexts,
+    options: ApiOptions,
+    registry: MetricsRegistry,
+    metrics: ApiMetrics,
+    running: Running,
+    stopping: CancellationToken,
+    created_s: u64,
+    /// Long bodies are understood beside the runtime, this many at a time.
+    long_bodies: Semaphore,
+}
+
+impl std::fmt::Debug for ApiState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ApiState")
+            .field("model", &self.inner.model.name())
+            .finish_non_exhaustive()
+    }
+}
+
+impl ApiState {
+    /// Serves `model` by `generator`. Once `stopping` is cancelled, readiness is withdrawn and new requests are refused.
+    /// Metrics go to `registry`, where other parts may add theirs.
+    pub fn new(
+        generator: Arc<dyn Generator>,
+        model: ServedModel,
+        options: ApiOptions,
+        registry: MetricsRegistry,
+        stopping: CancellationToken,
+    ) -> ApiState {
+        assert!(!model.names.is_empty(), "a served model has a name");
+        let metrics = ApiMetrics::register(&registry);
+        registry.register_collector(Box::new(LoadCollector::new(generator.clone())));
+        models::register_build_info(&registry, &model);
+        let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
+        ApiState {
+            inner: Arc::new(Inner {
+                generator,
+                token_texts: TokenTexts::new(model.vocab_size),
+                model,
+                options,
+                registry,
+                metrics,
+                running: Running::default(),
+                stopping,
+                created_s: unix_time_s(),
+                long_bodies: Semaphore::new(n_cores),
+            }),
+        }
+    }
+
+    fn generator(&self) -> &dyn Generator {
+        &*self.inner.generator
+    }
+
+    fn model(&self) -> &ServedModel {
+        &self.inner.model
+    }
+
+    fn options(&self) -> &ApiOptions {
+        &self.inner.options
+    }
+
+    fn metrics(&self) -> &ApiMetrics {
+        &self.inner.metrics
+    }
+
+    fn running(&self) -> &Running {
+        &self.inner.running
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.inner.stopping.is_cancelled()
+    }
+
+    /// Why no request could be served now; `None` when one could.
+    fn not_ready(&self) -> Option<String> {
+        if self.is_stopping() {
+            return Some("the server is shutting down".to_owned());
+        }
+        self.generator().load().not_ready
+    }
+}
+
+/// Seconds since 1970, for `created` fields.
+fn unix_time_s() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+/// Every route of the port: OpenAI HTTP, operations, and the gRPC services.
+pub fn router(state: ApiState) -> Router {
+    let http = Router::new()
+        .route("/v1/chat/completions", post(chat::handle))
+        .route("/v1/completions", post(completions::handle))
+        .route("/v1/models", get(models::list))
+        .route("/v1/models/{*name}", get(models::retrieve))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/detokenize", post(tokenize::detokenize))
+        .route("/health", get(health::http))
+        .route("/metrics", get(models::metrics))
+        .route("/version", get(models::version))
+        .fallback(models::no_route)
+        .method_not_allowed_fallback(models::no_method)
+        .layer(DefaultBodyLimit::max(state.options().max_body_bytes))
+        .with_state(state.clone());
+    grpc::add_services(http, &state).layer(axum::middleware::from_fn_with_state(state, auth::require_key))
+}

@@ -1,0 +1,461 @@
+//! The fields that both OpenAI endpoints share, checked and resolved against the model's defaults.
+
+use std::time::Duration;
+
+use baton_scheduler::ids::TokenId;
+use baton_scheduler::request::SamplingParams;
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::error::ApiError;
+use super::fields::{Fields, kind_of, shown};
+use super::output::TextOptions;
+use super::request_label::RequestLabel;
+use super::served_model::ServedModel;
+
+/// Most stop strings of a request.
+pub const MAX_STOP_STRINGS: usize = 16;
+/// Longest stop string, bytes: what is held back while one may be beginning.
+pub const LONGEST_STOP_STRING: usize = 1024;
+/// Most stop ids of a request.
+pub const MAX_STOP_TOKEN_IDS: usize = 128;
+/// Most alternatives reported for a token.
+pub const MAX_LOGPROBS: u8 = 20;
+/// Completion length when a completions client names none.
+pub const DEFAULT_MAX_TOKENS: u32 = 16;
+
+/// How a stream is shaped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StreamOptions {
+    /// One more event with the usage, at the end.
+    pub include_usage: bool,
+    /// The usage so far in every event.
+    pub continuous_usage_stats: bool,
+}
+
+/// The shared fields of a request.
+#[derive(Clone, Debug)]
+pub struct CommonOptions {
+    /// Everything but `max_tokens`, `logprobs` and `prompt_logprobs` is final.
+    pub sampling: SamplingParams,
+    /// As asked; `None` means the endpoint's default.
+    pub max_tokens: Option<u32>,
+    /// How ids become text.
+    pub text: TextOptions,
+    /// `Some` when the answer is a stream.
+    pub stream: Option<StreamOptions>,
+    /// Report the ids of prompt and output.
+    pub return_token_ids: bool,
+    /// In log-probabilities, write tokens as `token_id:N`.
+    pub tokens_as_ids: bool,
+    /// Separates prefix caches; 0 when not asked for.
+    pub cache_salt: u64,
+    /// `prompt_logprobs`, as asked.
+    pub prompt_logprobs: Option<u8>,
+    /// Encode text prompts with the tokenizer's own special tokens; `None` means the endpoint's default.
+    pub add_special_tokens: Option<bool>,
+    /// The `request_id` field.
+    pub label: Option<RequestLabel>,
+}
+
+impl CommonOptions {
+    /// Takes the shared fields out of `fields`.
+    pub fn take(fields: &mut Fields, model: &ServedModel) -> Result<CommonOptions, ApiError> {
+        if let Some(name) = fields.string("model")?
+            && !name.is_empty()
+            && !model.answers_to(&name)
+        {
+            return Err(ApiError::unknown_model(&name));
+        }
+        let max_tokens = fields.integer("max_tokens", 0..=i64::from(u32::MAX))?.map(|n| n as u32);
+        let ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
+        let defaults = model.default_sampling;
+        let temperature = fields.number("temperature", |n| n >= 0.0, "a finite number, at least 0")?;
+        let top_p = fields.number("top_p", |n| n > 0.0 && n <= 1.0, "a number above 0, at most 1")?;
+        // vLLM's clients write -1 for "all".
+        let top_k = fields
+            .integer("top_k", -1..=i64::from(u32::MAX))?
+            .map(|k| k.max(0) as u32);
+        let seed = fields.integer("seed", i64::MIN..=i64::MAX)?;
+        let sampling = SamplingParams {
+            max_tokens: DEFAULT_MAX_TOKENS,
+            temperature: temperature.or(defaults.temperature).unwrap_or(1.0),
+            top_k: top_k.or(defaults.top_k).unwrap_or(0),
+            top_p: top_p.or(defaults.top_p).unwrap_or(1.0),
+            seed: seed.map_or_else(fresh_seed, |seed| seed as u64),
+            stop_token_ids: stop_token_ids(
+                fields.token_ids("stop_token_ids")?.unwrap_or_default(),
+                model,
+                ignore_eos,
+            )?,
+            logprobs: None,
+            prompt_logprobs: None,
+        };
+        let stop = stop_strings(fields.take("stop"))?;
+        check_stop_strings(&stop, model)?;
+        Ok(CommonOptions {
+            sampling,
+            max_tokens,
+            text: TextOptions {
+                stop,
+                include_stop_str_in_output: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
+                skip_special_tokens: fields.boolean("skip_special_tokens")?.unwrap_or(true),
+            },
+            stream: stream_options(fields)?,
+            return_token_ids: fields.boolean("return_token_ids")?.unwrap_or(false),
+            tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
+            cache_salt: match fields.string("cache_salt")? {
+                None => 0,
+                Some(salt) if salt.is_empty() => {
+                    return Err(ApiError::expected(
+                        "cache_salt",
+                        "an empty string",
+                        "a string that is not empty",
+                    ));
+                }
+                Some(salt) => salt_of(&salt),
+            },
+            prompt_logprobs: fields
+                .integer("prompt_logprobs", 0..=i64::from(MAX_LOGPROBS))?
+                .map(|n| n as u8),
+            add_special_tokens: fields.boolean("add_special_tokens")?,
+            label: match fields.string("request_id")? {
+                Some(text) => Some(RequestLabel::parse("request_id", &text)?),
+                None => None,
+            },
+        })
+    }
+
+    /// Prompt log-probabilities come in one piece, so not in a stream.
+    pub fn refuse_streamed_prompt_logprobs(&self) -> Result<(), ApiError> {
+        match (self.prompt_logprobs, self.stream) {
+            (Some(n), Some(_)) => {
+                let message = format!("prompt_logprobs is {n} and stream is true, expected one or the other");
+                Err(ApiError::field("prompt_logprobs", message))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A seed for a request that named none.
+pub fn fresh_seed() -> u64 {
+    let (high, low) = Uuid::new_v4().as_u64_pair();
+    // Each half has fixed version bits; together they have none.
+    high.rotate_left(32) ^ low
+}
+
+/// The cache salt of a client's text: 64 bits of its BLAKE3 hash, never 0.
+fn salt_of(text: &str) -> u64 {
+    let hash = blake3::hash(text.as_bytes());
+    u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("a hash has 32 bytes")).max(1)
+}
+
+/// The ids that end generation: the model's unless ignored, and the client's own.
+pub fn stop_token_ids(own: Vec<TokenId>, model: &ServedModel, ignore_eos: bool) -> Result<Vec<TokenId>, ApiError> {
+    if own.len() > MAX_STOP_TOKEN_IDS {
+        let expected = format!("at most {MAX_STOP_TOKEN_IDS} ids");
+        return Err(ApiError::expected(
+            "stop_token_ids",
+            format!("an array of {}", own.len()),
+            expected,
+        ));
+    }
+    if let Some(id) = own.iter().find(|id| **id >= model.vocab_size) {
+        let expected = format!("ids below the vocabulary size {}", model.vocab_size);
+        return Err(ApiError::expected("stop_token_ids", id, expected));
+    }
+    let mut ids = if ignore_eos {
+        Vec::new()
+    } else {
+        model.eos_token_ids.clone()
+    };
+    ids.extend(own);
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
+}
+
+fn stop_strings(value: Option<Value>) -> Result<Vec<String>, ApiError> {
+    match value {
+        None => Ok(Vec::new()),
+        Some(Value::String(stop)) => Ok(vec![stop]),
+        Some(Value::Array(values)) => values
+            .into_iter()
+            .enumerate()
+            .map(|(idx, value)| match value {
+                Value::String(stop) => Ok(stop),
+                other => Err(ApiError::field(
+                    "stop",
+                    format!("stop[{idx}] is {}, expected a string", shown(&other)),
+                )),
+            })
+            .collect(),
+        Some(other) => Err(ApiError::expected(
+            "stop",
+            kind_of(&other),
+            "a string or an array of strings",
+        )),
+    }
+}
+
+/// Bounds of stop strings; without a tokenizer there is no text to look in.
+pub fn check_stop_strings(stop: &[String], model: &ServedModel) -> Result<(), ApiError> {
+    if stop.len() > MAX_STOP_STRINGS {
+        let found = format!("an array of {}", stop.len());
+        return Err(ApiError::expected(
+            "stop",
+            found,
+            format!("at most {MAX_STOP_STRINGS} strings"),
+        ));
+    }
+    if let Some(text) = stop
+        .iter()
+        .find(|text| text.is_empty() || text.len() > LONGEST_STOP_STRING)
+    {
+        let found = format!("a string of {} bytes", text.len());
+        return Err(ApiError::expected(
+            "stop",
+            found,
+            format!("strings of 1 to {LONGEST_STOP_STRING} bytes"),
+        ));
+    }
+    if !stop.is_empty() && model.tokenizer.is_none() {
+        return Err(ApiError::field(
+            "stop",
+            "stop needs text, and this model has no tokenizer; use stop_token_ids",
+        ));
+    }
+    Ok(())
+}
+
+fn stream_options(fields: &mut Fields) -> Result<Option<StreamOptions>, ApiError> {
+    let stream = fields.boolean("stream")?.unwrap_or(false);
+    let options = fields.object("stream_options")?;
+    match (stream, options) {
+        (false, None) => Ok(None),
+        (false, Some(_)) => Err(ApiError::field(
+            "stream_options",
+            "stream_options needs stream to be true",
+        )),
+        (true, None) => Ok(Some(StreamOptions::default())),
+        (true, Some(mut options)) => Ok(Some(StreamOptions {
+            include_usage: options.boolean("include_usage")?.unwrap_or(false),
+            continuous_usage_stats: options.boolean("continuous_usage_stats")?.unwrap_or(false),
+        })),
+    }
+}
+
+/// `max_tokens` of a request whose prompt has `n_prompt` tokens, or why it cannot fit. `default` is what the endpoint
+/// gives when the client names none; it yields to the model's length.
+pub fn resolve_max_tokens(
+    asked: Option<u32>,
+    default: Option<u32>,
+    n_prompt: usize,
+    model: &ServedModel,
+) -> Result<u32, ApiError> {
+    let limit = model.max_model_len;
+    let too_long = |n_completion: u32| {
+        let total = n_prompt as u64 + u64::from(n_completion);
+        ApiError::field(
+            if asked.is_some() { "max_tokens" } else { "prompt" },
+            format!(
+                "This model's maximum context length is {limit} tokens. However, you requested {total} tokens \
+                 ({n_prompt} in the prompt, {n_completion} in the completion)."
+            ),
+        )
+    };
+    let left = u64::from(limit).saturating_sub(n_prompt as u64);
+    match asked {
+        Some(asked) if u64::from(asked) > left => Err(too_long(asked)),
+        Some(asked) => Ok(asked),
+        None if left == 0 => Err(too_long(1)),
+        None => Ok(default.unwrap_or(u32::MAX).min(left as u32)),
+    }
+}
+
+/// Refuses ids the model has no embedding for, and empty prompts.
+pub fn check_prompt_ids(field: &'static str, ids: &[TokenId], model: &ServedModel) -> Result<(), ApiError> {
+    if ids.is_empty() {
+        return Err(ApiError::expected(field, "empty", "at least one token"));
+    }
+    match ids.iter().position(|id| *id >= model.vocab_size) {
+        None => Ok(()),
+        Some(idx) => {
+            let message = format!(
+                "{field} has token id {} at position {idx}, expected ids below the vocabulary size {}",
+                ids[idx], model.vocab_size
+            );
+            Err(ApiError::field(field, message))
+        }
+    }
+}
+
+/// The time a `grpc-timeout` value names: 1 to 8 digits and a unit.
+pub fn parse_grpc_timeout(value: &str) -> Option<Duration> {
+    let unit = value.chars().last()?;
+    let digits = &value[..value.len() - unit.len_utf8()];
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let n: u64 = digits.parse().ok()?;
+    Some(match unit {
+        'H' => Duration::from_secs(n * 3600),
+        'M' => Duration::from_secs(n * 60),
+        'S' => Duration::from_secs(n),
+        'm' => Duration::from_millis(n),
+        'u' => Duration::from_micros(n),
+        'n' => Duration::from_nanos(n),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> ServedModel {
+        ServedModel {
+            names: vec!["m".into(), "alias".into()],
+            root: "/models/m".into(),
+            tokenizer: None,
+            chat_template: None,
+            eos_token_ids: vec![2, 7],
+            default_sampling: DefaultSampling {
+                temperature: Some(0.6),
+                top_k: Some(50),
+                top_p: None,
+            },
+            max_model_len: 100,
+            vocab_size: 64,
+            dtype: "f32".into(),
+        }
+    }
+
+    use super::super::served_model::DefaultSampling;
+
+    fn take(json: &str) -> Result<CommonOptions, ApiError> {
+        CommonOptions::take(&mut Fields::parse(json.as_bytes()).unwrap(), &model())
+    }
+
+    #[test]
+    fn wrong_values_are_refused_by_name() {
+        let cases = [
+            (r#"{"max_tokens": -1}"#, "max_tokens"),
+            (r#"{"max_tokens": "5"}"#, "max_tokens"),
+            (r#"{"max_tokens": 1.5}"#, "max_tokens"),
+            (r#"{"temperature": -0.1}"#, "temperature"),
+            (r#"{"temperature": "hot"}"#, "temperature"),
+            (r#"{"temperature": 1e39}"#, "temperature"),
+            (r#"{"top_p": 0}"#, "top_p"),
+            (r#"{"top_p": 1.5}"#, "top_p"),
+            (r#"{"top_k": -2}"#, "top_k"),
+            (r#"{"seed": 1.5}"#, "seed"),
+            (r#"{"stop": ""}"#, "stop"),
+            (r#"{"stop": 5}"#, "stop"),
+            (r#"{"stop": ["a", 5]}"#, "stop"),
+            (r#"{"stop": "text without a tokenizer"}"#, "stop"),
+            (r#"{"stop_token_ids": [64]}"#, "stop_token_ids"),
+            (r#"{"stop_token_ids": [-1]}"#, "stop_token_ids"),
+            (r#"{"stop_token_ids": 3}"#, "stop_token_ids"),
+            (r#"{"ignore_eos": 1}"#, "ignore_eos"),
+            (r#"{"stream": "yes"}"#, "stream"),
+            (r#"{"stream_options": {"include_usage": true}}"#, "stream_options"),
+            (
+                r#"{"stream": true, "stream_options": {"include_usage": 1}}"#,
+                "include_usage",
+            ),
+            (r#"{"cache_salt": ""}"#, "cache_salt"),
+            (r#"{"prompt_logprobs": 21}"#, "prompt_logprobs"),
+            (r#"{"prompt_logprobs": -1}"#, "prompt_logprobs"),
+            (r#"{"request_id": "a\nb"}"#, "request_id"),
+            (r#"{"model": 5}"#, "model"),
+        ];
+        for (json, param) in cases {
+            let error = take(json).expect_err(json);
+            assert_eq!(error.param.as_deref(), Some(param), "{json}: {error}");
+            assert!(error.message.contains(param), "{json}: {error}");
+        }
+        assert_eq!(
+            take(r#"{"model": "other"}"#).unwrap_err().kind,
+            super::super::error::ErrorKind::NotFound
+        );
+    }
+
+    #[test]
+    fn defaults_are_the_models_and_the_client_wins() {
+        let options = take("{}").unwrap();
+        assert_eq!(
+            (
+                options.sampling.temperature,
+                options.sampling.top_k,
+                options.sampling.top_p
+            ),
+            (0.6, 50, 1.0)
+        );
+        assert_eq!(options.sampling.stop_token_ids, [2, 7]);
+        let options = take(r#"{"temperature": 0, "top_k": -1, "top_p": 0.5, "seed": -1, "model": "alias"}"#).unwrap();
+        assert_eq!(
+            (
+                options.sampling.temperature,
+                options.sampling.top_k,
+                options.sampling.top_p
+            ),
+            (0.0, 0, 0.5)
+        );
+        assert_eq!(options.sampling.seed, u64::MAX);
+        let options = take(r#"{"ignore_eos": true, "stop_token_ids": [9, 3, 9]}"#).unwrap();
+        assert_eq!(options.sampling.stop_token_ids, [3, 9]);
+        assert_ne!(take("{}").unwrap().sampling.seed, take("{}").unwrap().sampling.seed);
+    }
+
+    #[test]
+    fn salts_separate_and_are_never_zero() {
+        let salt = |text: &str| take(&format!(r#"{{"cache_salt": "{text}"}}"#)).unwrap().cache_salt;
+        assert_eq!(salt("a"), salt("a"));
+        assert_ne!(salt("a"), salt("b"));
+        assert_ne!(salt("a"), 0);
+    }
+
+    #[test]
+    fn the_context_length_is_kept() {
+        let model = model();
+        let resolve = |asked, default, n| resolve_max_tokens(asked, default, n, &model);
+        assert_eq!(resolve(Some(90), None, 10), Ok(90));
+        assert_eq!(resolve(None, None, 10), Ok(90));
+        assert_eq!(resolve(None, Some(16), 10), Ok(16));
+        assert_eq!(resolve(None, Some(16), 95), Ok(5));
+        let error = resolve(Some(91), None, 10).unwrap_err();
+        assert!(
+            error.message.contains("100 tokens") && error.message.contains("101 tokens"),
+            "{error}"
+        );
+        assert!(resolve(None, Some(16), 100).is_err());
+        assert!(resolve(Some(u32::MAX), None, usize::MAX / 2).is_err());
+    }
+
+    #[test]
+    fn prompts_are_not_empty_and_inside_the_vocabulary() {
+        assert!(check_prompt_ids("prompt", &[], &model()).is_err());
+        assert!(check_prompt_ids("prompt", &[0, 63], &model()).is_ok());
+        let error = check_prompt_ids("prompt", &[0, 64], &model()).unwrap_err();
+        assert_eq!(
+            error.message,
+            "prompt has token id 64 at position 1, expected ids below the vocabulary size 64"
+        );
+    }
+
+    #[test]
+    fn grpc_timeouts() {
+        assert_eq!(parse_grpc_timeout("5S"), Some(Duration::from_secs(5)));
+        assert_eq!(
+            parse_grpc_timeout("99999999H"),
+            Some(Duration::from_secs(99_999_999 * 3600))
+        );
+        assert_eq!(parse_grpc_timeout("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_grpc_timeout("7u"), Some(Duration::from_micros(7)));
+        for bad in ["", "S", "5", "5s", "-5S", "123456789S", "5é", "+1S"] {
+            assert_eq!(parse_grpc_timeout(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! A generator without a model: tokens come at fixed times. It measures the front door alone, and stands in for the cluster
+//! where only the front door is of interest. It computes nothing, so its text means nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use baton_scheduler::ids::{InstanceId, Nanos, Role, TokenId};
+use baton_scheduler::request::{Failure, Finish, Token, TokenLogprobs};
+use baton_scheduler::timeline::Moment;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::Instant as TimerInstant;
+
+use crate::door::{DoorEvent, DoorLoad, Generator, InstanceView, Rejection, RequestStream, Submission, Usage};
+
+/// How the null model behaves.
+#[derive(Clone, Debug)]
+pub struct NullOptions {
+    /// From admission to the first token.
+    pub first_token_after: Duration,
+    /// From one token to the next.
+    pub token_every: Duration,
+    /// The ids it says, over and over; at least one.
+    pub token_ids: Vec<TokenId>,
+    /// Requests that run at once.
+    pub max_running: usize,
+    /// Requests that wait; one more is refused.
+    pub max_queued: usize,
+}
+
+impl Default for NullOptions {
+    fn default() -> NullOptions {
+        NullOptions {
+            first_token_after: Duration::ZERO,
+            token_every: Duration::ZERO,
+            token_ids: vec![0],
+            max_running: 1024,
+            max_queued: 1024,
+        }
+    }
+}
+
+/// What has become of the requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NullCounts {
+    /// Admitted.
+    pub n_started: usize,
+    /// Ended by themselves.
+    pub n_ended: usize,
+    /// Given up by the front door.
+    pub n_cancelled: usize,
+    /// Tokens handed over.
+    pub n_tokens: usize,
+}
+
+/// The null model.
+#[derive(Debug)]
+pub struct NullGenerator {
+    options: Arc<NullOptions>,
+    permits: Arc<Semaphore>,
+    n_queued: AtomicUsize,
+    counts: watch::Sender<NullCounts>,
+    start: Instant,
+}
+
+/// Tokens that may wait for a slow reader.
+const BUFFERED_EVENTS: usize = 64;
+
+/// Log-probability of the token the null model says; alternatives follow one unit apart.
+const NULL_LOGPROB: f32 = -0.5;
+
+impl NullGenerator {
+    /// A null model.
+    pub fn new(options: NullOptions) -> NullGenerator {
+        assert!(!options.token_ids.is_empty(), "the null model needs something to say");
+        NullGenerator {
+            permits: Arc::new(Semaphore::new(options.max_running)),
+            options: Arc::new(options),
+            n_queued: AtomicUsize::new(0),
+            counts: watch::Sender::new(NullCounts::default()),
+            start: Instant::now(),
+        }
+    }
+
+    /// Follows the counts.
+    pub fn counts(&self) -> watch::Receiver<NullCounts> {
+        self.counts.subscribe()
+    }
+
+    async fn admit(&self) -> Result<OwnedSemaphorePermit, Rejection> {
+        if let Ok(permit) = self.permits.clone().try_acquire_owned() {
+            return Ok(permit);
+        }
+        let n_queued = self.n_queued.fetch_add(1, Ordering::Relaxed);
+        let _queued = Queued(&self.n_queued);
+        let limit = self.options.max_queued;
+        if n_queued >= limit {
+            let retry_after = self.options.first_token_after + self.options.token_every;
+            return Err(Rejection::OverCapacity {
+                n_queued,
+                limit,
+                retry_after,
+            });
+        }
+        Ok(self
+            .permits
+            .clone()
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed"))
+    }
+}
+
+/// A place in the queue, given back on drop.
+struct Queued<'a>(&'a AtomicUsize);
+
+impl Drop for Queued<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Generator for NullGenerator {
+    fn submit(&self, mut submission: Submission) -> BoxFuture<'_, Result<RequestStream, Rejection>> {
+        async move {
+            let deadline = submission.deadline.map(|left| TimerInstant::now() + left);
+            let permit = self.admit().await?;
+            submission.timeline.mark(Moment::Admitted, self.now());
+            self.counts.send_modify(|counts| counts.n_started += 1);
+            let (events, stream) = RequestStream::channel(BUFFERED_EVENTS);
+            let speaker = Speaker {
+                options: self.options.clone(),
+                events,
+                submission,
+                counts: self.counts.clone(),
+                start: self.start,
+            };
+            tokio::spawn(async move {
+                speaker.run(deadline).await;
+                drop(permit);
+            });
+            Ok(stream)
+        }
+        .boxed()
+    }
+
+    fn load(&self) -> DoorLoad {
+        let n_running = self.options.max_running - self.permits.available_permits();
+        DoorLoad {
+            n_queued: self.n_queued.load(Ordering::Relaxed),
+            n_running,
+            not_ready: None,
+            instances: vec![InstanceView {
+                id: InstanceId::new("null-0"),
+                role: Role::Mixed,
+                n_running: n_running as u32,
+                n_waiting: 0,
+                n_blocks_total: 0,
+                n_blocks_free: 0,
+                ready: true,
+            }],
+        }
+    }
+
+    fn now(&self) -> Nanos {
+        since(self.start)
+    }
+}
+
+fn since(start: Instant) -> Nanos {
+    Nanos(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// One request being answered.
+struct Speaker {
+    options: Arc<NullOptions>,
+    events: mpsc::Sender<DoorEvent>,
+    submission: Submission,
+    counts: watch::Sender<NullCounts>,
+    start: Instant,
+}
+
+impl Speaker {
+    async fn run(self, deadline: Option<TimerInstant>) {
+        let (events, counts) = (self.events.clone(), self.counts.clone());
+        let too_late = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        let is_heard = tokio::select! {
+            spoken = self.speak() => spoken.is_ok(),
+            () = events.closed() => false,
+            () = too_late => events.try_send(DoorEvent::Failed(Failure::DeadlineExceeded)).is_ok(),
+        };
+        counts.send_modify(|counts| match is_heard {
+            true => counts.n_ended += 1,
+            false => counts.n_cancelled += 1,
+        });
+    }
+
+    async fn speak(mut self) -> Result<(), mpsc::error::SendError<DoorEvent>> {
+        let request = &self.submission.request;
+        let n_prompt = request.prompt_ids.len();
+        let sampling = request.sampling.clone();
+        let first = TimerInstant::now() + self.options.first_token_after;
+        if let Some(n_top) = sampling.prompt_logprobs {
+            let logprobs = request.prompt_ids[1..].iter().map(|&id| logprobs(id, n_top)).collect();
+            self.events.send(DoorEvent::PromptLogprobs(logprobs)).await?;
+        }
+        let mut finish = Finish::Length;
+        let mut n_tokens = 0;
+        for (index, &id) in (0..sampling.max_tokens).zip(self.options.token_ids.iter().cycle()) {
+            // Times are counted from the first token, so that waking late once does not delay all that follow.
+            let at = first + self.options.token_every * index;
+            if at > TimerInstant::now() {
+                tokio::time::sleep_until(at).await;
+            }
+            if index == 0 {
+                self.submission.timeline.mark(Moment::FirstToken, since(self.start));
+            }
+            let logprobs = sampling.logprobs.map(|n_top| logprobs(id, n_top));
+            self.events
+                .send(DoorEvent::Token(Token { index, id, logprobs }))
+                .await?;
+            self.counts.send_modify(|counts| counts.n_tokens += 1);
+            n_tokens += 1;
+            if sampling.stop_token_ids.contains(&id) {
+                finish = Finish::Stop(id);
+                break;
+            }
+        }
+        self.submission.timeline.mark(Moment::Finished, since(self.start));
+        let usage = Usage {
+            n_prompt_tokens: n_prompt as u32,
+            n_completion_tokens: n_tokens,
+            n_cached_tokens: 0,
+        };
+        self.events
+            .send(DoorEvent::Ended {
+                finish,
+                usage,
+                timeline: self.submission.timeline,
+            })
+            .await
+    }
+}
+
+/// What the null model reports: the token itself first, then the ids after it.
+fn logprobs(id: TokenId, n_top: u8) -> TokenLogprobs {
+    let top = (0..u32::from(n_top))
+        .map(|n| (id.wrapping_add(n), NULL_LOGPROB - n as f32))
+        .collect();
+    TokenLogprobs {
+        logprob: NULL_LOGPROB,
+        rank: 1,
+        top,
+    }
+}
