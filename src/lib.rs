@@ -4,3 +4,4 @@ pub mod door;
 pub mod api;
 pub mod metric_names;
 pub mod null_generator;
+pub mod registry;

@@ -7,3 +7,4 @@ pub mod model;
 pub mod philox;
 pub mod sampler;
 pub mod text;
+pub mod worker;

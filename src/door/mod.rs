@@ -1,6 +1,11 @@
 //! The front door's core: what it accepts from the APIs and what it streams back. It knows token ids only; text, templates
 //! and stop strings belong to `api`, how requests reach instances to the files below.
 
+mod admission;
+mod cluster;
+mod driver;
+mod front_door;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +14,9 @@ use baton_scheduler::request::{Failure, Finish, Request, Token, TokenLogprobs};
 use baton_scheduler::timeline::Timeline;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
+
+pub use cluster::{Cluster, JoinError, Member};
+pub use front_door::{FrontDoor, FrontDoorOptions};
 
 /// A validated request on its way in.
 #[derive(Clone, Debug)]
