@@ -298,3 +298,6 @@ impl TokenizerConfig {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -169,8 +169,15 @@ fn weight_files(snapshot: &Path) -> Result<Vec<String>, String> {
 
 fn explain(error: &HFError) -> String {
     match error {
-        HFError::RepoNotFound { .. } | HFError::AuthRequired { .. } | HFError::Forbidden { .. } => {
-            format!("{}; a private or gated model needs HF_TOKEN", one_line(error))
+        // The hub does not tell strangers whether a private repository exists.
+        HFError::RepoNotFound { .. }
+        | HFError::RevisionNotFound { .. }
+        | HFError::AuthRequired { .. }
+        | HFError::Forbidden { .. } => {
+            format!(
+                "{}; check the id, and HF_TOKEN if the model is private or gated",
+                one_line(error)
+            )
         }
         other => one_line(other),
     }
