@@ -9,6 +9,8 @@ mod command;
 mod events;
 mod handle;
 mod handoff;
+#[cfg(test)]
+pub(crate) mod hash_model;
 mod load;
 mod open_sequence;
 mod step_loop;
@@ -21,3 +23,5 @@ pub use handle::{EngineConfig, EngineError, EngineHandle, start};
 pub use handoff::{PrefillEvent, PrefillJob, Reservation};
 pub use load::{EngineCounters, LoadReport};
 pub use watchdog::Health;
+
+pub use baton_scheduler::batch::Numerics;
