@@ -8,6 +8,10 @@ use bytemuck::Pod;
 
 const ALIGN: usize = 64;
 
+/// Buffers from here on are aligned to huge pages and ask for them: a product reads far more pages than a TLB holds.
+const HUGE_PAGE: usize = 2 << 20;
+const HUGE_FROM: usize = 8 << 20;
+
 /// An owned `[T]` on a cache line boundary; pages are touched when first used.
 pub(crate) struct AlignedBuf<T: Pod> {
     ptr: NonNull<T>,
@@ -34,6 +38,11 @@ impl<T: Pod> AlignedBuf<T> {
         let Some(ptr) = NonNull::new(raw.cast::<T>()) else {
             handle_alloc_error(layout)
         };
+        #[cfg(target_os = "linux")]
+        if layout.align() == HUGE_PAGE {
+            // SAFETY: the range is this very allocation. Failing only means small pages, so the answer does not matter.
+            unsafe { libc::madvise(raw.cast(), layout.size() / HUGE_PAGE * HUGE_PAGE, libc::MADV_HUGEPAGE) };
+        }
         AlignedBuf { ptr, len }
     }
 
@@ -48,7 +57,8 @@ impl<T: Pod> AlignedBuf<T> {
     fn layout(len: usize) -> Layout {
         const { assert!(size_of::<T>() > 0 && align_of::<T>() <= ALIGN) };
         let bytes = len.checked_mul(size_of::<T>()).expect("buffer size fits in usize");
-        Layout::from_size_align(bytes, ALIGN).expect("buffer size fits in isize")
+        let align = if bytes >= HUGE_FROM { HUGE_PAGE } else { ALIGN };
+        Layout::from_size_align(bytes, align).expect("buffer size fits in isize")
     }
 }
 

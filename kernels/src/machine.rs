@@ -12,9 +12,14 @@ use crate::layout::DType;
 
 /// Far above any last-level cache we tune for.
 const BUFFER_WORDS: usize = (256 << 20) / 4;
-const PASSES: usize = 6;
 
-/// Read bandwidth of memory in GB/s (1e9 bytes), best of several passes over 256 MiB.
+/// Read in one pass; coming back to a window takes 256 MiB of others.
+const PASS_WORDS: usize = BUFFER_WORDS / 8;
+
+/// A pass is short and passes are many, so that the best one fell between two of the system's time slices.
+const PASSES: usize = 40;
+
+/// Read bandwidth of memory in GB/s (1e9 bytes): the best of many short passes that walk through 256 MiB.
 ///
 /// # Errors
 /// A number of threads out of range.
@@ -24,10 +29,12 @@ pub fn measure_read_bandwidth(n_threads: usize) -> Result<f64, KernelError> {
     buffer.fill(1);
     let isa = Isa::best();
     let n_items = 16 * n_threads;
-    let per_item = BUFFER_WORDS / n_items / 64 * 64;
+    let per_item = PASS_WORDS / n_items / 64 * 64;
+    let mut windows = (0..BUFFER_WORDS / PASS_WORDS).cycle();
     let seconds = best_of(|| {
+        let window = &buffer[windows.next().unwrap_or(0) * PASS_WORDS..][..PASS_WORDS];
         pool.for_each(n_items, &|item| {
-            let words = &buffer[item * per_item..][..per_item];
+            let words = &window[item * per_item..][..per_item];
             std::hint::black_box(dispatch(isa, ReadAll { words }));
         });
     });
@@ -114,7 +121,7 @@ impl Kernel for ReadAll<'_> {
 
 /// Independent chains, enough to hide the latency and few enough for the registers.
 const CHAINS: usize = 12;
-const PEAK_STEPS: usize = 1 << 20;
+const PEAK_STEPS: usize = 1 << 14;
 
 struct Peak<D>(std::marker::PhantomData<D>);
 

@@ -22,6 +22,12 @@ use crate::layout::KvLayout;
 /// Tokens of the context between two cuts.
 pub(crate) const SPLIT: usize = 256;
 
+/// Tiles of K that are scored together: twice the chains of sums, which hides the latency of the dot product.
+const KEY_TILES: usize = 2;
+
+/// Up to this many queries V is widened on the fly, without going through memory.
+const DIRECT_QUERIES: usize = 8;
+
 /// Tokens of V widened at a time: 16 KiB for heads of 64.
 const VALUE_CHUNK: usize = 64;
 
@@ -140,7 +146,7 @@ struct Pages<'a> {
 }
 
 impl Pages<'_> {
-    /// Addresses of 16 tokens' heads from `first` on; those from `end` on repeat the last one.
+    /// Addresses of 16 tokens' heads from `first` on, which is before `end`; those from `end` on repeat the last one.
     #[inline(always)]
     fn tokens(&self, base: usize, kv_head: usize, first: usize, end: usize) -> [*const u8; LANES] {
         let KvLayout {
@@ -154,6 +160,12 @@ impl Pages<'_> {
         let start = |block_idx: usize| {
             base + self.block_table[block_idx] as usize * part_bytes + kv_head * block_size * head_bytes
         };
+        if slot + LANES <= block_size {
+            // All in one block, as they always are with blocks of 16, 32 and so on.
+            let address = start(block_idx) + slot * head_bytes;
+            let last = end - 1 - first;
+            return std::array::from_fn(|offset| (address + offset.min(last) * head_bytes) as *const u8);
+        }
         let mut block_start = start(block_idx);
         let mut address = block_start + slot * head_bytes;
         let mut rows = [address as *const u8; LANES];
@@ -169,6 +181,22 @@ impl Pages<'_> {
             *row = address as *const u8;
         }
         rows
+    }
+}
+
+impl Pages<'_> {
+    /// Asks for 16 tokens' heads from `first` on, those before `end`.
+    #[inline(always)]
+    fn prefetch<S: Simd>(&self, simd: S, base: usize, kv_head: usize, first: usize, end: usize) {
+        if first >= end {
+            return;
+        }
+        let head_bytes = self.layout.head_dim * self.layout.dtype.size();
+        for row in self.tokens(base, kv_head, first, end) {
+            for line in (0..head_bytes).step_by(64) {
+                simd.prefetch(row.wrapping_add(line));
+            }
+        }
     }
 }
 
@@ -211,7 +239,7 @@ impl<D: Dot> Kernel for Item<'_, D> {
         let context = tile.first_pos + tile.n_rows;
 
         let query = scratch.query.at_least(n_queries * query_words);
-        let key = scratch.key.at_least(query_words * LANES);
+        let key = scratch.key.at_least(KEY_TILES * n_words * LANES);
         let scores = scratch.scores.at_least(n_queries * SPLIT);
         let value = scratch.value.at_least(VALUE_CHUNK * padded_dim);
         let split_out = scratch.split_out.at_least(n_queries * padded_dim);
@@ -242,48 +270,81 @@ impl<D: Dot> Kernel for Item<'_, D> {
                     .saturating_sub(split_start)
                     .min(SPLIT)
             };
-            for first in (split_start..split_end).step_by(LANES) {
-                let rows = pages.tokens(pages.key, kv_head, first, split_end);
-                // SAFETY: the rows are head_dim elements of blocks checked by `attention`; the scratch was sized above.
-                unsafe {
-                    transpose_key(simd, &rows, n_words, key.as_mut_ptr());
-                    let scores = scores.as_mut_ptr().add(first - split_start);
-                    let scale = simd.splat(params.scale);
-                    let dots = Scores {
-                        query: query.as_ptr(),
-                        query_words,
-                        key: key.as_ptr(),
-                        n_words,
-                        scores,
-                        scale,
-                    };
-                    dots.all::<S, D>(simd, n_queries);
+            for first in (split_start..split_end).step_by(KEY_TILES * LANES) {
+                for tile_idx in 0..KEY_TILES {
+                    let start = first + tile_idx * LANES;
+                    if start >= split_end {
+                        // The scores of a missing tile are computed from what is left there, and never looked at.
+                        break;
+                    }
+                    let rows = pages.tokens(pages.key, kv_head, start, split_end);
+                    pages.prefetch(simd, pages.value, kv_head, start, split_end);
+                    pages.prefetch(simd, pages.key, kv_head, start + KEY_TILES * LANES, context);
+                    // SAFETY: the rows are head_dim elements of blocks checked by `attention`; a tile is n_words * 16 words.
+                    unsafe { transpose_key(simd, &rows, n_words, key[tile_idx * n_words * LANES..].as_mut_ptr()) };
                 }
+                let scores = scores.as_mut_ptr().wrapping_add(first - split_start);
+                let scale = simd.splat(params.scale);
+                let dots = Scores {
+                    query: query.as_ptr(),
+                    query_words,
+                    key: key.as_ptr(),
+                    n_words,
+                    scores,
+                    scale,
+                };
+                // SAFETY: the scratch was sized above, and SPLIT is a multiple of the tokens scored together.
+                unsafe { dots.all::<S, D>(simd, n_queries) };
             }
             for query_idx in 0..n_queries {
                 let row = &mut scores[query_idx * SPLIT..][..visible(query_idx)];
                 (split_max[query_idx], split_sum[query_idx]) = softmax(simd, row);
             }
             split_out.fill(0.0);
-            for first in (split_start..split_end).step_by(VALUE_CHUNK) {
-                let end = split_end.min(first + VALUE_CHUNK);
-                for start in (first..end).step_by(LANES) {
-                    let rows = pages.tokens(pages.value, kv_head, start, end);
-                    for (row, token) in rows.iter().zip(start..end) {
-                        let wide = &mut value[(token - first) * padded_dim..][..padded_dim];
-                        // SAFETY: as for K: a row is head_dim elements of a checked block.
-                        unsafe { widen::<S, D>(simd, *row, head_dim, wide) };
-                    }
+            let weights = scores.as_ptr();
+            if n_queries <= DIRECT_QUERIES && head_dim == padded_dim {
+                for first in (split_start..split_end).step_by(LANES) {
+                    let rows = pages.tokens(pages.value, kv_head, first, split_end);
+                    let size = 4 / D::PER_WORD;
+                    // SAFETY: as for K: a row is head_dim elements of a checked block, and dim + 16 <= head_dim.
+                    let load = |token: usize, dim: usize| unsafe { D::widen(simd, rows[token].add(dim * size)) };
+                    let weights = weights.wrapping_add(first - split_start);
+                    let sums = WeightedSum {
+                        load,
+                        padded_dim,
+                        weights,
+                        out: split_out.as_mut_ptr(),
+                    };
+                    let seen = |query_idx: usize| visible(query_idx).saturating_sub(first - split_start).min(LANES);
+                    // SAFETY: seen() <= 16 tokens for every query, and the scratch was sized above.
+                    unsafe { sums.all(simd, n_queries, seen) };
                 }
-                let sums = WeightedSum {
-                    value: value.as_ptr(),
-                    padded_dim,
-                    weights: scores.as_ptr().wrapping_add(first - split_start),
-                    out: split_out.as_mut_ptr(),
-                };
-                let seen = |query_idx: usize| visible(query_idx).saturating_sub(first - split_start).min(VALUE_CHUNK);
-                // SAFETY: seen() <= tokens widened in this chunk for every query, and the scratch was sized above.
-                unsafe { sums.all(simd, n_queries, seen) };
+            } else {
+                for first in (split_start..split_end).step_by(VALUE_CHUNK) {
+                    let end = split_end.min(first + VALUE_CHUNK);
+                    for start in (first..end).step_by(LANES) {
+                        let rows = pages.tokens(pages.value, kv_head, start, end);
+                        for (row, token) in rows.iter().zip(start..end) {
+                            let wide = &mut value[(token - first) * padded_dim..][..padded_dim];
+                            // SAFETY: as for K: a row is head_dim elements of a checked block.
+                            unsafe { widen::<S, D>(simd, *row, head_dim, wide) };
+                        }
+                    }
+                    let wide = value.as_ptr();
+                    // SAFETY: token is one of those widened above, and dim + 16 <= padded_dim.
+                    let load = |token: usize, dim: usize| unsafe { simd.load(wide.add(token * padded_dim + dim)) };
+                    let weights = weights.wrapping_add(first - split_start);
+                    let sums = WeightedSum {
+                        load,
+                        padded_dim,
+                        weights,
+                        out: split_out.as_mut_ptr(),
+                    };
+                    let seen =
+                        |query_idx: usize| visible(query_idx).saturating_sub(first - split_start).min(VALUE_CHUNK);
+                    // SAFETY: seen() <= tokens widened in this chunk for every query, and the scratch was sized above.
+                    unsafe { sums.all(simd, n_queries, seen) };
+                }
             }
             for query_idx in 0..n_queries {
                 if visible(query_idx) == 0 {
@@ -336,16 +397,16 @@ unsafe fn transpose_key<S: Simd>(simd: S, rows: &[*const u8; LANES], n_words: us
     }
 }
 
-/// Scores of 16 tokens, for all queries.
+/// Scores of `KEY_TILES` tiles of 16 tokens, for all queries.
 #[derive(Clone, Copy)]
 struct Scores<V> {
     /// `[n_queries][query_words]`
     query: *const u32,
     query_words: usize,
-    /// `[n_words][16]`
+    /// `[KEY_TILES][n_words][16]`
     key: *const u32,
     n_words: usize,
-    /// `[n_queries][SPLIT]`, at the first of the 16 tokens
+    /// `[n_queries][SPLIT]`, at the first of the tokens
     scores: *mut f32,
     scale: V,
 }
@@ -377,18 +438,25 @@ impl<V: Copy> Scores<V> {
     /// As `all`, for QUERIES queries from `first` on.
     #[inline(always)]
     unsafe fn some<S: Simd<V = V>, D: Dot, const QUERIES: usize>(self, simd: S, first: usize) {
-        let mut sums = [simd.splat(0.0); QUERIES];
+        let mut sums = [[simd.splat(0.0); KEY_TILES]; QUERIES];
         // SAFETY: the caller's promise.
         unsafe {
             for word_idx in 0..self.n_words {
-                let key = D::load(simd, self.key.add(word_idx * LANES));
-                for (query_idx, sum) in sums.iter_mut().enumerate() {
+                let key: [D::Words<S>; KEY_TILES] = std::array::from_fn(|tile_idx| {
+                    D::load(simd, self.key.add((tile_idx * self.n_words + word_idx) * LANES))
+                });
+                for (query_idx, sums) in sums.iter_mut().enumerate() {
                     let query = D::splat(simd, *self.query.add((first + query_idx) * self.query_words + word_idx));
-                    *sum = D::dot(simd, *sum, query, key);
+                    for (sum, key) in sums.iter_mut().zip(key) {
+                        *sum = D::dot(simd, *sum, query, key);
+                    }
                 }
             }
-            for (query_idx, sum) in sums.iter().enumerate() {
-                simd.store(self.scores.add((first + query_idx) * SPLIT), simd.mul(*sum, self.scale));
+            for (query_idx, sums) in sums.iter().enumerate() {
+                for (tile_idx, sum) in sums.iter().enumerate() {
+                    let scores = self.scores.add((first + query_idx) * SPLIT + tile_idx * LANES);
+                    simd.store(scores, simd.mul(*sum, self.scale));
+                }
             }
         }
     }
@@ -452,9 +520,9 @@ unsafe fn widen<S: Simd, D: Dot>(simd: S, row: *const u8, head_dim: usize, wide:
 
 /// `out[query] += sum over tokens of weights[query][token] * value[token]`, tokens in order.
 #[derive(Clone, Copy)]
-struct WeightedSum {
-    /// `[tokens][padded_dim]`
-    value: *const f32,
+struct WeightedSum<L> {
+    /// 16 elements of V, by token and dim
+    load: L,
     padded_dim: usize,
     /// `[n_queries][SPLIT]`, at the first token
     weights: *const f32,
@@ -462,13 +530,16 @@ struct WeightedSum {
     out: *mut f32,
 }
 
-impl WeightedSum {
+impl<L: Copy> WeightedSum<L> {
     /// Queries four at a time over the tokens that all four see, then one at a time over the rest.
     ///
     /// # Safety
     /// The pointers hold what the fields say, for `seen(query)` tokens.
     #[inline(always)]
-    unsafe fn all<S: Simd>(self, simd: S, n_queries: usize, seen: impl Fn(usize) -> usize) {
+    unsafe fn all<S: Simd>(self, simd: S, n_queries: usize, seen: impl Fn(usize) -> usize)
+    where
+        L: Fn(usize, usize) -> S::V,
+    {
         let mut query_idx = 0;
         // SAFETY: the caller's promise; dims stay below padded_dim, a multiple of 16.
         unsafe {
@@ -494,7 +565,10 @@ impl WeightedSum {
     /// # Safety
     /// As `all`, for tokens `start..end` and QUERIES queries from `first` on.
     #[inline(always)]
-    unsafe fn over_dims<S: Simd, const QUERIES: usize>(self, simd: S, first: usize, start: usize, end: usize) {
+    unsafe fn over_dims<S: Simd, const QUERIES: usize>(self, simd: S, first: usize, start: usize, end: usize)
+    where
+        L: Fn(usize, usize) -> S::V,
+    {
         let mut dim = 0;
         // SAFETY: the caller's promise.
         unsafe {
@@ -519,7 +593,9 @@ impl WeightedSum {
         dim: usize,
         start: usize,
         end: usize,
-    ) {
+    ) where
+        L: Fn(usize, usize) -> S::V,
+    {
         // SAFETY: the caller's promise.
         unsafe {
             let at =
@@ -528,9 +604,8 @@ impl WeightedSum {
                 std::array::from_fn(|vector_idx| simd.load(self.out.add(at(query_idx, vector_idx))))
             });
             for token in start..end {
-                let value: [S::V; VECTORS] = std::array::from_fn(|vector_idx| {
-                    simd.load(self.value.add(token * self.padded_dim + dim + vector_idx * LANES))
-                });
+                let value: [S::V; VECTORS] =
+                    std::array::from_fn(|vector_idx| (self.load)(token, dim + vector_idx * LANES));
                 for (query_idx, sums) in sums.iter_mut().enumerate() {
                     let weight = simd.splat(*self.weights.add((first + query_idx) * SPLIT + token));
                     for (sum, value) in sums.iter_mut().zip(value) {
