@@ -4,20 +4,22 @@
 mod admission;
 mod block_table;
 mod config;
+mod counters;
+mod reservation;
 mod sequence;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::{Deserialize, Serialize};
-
 use crate::block_pool::{BlockPool, IsPinned, Ledger};
-use crate::ids::{BlockId, Generation, Nanos, SequenceId, TokenId};
+use crate::ids::{Nanos, SequenceId, TokenId};
 use crate::prefix_cache::{PrefixCache, PrefixEvent, PrefixHasher, Registered};
 use crate::request::{Failure, Finish, PortableState};
 
 pub use config::{BatchConfig, BatchConfigError, PrefixCaching};
+pub use counters::{BatchCounters, BatchLoad};
+pub use reservation::{Grant, Numerics, ReserveOutcome};
 pub use sequence::{Phase, SequenceKind};
 
 use sequence::Sequence;
@@ -66,72 +68,6 @@ pub struct Batch {
     pub granted: Vec<SequenceId>,
     /// Sequences given up, already removed.
     pub refused: Vec<(SequenceId, Failure)>,
-}
-
-/// What a reservation came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReserveOutcome {
-    /// The blocks are there.
-    Granted(SequenceId),
-    /// Someone else is about to bring the same prefix; a later batch grants or refuses, within
-    /// [`BatchConfig::max_defer`].
-    Deferred(SequenceId),
-}
-
-/// What a granted reservation has.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Grant {
-    /// Blocks of the context.
-    pub n_blocks_total: usize,
-    /// Leading blocks that the prefix cache had; they need not be sent.
-    pub n_blocks_held: usize,
-    /// The blocks to be written, in order: those of the context after the held ones.
-    pub blocks: Vec<(BlockId, Generation)>,
-}
-
-/// Whether received KV was computed with the same bits as ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Numerics {
-    /// The same class: the blocks may serve other sequences.
-    Same,
-    /// Another class: they, and what is computed from them, stay with their sequence.
-    Other,
-}
-
-/// What is counted, from the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BatchCounters {
-    /// Tokens computed in steps that did not sample, or as part of a longer chunk.
-    pub n_prefill_tokens: u64,
-    /// Tokens computed one at a time for a sequence that samples.
-    pub n_decode_tokens: u64,
-    /// Context tokens of sequences that could take hits.
-    pub n_prefix_query_tokens: u64,
-    /// Context tokens found in the prefix cache.
-    pub n_prefix_hit_tokens: u64,
-    /// Times a running sequence lost its blocks.
-    pub n_preemptions: u64,
-    /// Times a sequence began to wait for a prefix that another brings.
-    pub n_deferrals: u64,
-    /// Sequences refused after waiting.
-    pub n_refused: u64,
-}
-
-/// How many sequences and blocks are where.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BatchLoad {
-    /// Sequences in the running set.
-    pub n_running: usize,
-    /// Sequences waiting to run, preempted ones included.
-    pub n_waiting: usize,
-    /// Reservations, granted and deferred.
-    pub n_reserved: usize,
-    /// Finished prefills whose KV is still being fetched.
-    pub n_handing_over: usize,
-    /// Context tokens of waiting and running sequences that are not computed yet.
-    pub n_pending_prefill_tokens: usize,
-    /// Where every block is.
-    pub ledger: Ledger,
 }
 
 /// The scheduler of one instance.
@@ -250,39 +186,6 @@ impl BatchScheduler {
         outcomes
     }
 
-    /// A reservation's KV and first token have come: it runs from the next step on. Returns whether the first token
-    /// already ends it (then it is gone).
-    ///
-    /// # Panics
-    /// If the sequence is not a granted reservation.
-    pub fn join(
-        &mut self,
-        id: SequenceId,
-        first: TokenId,
-        numerics: Numerics,
-        is_pinned: IsPinned<'_>,
-    ) -> Option<Finish> {
-        assert!(
-            self.reserved.remove(&id),
-            "sequence {} is not a granted reservation",
-            id.0
-        );
-        self.running.insert(id);
-        let sequence = self.sequences.get_mut(&id).expect("a reserved sequence exists");
-        sequence
-            .table
-            .blocks()
-            .iter()
-            .skip(sequence.n_hit_blocks)
-            .for_each(|block| self.pool.receive(block));
-        sequence.kind = SequenceKind::Local;
-        sequence.n_computed = sequence.tokens.len();
-        sequence.numerics = numerics;
-        self.register_full_blocks(id, is_pinned);
-        self.abandon_claims(id);
-        self.append(id, first, is_pinned)
-    }
-
     /// Removes a sequence in any phase and frees its blocks; pinned ones go to quarantine. Unknown ids are ignored.
     pub fn remove(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) {
         if !self.sequences.contains_key(&id) {
@@ -333,19 +236,6 @@ impl BatchScheduler {
         self.sequences[&id].table.ids()
     }
 
-    /// What a granted reservation has.
-    pub fn grant(&self, id: SequenceId) -> Grant {
-        let sequence = &self.sequences[&id];
-        let n_blocks_total = self.config.blocks_for(sequence.tokens.len());
-        let n_blocks_held = sequence.n_hit_blocks;
-        let to_write = &sequence.table.blocks()[n_blocks_held..n_blocks_total];
-        Grant {
-            n_blocks_total,
-            n_blocks_held,
-            blocks: to_write.iter().map(|block| (block.id(), block.generation())).collect(),
-        }
-    }
-
     /// Whether no sequence is here.
     pub fn is_empty(&self) -> bool {
         self.sequences.is_empty()
@@ -368,6 +258,11 @@ impl BatchScheduler {
             n_pending_prefill_tokens: in_line.map(n_left).filter(|&n| n > 1).sum(),
             ledger: self.pool.ledger(),
         }
+    }
+
+    /// Where every block is.
+    pub fn ledger(&self) -> Ledger {
+        self.pool.ledger()
     }
 
     /// What has been counted.

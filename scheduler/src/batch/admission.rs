@@ -1,13 +1,13 @@
-//! How sequences get their first blocks: admission from the line, reservations, and waiting for a prefix that another
+//! How sequences get their first blocks: admission from the line, prefix hits, and waiting for a prefix that another
 //! sequence is about to bring.
 
 use std::ops::Bound;
 
-use super::{Batch, BatchScheduler, PrefixCaching, ReserveOutcome, SequenceKind, Started};
+use super::{Batch, BatchScheduler, PrefixCaching, SequenceKind, Started};
 use crate::block_pool::IsPinned;
 use crate::ids::{Nanos, SequenceId};
 use crate::prefix_cache::Arrival;
-use crate::request::{Failure, PortableState};
+use crate::request::Failure;
 
 /// A sequence's place in line.
 #[derive(Clone, Copy)]
@@ -17,76 +17,13 @@ enum Place {
 }
 
 /// What trying to give a sequence its blocks came to.
-enum Attempt {
+pub(super) enum Attempt {
     Granted,
     Deferred,
     NoBlocks,
 }
 
 impl BatchScheduler {
-    /// Reserves blocks for a sequence computed elsewhere: those of its context that the prefix cache lacks, and one to
-    /// grow into.
-    ///
-    /// # Errors
-    /// `Invalid` when it can never run, `Busy` when there is no room now.
-    pub fn reserve(
-        &mut self,
-        now: Nanos,
-        state: &PortableState,
-        is_pinned: IsPinned<'_>,
-    ) -> Result<ReserveOutcome, Failure> {
-        self.config.check(state)?;
-        if self.n_places_taken() >= self.config.max_num_seqs {
-            return Err(Failure::Busy(format!(
-                "{} sequences run or are reserved",
-                self.n_places_taken()
-            )));
-        }
-        // Whoever was left out has waited longer; reservations that overtook it could starve it.
-        if self.left_out.is_some_and(|id| self.sequences.contains_key(&id)) {
-            return Err(Failure::Busy("sequences are waiting for room to run".to_owned()));
-        }
-        self.pool.sweep(is_pinned);
-        let id = self.insert(state, SequenceKind::Received);
-        match self.try_allocate(id, now, is_pinned) {
-            Attempt::Granted => {
-                self.reserved.insert(id);
-                Ok(ReserveOutcome::Granted(id))
-            }
-            Attempt::Deferred if self.deferred_reservations.len() < self.config.max_deferred_reservations => {
-                self.deferred_reservations.insert(id);
-                Ok(ReserveOutcome::Deferred(id))
-            }
-            Attempt::Deferred => {
-                self.remove(id, is_pinned);
-                let n_deferred = self.deferred_reservations.len();
-                Err(Failure::Busy(format!(
-                    "{n_deferred} reservations are waiting for a prefix"
-                )))
-            }
-            Attempt::NoBlocks => Err(self.refuse_reservation(id, is_pinned)),
-        }
-    }
-
-    /// Grants or refuses the deferred reservations whose prefix has arrived, or who have waited long enough.
-    pub(super) fn retry_reservations(&mut self, now: Nanos, is_pinned: IsPinned<'_>, batch: &mut Batch) {
-        for id in Vec::from_iter(self.deferred_reservations.iter().copied()) {
-            match self.try_allocate(id, now, is_pinned) {
-                Attempt::Granted => {
-                    self.deferred_reservations.remove(&id);
-                    self.reserved.insert(id);
-                    batch.granted.push(id);
-                }
-                Attempt::Deferred => {}
-                Attempt::NoBlocks => {
-                    let failure = self.refuse_reservation(id, is_pinned);
-                    self.counters.n_refused += 1;
-                    batch.refused.push((id, failure));
-                }
-            }
-        }
-    }
-
     /// Lets sequences begin: preempted ones first, then in order of arrival. One without blocks holds up those behind
     /// it, so that none starves; one that waits for a prefix does not.
     pub(super) fn admit_waiting(
@@ -150,7 +87,7 @@ impl BatchScheduler {
     }
 
     /// Sequences that run or may begin to at any time.
-    fn n_places_taken(&self) -> usize {
+    pub(super) fn n_places_taken(&self) -> usize {
         self.running.len() + self.reserved.len() + self.deferred_reservations.len()
     }
 
@@ -174,7 +111,7 @@ impl BatchScheduler {
 
     /// Gives a sequence all blocks of its context, from the prefix cache as far as it goes, and claims what it will
     /// add to it. Takes nothing unless all of it is there.
-    fn try_allocate(&mut self, id: SequenceId, now: Nanos, is_pinned: IsPinned<'_>) -> Attempt {
+    pub(super) fn try_allocate(&mut self, id: SequenceId, now: Nanos, is_pinned: IsPinned<'_>) -> Attempt {
         let n_hit = match self.take_hits(id, now) {
             Some(n_hit) => n_hit,
             None => return Attempt::Deferred,
@@ -268,12 +205,5 @@ impl BatchScheduler {
             sequence.table.push(self.pool.hold(hit));
         }
         Some(hits.len())
-    }
-
-    fn refuse_reservation(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) -> Failure {
-        let n_blocks = self.config.blocks_for(self.sequences[&id].tokens.len());
-        self.remove(id, is_pinned);
-        let n_available = self.pool.n_available();
-        Failure::Busy(format!("{n_blocks} blocks are needed and {n_available} are free"))
     }
 }

@@ -1,0 +1,256 @@
+//! A world whose KV memory holds plain token ids, and a model whose next token is a hash of what it reads there.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::super::*;
+use crate::ids::{BlockId, Epoch, Fingerprint, RequestId};
+use crate::request::{ChoiceState, Request, SamplingParams, Token};
+
+pub(super) const BLOCK_SIZE: usize = 4;
+pub(super) const N_VOCAB: u32 = 50;
+pub(super) const STOP: TokenId = 7;
+
+/// The model: the next token is a hash of everything before it.
+pub(super) fn next_token(context: &[TokenId]) -> TokenId {
+    let hash = context.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &id| {
+        (hash ^ u64::from(id))
+            .wrapping_mul(0x0000_0100_0000_01b3)
+            .rotate_left(17)
+    });
+    (hash % u64::from(N_VOCAB)) as TokenId
+}
+
+/// What a request gives when nothing else is there.
+pub(super) fn alone(prompt: &[TokenId], max_tokens: u32, max_model_len: usize) -> Vec<TokenId> {
+    let mut tokens = prompt.to_vec();
+    loop {
+        tokens.push(next_token(&tokens));
+        let n_output = tokens.len() - prompt.len();
+        if tokens.last() == Some(&STOP) || n_output == max_tokens as usize || tokens.len() == max_model_len {
+            return tokens.split_off(prompt.len());
+        }
+    }
+}
+
+pub(super) fn state(prompt: &[TokenId], max_tokens: u32) -> PortableState {
+    let sampling = SamplingParams {
+        max_tokens,
+        stop_token_ids: vec![STOP],
+        ..SamplingParams::default()
+    };
+    let request = Request {
+        id: RequestId(1),
+        prompt_ids: Arc::from(prompt),
+        sampling,
+        cache_salt: 0,
+    };
+    PortableState::fresh(request, Epoch(1))
+}
+
+pub(super) fn replay(prompt: &[TokenId], max_tokens: u32, output: &[TokenId]) -> PortableState {
+    let tokens = output.iter().enumerate().map(|(i, &id)| Token {
+        index: i as u32,
+        id,
+        logprobs: None,
+    });
+    let choice = ChoiceState {
+        output: tokens.collect(),
+        finish: None,
+    };
+    PortableState {
+        choices: vec![choice],
+        ..state(prompt, max_tokens)
+    }
+}
+
+pub(super) fn config(n_blocks: usize) -> BatchConfig {
+    BatchConfig {
+        max_num_seqs: 4,
+        max_batch_tokens: 8,
+        max_defer: Nanos(20),
+        max_stall: Nanos(50),
+        max_prompt_logprob_rows: 5,
+        max_prefix_events: 8,
+        ..BatchConfig::new(n_blocks, BLOCK_SIZE, Fingerprint([1; 32]))
+    }
+}
+
+pub(super) struct World {
+    pub(super) scheduler: BatchScheduler,
+    /// `[n_blocks][block_size]`: what the KV memory was computed from.
+    memory: Vec<[Option<TokenId>; BLOCK_SIZE]>,
+    pub(super) pins: BTreeSet<BlockId>,
+    now: u64,
+    pub(super) outputs: BTreeMap<SequenceId, Vec<TokenId>>,
+    pub(super) finished: BTreeMap<SequenceId, Finish>,
+    pub(super) refused: BTreeSet<SequenceId>,
+    pub(super) n_computed: usize,
+}
+
+impl World {
+    pub(super) fn new(config: BatchConfig) -> World {
+        World {
+            memory: vec![[None; BLOCK_SIZE]; config.n_blocks],
+            scheduler: BatchScheduler::new(config).unwrap(),
+            pins: BTreeSet::new(),
+            now: 0,
+            outputs: BTreeMap::new(),
+            finished: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            n_computed: 0,
+        }
+    }
+
+    pub(super) fn submit(&mut self, state: &PortableState, kind: SequenceKind) -> SequenceId {
+        let id = self.scheduler.submit(state, kind).unwrap();
+        self.outputs
+            .insert(id, state.choices[0].output.iter().map(|token| token.id).collect());
+        id
+    }
+
+    pub(super) fn local(&mut self, prompt: &[TokenId], max_tokens: u32) -> SequenceId {
+        self.submit(&state(prompt, max_tokens), SequenceKind::Local)
+    }
+
+    pub(super) fn reserve(&mut self, state: &PortableState) -> Result<ReserveOutcome, Failure> {
+        let pins = self.pins.clone();
+        self.scheduler.reserve(Nanos(self.now), state, &|id| pins.contains(&id))
+    }
+
+    pub(super) fn reserved(&mut self, prompt: &[TokenId], max_tokens: u32) -> SequenceId {
+        match self.reserve(&state(prompt, max_tokens)) {
+            Ok(ReserveOutcome::Granted(id)) => id,
+            other => panic!("not granted: {other:?}"),
+        }
+    }
+
+    pub(super) fn remove(&mut self, id: SequenceId) {
+        let pins = self.pins.clone();
+        self.scheduler.remove(id, &|id| pins.contains(&id));
+    }
+
+    /// Reads the first `n` tokens of a sequence back from memory through its table.
+    pub(super) fn read_back(&self, id: SequenceId, n: usize) -> Vec<TokenId> {
+        let table = self.scheduler.block_table(id);
+        (0..n)
+            .map(|pos| {
+                let slot = self.memory[table[pos / BLOCK_SIZE] as usize][pos % BLOCK_SIZE];
+                slot.unwrap_or_else(|| panic!("position {pos} of {id:?} was never written"))
+            })
+            .collect()
+    }
+
+    /// The transfer of a reservation's KV, its first token, and the join.
+    pub(super) fn join(&mut self, id: SequenceId, numerics: Numerics) {
+        let tokens = self.scheduler.tokens(id).to_vec();
+        let grant = self.scheduler.grant(id);
+        for (i, (block, _)) in grant.blocks.iter().enumerate() {
+            let start = (grant.n_blocks_held + i) * BLOCK_SIZE;
+            for (slot, &token) in tokens.iter().skip(start).take(BLOCK_SIZE).enumerate() {
+                self.memory[block.0 as usize][slot] = Some(token);
+            }
+        }
+        assert_eq!(
+            self.read_back(id, tokens.len()),
+            tokens,
+            "the blocks held and received give the context"
+        );
+        let first = next_token(&tokens);
+        let pins = self.pins.clone();
+        let finish = self.scheduler.join(id, first, numerics, &|id| pins.contains(&id));
+        self.outputs.entry(id).or_default().push(first);
+        self.finished.extend(finish.map(|finish| (id, finish)));
+    }
+
+    pub(super) fn step(&mut self) -> Batch {
+        self.now += 1;
+        let pins = self.pins.clone();
+        let is_pinned = move |id: BlockId| pins.contains(&id);
+        let batch = self.scheduler.schedule(Nanos(self.now), &is_pinned);
+        self.scheduler.check();
+        self.refused.extend(batch.refused.iter().map(|(id, _)| *id));
+
+        let config = self.scheduler.config();
+        let n_tokens: usize = batch.items.iter().map(|item| item.n_tokens).sum();
+        assert!(n_tokens <= config.max_batch_tokens, "the step is over its budget");
+        let in_batch: BTreeSet<SequenceId> = batch.items.iter().map(|item| item.sequence).collect();
+        assert_eq!(in_batch.len(), batch.items.len(), "a sequence is in the batch once");
+        assert!(self.scheduler.load().n_running <= config.max_num_seqs);
+        for (id, sequence) in &self.scheduler.sequences {
+            if self.scheduler.phase(*id) == Some(Phase::Running) && sequence.n_left() == 1 && sequence.n_computed > 0 {
+                assert!(in_batch.contains(id), "a decode is in every step");
+            }
+        }
+
+        let mut sampled = Vec::new();
+        for item in &batch.items {
+            let tokens = self.scheduler.tokens(item.sequence).to_vec();
+            let table = self.scheduler.block_table(item.sequence).to_vec();
+            let end = item.start_pos + item.n_tokens;
+            for pos in item.start_pos..end {
+                let block = table[pos / BLOCK_SIZE];
+                assert!(
+                    !self.pins.contains(&BlockId(block)),
+                    "block {block} is written while a transfer reads it"
+                );
+                self.memory[block as usize][pos % BLOCK_SIZE] = Some(tokens[pos]);
+            }
+            self.n_computed += item.n_tokens;
+        }
+        for item in &batch.items {
+            let end = item.start_pos + item.n_tokens;
+            let context = self.read_back(item.sequence, end);
+            assert_eq!(
+                context,
+                self.scheduler.tokens(item.sequence)[..end],
+                "the blocks give the context"
+            );
+            sampled.push((item.samples == Samples::Token).then(|| next_token(&context)));
+        }
+        for ((id, finish), token) in self
+            .scheduler
+            .commit(&batch, &sampled, &is_pinned)
+            .into_iter()
+            .zip(sampled.into_iter().flatten())
+        {
+            self.outputs.entry(id).or_default().push(token);
+            self.finished.extend(finish.map(|finish| (id, finish)));
+        }
+        self.scheduler.check();
+        batch
+    }
+
+    pub(super) fn run(&mut self) {
+        for _ in 0..10_000 {
+            if self.scheduler.is_empty() {
+                assert!(self.scheduler.load().ledger.is_whole());
+                return;
+            }
+            self.step();
+        }
+        panic!("the scheduler does not come to an end: {:?}", self.scheduler.load());
+    }
+
+    pub(super) fn assert_as_alone(&self, id: SequenceId, prompt: &[TokenId], max_tokens: u32) {
+        let max_model_len = self.scheduler.config().max_model_len;
+        assert_eq!(
+            self.outputs[&id],
+            alone(prompt, max_tokens, max_model_len),
+            "tokens of {id:?}"
+        );
+    }
+}
+
+pub(super) fn prompt(seed: u32, n: usize) -> Vec<TokenId> {
+    (0..n as u32).map(|i| (seed * 13 + i * 5) % N_VOCAB).collect()
+}
+
+/// A prompt whose generation alone has at least `n_output` tokens.
+pub(super) fn lively(first_seed: u32, n: usize, n_output: usize) -> Vec<TokenId> {
+    let candidates = (first_seed..first_seed + 200).map(|seed| prompt(seed, n));
+    candidates
+        .into_iter()
+        .find(|prompt| alone(prompt, n_output as u32, 1000).len() == n_output)
+        .unwrap()
+}
