@@ -136,29 +136,91 @@ impl Sampler {
         if top_k == n_tokens && params.top_p >= 1.0 {
             return self.draw_from_all(logits, max, inverse_temperature, uniform);
         }
-        // The mass that top_p is a share of: of the k largest, or of everything.
-        let (mut n_selected, total) = if top_k < n_tokens {
+        if top_k < n_tokens {
+            // top_p is a share of the mass of the k largest.
             self.select_top(logits, top_k);
-            (top_k, self.weigh_candidates(max, inverse_temperature))
-        } else {
-            let total = sum_of_exps(logits, max, inverse_temperature);
-            let n_selected = FIRST_NUCLEUS.min(n_tokens);
-            self.select_top(logits, n_selected);
-            self.weigh_candidates(max, inverse_temperature);
-            (n_selected, total)
+            let total = self.weigh_candidates(max, inverse_temperature);
+            let (n_kept, mass) = nucleus(&self.weights, f64::from(params.top_p) * total);
+            return self.draw_candidate(n_kept, uniform * mass);
+        }
+        let target = f64::from(params.top_p) * sum_of_exps(logits, max, inverse_temperature);
+        self.select_top(logits, FIRST_NUCLEUS);
+        self.weigh_candidates(max, inverse_temperature);
+        let (n_kept, mass) = nucleus(&self.weights, target);
+        if mass >= target {
+            return self.draw_candidate(n_kept, uniform * mass);
+        }
+        self.draw_from_wide_nucleus(logits, max, inverse_temperature, target, uniform)
+    }
+
+    /// The candidate at `mark` of the running sum of the `n_kept` first weights.
+    fn draw_candidate(&self, n_kept: usize, mark: f64) -> TokenId {
+        self.candidates[position_at(&self.weights[..n_kept], mark)].id
+    }
+
+    /// A nucleus of thousands of tokens is not sorted: tokens fall into bands of nearly equal logits, whole bands are kept,
+    /// and only the band in which the mass reaches `target` is put in order.
+    fn draw_from_wide_nucleus(
+        &mut self,
+        logits: &[f32],
+        max: f32,
+        inverse_temperature: f32,
+        target: f64,
+        uniform: f64,
+    ) -> TokenId {
+        // Sixteen bands to the factor e; past 64 factors the weight is 0 in any case.
+        const N_BANDS: usize = 1024;
+        let scale = inverse_temperature * 16.0;
+        let band_of = |logit: f32| (((max - logit) * scale) as usize).min(N_BANDS - 1);
+        self.weights.clear();
+        self.weights
+            .extend(logits.iter().map(|&logit| exp((logit - max) * inverse_temperature)));
+        let mut band_mass = [0.0f64; N_BANDS];
+        for (&logit, &weight) in logits.iter().zip(&self.weights) {
+            band_mass[band_of(logit)] += f64::from(weight);
+        }
+        let (mut cut_band, mut whole_mass) = (0, 0.0);
+        while cut_band + 1 < N_BANDS && whole_mass + band_mass[cut_band] < target {
+            whole_mass += band_mass[cut_band];
+            cut_band += 1;
+        }
+        self.candidates.clear();
+        let in_cut = logits
+            .iter()
+            .enumerate()
+            .filter(|(_, logit)| band_of(**logit) == cut_band);
+        self.candidates.extend(in_cut.map(|(id, &logit)| Candidate {
+            logit,
+            id: id as TokenId,
+        }));
+        self.candidates.sort_unstable_by(Candidate::order);
+        let cut_mass: f64 = {
+            let weights: Vec<f32> = self.candidates.iter().map(|c| self.weights[c.id as usize]).collect();
+            let (n_kept, mass) = nucleus(&weights, target - whole_mass);
+            self.candidates.truncate(n_kept);
+            mass
         };
-        let target = f64::from(params.top_p) * total;
-        let (n_kept, mass) = loop {
-            let (n_kept, mass) = nucleus(&self.weights, target);
-            if n_kept < n_selected || n_selected == top_k {
-                break (n_kept, mass);
+        let mark = uniform * (whole_mass + cut_mass);
+        let mut before = 0.0;
+        if mark < whole_mass {
+            for (id, (&logit, &weight)) in logits.iter().zip(&self.weights).enumerate() {
+                if band_of(logit) < cut_band {
+                    before += f64::from(weight);
+                    if before > mark {
+                        return id as TokenId;
+                    }
+                }
             }
-            n_selected = (n_selected * 8).min(top_k);
-            self.select_top(logits, n_selected);
-            self.weigh_candidates(max, inverse_temperature);
-        };
-        let chosen = position_at(&self.weights[..n_kept], uniform * mass);
-        self.candidates[chosen].id
+        }
+        before = whole_mass;
+        for candidate in &self.candidates {
+            before += f64::from(self.weights[candidate.id as usize]);
+            if before > mark {
+                return candidate.id;
+            }
+        }
+        // Only rounding leads here: the mark is the very end of the nucleus.
+        self.candidates.last().map_or(0, |candidate| candidate.id)
     }
 
     fn draw_from_all(&mut self, logits: &[f32], max: f32, inverse_temperature: f32, uniform: f64) -> TokenId {
@@ -329,13 +391,15 @@ fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
     let clamped = if x > -87.0 { x } else { -87.0 };
-    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
     let mut polynomial = 1.0 / 5040.0;
     for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         polynomial = polynomial * r + coefficient;
     }
-    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    // The low bits of `shifted` are n as an integer.
+    let scale = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
     if x > -87.0 { polynomial * scale } else { 0.0 }
 }
 

@@ -151,6 +151,38 @@ fn frequencies_follow_the_distribution() {
     }
 }
 
+/// A flat distribution over thousands of tokens takes the path without sorting; its frequencies are right too.
+#[test]
+fn a_wide_nucleus_is_drawn_evenly() {
+    let mut sampler = Sampler::new();
+    let logits = logits_of(3000, 5, 2.0);
+    let params = params(1.0, 0, 0.6, 17);
+    let kept = naive(&logits, &params);
+    assert!(kept.len() > FIRST_NUCLEUS);
+    let n_draws = 20_000;
+    let mut counts = vec![0u32; logits.len()];
+    for index in 0..n_draws {
+        counts[sampler.sample(&logits, &params, 0, index).unwrap().id as usize] += 1;
+    }
+    // Forty groups of the kept tokens, in order.
+    let group = kept.len().div_ceil(40);
+    let mut statistic = 0.0;
+    for tokens in kept.chunks(group) {
+        let mean = tokens.iter().map(|(_, probability)| probability).sum::<f64>() * f64::from(n_draws);
+        let drawn: u32 = tokens
+            .iter()
+            .map(|(id, _)| std::mem::take(&mut counts[*id as usize]))
+            .sum();
+        statistic += (f64::from(drawn) - mean).powi(2) / mean;
+    }
+    assert!(counts.iter().sum::<u32>() <= 2, "drew tokens outside the nucleus");
+    let degrees = kept.chunks(group).len() as f64 - 1.0;
+    assert!(
+        statistic < degrees + 5.0 * (2.0 * degrees).sqrt(),
+        "{statistic} with {degrees} degrees"
+    );
+}
+
 #[test]
 fn randomness_depends_on_seed_choice_and_index_only() {
     let mut first = Sampler::new();
