@@ -1,7 +1,19 @@
-//! Baton's cluster: front door, registry, operator's tools and load generator. No tensors here.
+//! Baton's cluster: front door, registry, supervisor, operator's tools and load generator. No tensors here.
 
-pub mod door;
+pub mod announce;
 pub mod api;
+pub mod bench;
+pub mod cli;
+pub mod cluster_metrics;
+pub mod config;
+pub mod ctl;
+pub mod door;
+pub mod engine_config;
+pub mod logging;
 pub mod metric_names;
+pub mod model_files;
 pub mod null_generator;
 pub mod registry;
+pub mod scheduler_process;
+pub mod supervisor;
+pub mod worker_process;

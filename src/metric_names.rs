@@ -5,6 +5,10 @@
 
 /// Prefix of all names below.
 pub const PREFIX: &str = "baton_";
+/// How the names of counters reported by instances begin (label sets: instance, role).
+pub const INSTANCE_PREFIX: &str = "baton_instance_";
+/// Gauge: 1 while an instance's ledger of blocks adds up.
+pub const INSTANCE_LEDGER_WHOLE: &str = "baton_instance_ledger_whole";
 
 /// Counter, labels `endpoint`, `outcome`: requests that ended. Outcomes: `stop`, `length`, `abort`, `cancelled`, `invalid`,
 /// `unauthorized`, `not_found`, `over_capacity`, `unavailable`, `deadline`, `internal`.

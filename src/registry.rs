@@ -4,14 +4,18 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use baton_proto::cluster::registry_command::Command;
+use baton_proto::cluster::registry_server::RegistryServer;
 use baton_proto::cluster::{self, registry_server};
+use baton_proto::link::RequireSecret;
 use baton_scheduler::ids::{Incarnation, InstanceId};
 use futures::Stream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::api::grpc;
 use crate::door::Cluster;
 
 /// Commands that may wait for a worker.
@@ -29,6 +33,14 @@ impl RegistryService {
     pub fn new(cluster: Arc<Cluster>, stopping: CancellationToken) -> RegistryService {
         RegistryService { cluster, stopping }
     }
+}
+
+/// The service behind the cluster's secret.
+pub type Guarded = InterceptedService<RegistryServer<RegistryService>, RequireSecret>;
+
+/// The service as a route of the scheduler's port.
+pub fn route(service: Guarded) -> axum::Router {
+    grpc::add(axum::Router::new(), service)
 }
 
 type CommandStream = Pin<Box<dyn Stream<Item = Result<cluster::RegistryCommand, Status>> + Send>>;

@@ -8,3 +8,5 @@ pub mod philox;
 pub mod sampler;
 pub mod text;
 pub mod worker;
+
+pub use baton_kernels::{Cpu, DType, Isa};

@@ -51,7 +51,8 @@ pub(super) fn add_services(router: Router, state: &ApiState) -> Router {
     add(router, reflection().build_v1alpha().expect(valid))
 }
 
-fn add<S>(router: Router, service: S) -> Router
+/// Adds a gRPC service to the routes of a port.
+pub(crate) fn add<S>(router: Router, service: S) -> Router
 where
     S: Service<http::Request<Body>, Error = std::convert::Infallible> + NamedService + Clone + Send + Sync + 'static,
     S::Response: axum::response::IntoResponse,

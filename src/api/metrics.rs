@@ -53,6 +53,11 @@ pub struct MetricsRegistry {
 }
 
 impl MetricsRegistry {
+    /// A registry with nothing in it.
+    pub fn new() -> MetricsRegistry {
+        MetricsRegistry::default()
+    }
+
     /// Registers a metric under a name of [`crate::metric_names`].
     pub fn register(&self, name: &'static str, help: &str, metric: impl Metric) {
         self.registry.write().register(name, help, metric);

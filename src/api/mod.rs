@@ -12,7 +12,7 @@ mod encode;
 mod error;
 mod fan_in;
 mod fields;
-mod grpc;
+pub(crate) mod grpc;
 mod health;
 mod logprobs;
 pub mod metrics;
@@ -42,7 +42,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::auth::ApiKey;
 pub use self::error::{ApiError, Codes, ErrorKind};
-use self::metrics::{ApiMetrics, LoadCollector, MetricsRegistry};
+use self::metrics::{ApiMetrics, LoadCollector};
+pub use self::metrics::MetricsRegistry;
 pub use self::request_label::{REQUEST_ID_HEADER, RequestLabel};
 use self::running::Running;
 pub use self::serve::{ServeOptions, serve};

@@ -260,8 +260,9 @@ pub fn resolve_max_tokens(
         ApiError::field(
             if asked.is_some() { "max_tokens" } else { "prompt" },
             format!(
-                "This model's maximum context length is {limit} tokens. However, you requested {total} tokens \
-                 ({n_prompt} in the prompt, {n_completion} in the completion)."
+                "{}: this model's maximum context length is {limit} tokens. However, you requested {total} tokens \
+                 ({n_prompt} in the prompt, {n_completion} in the completion).",
+                asked.map_or("prompt is too long".to_owned(), |asked| format!("max_tokens is {asked}")),
             ),
         )
     };

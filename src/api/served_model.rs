@@ -110,7 +110,7 @@ fn raw_bytes(raw: &str) -> Option<Vec<u8>> {
 
 /// The byte that a character of a byte-level vocabulary stands for: printable Latin-1 is itself, the other 68 bytes are
 /// numbered from U+0100 in their order (GPT-2's alphabet).
-fn byte_level_byte(character: char) -> Option<u8> {
+pub(super) fn byte_level_byte(character: char) -> Option<u8> {
     let is_itself = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let code = character as u32;
     match u8::try_from(code) {

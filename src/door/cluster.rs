@@ -201,30 +201,24 @@ impl Cluster {
         }
     }
 
-    /// Whether some instance could ever take `n_tokens` of prompt and output.
+    /// Whether some instance could ever take the prompt and one token more.
     ///
     /// # Errors
     /// `Invalid` when every generating instance is too small. An empty cluster refuses nothing: instances may yet join.
     pub fn check_fits(&self, request: &Request) -> Result<(), Rejection> {
         let state = self.state.lock();
         let n_prompt = request.prompt_ids.len() as u64;
-        let n_total = n_prompt + u64::from(request.sampling.max_tokens);
-        let mut largest = None;
-        for instance in state.view.instances().values().filter(|instance| instance.info.role != Role::Prefill) {
+        let generating = state.view.instances().values().filter(|instance| instance.info.role != Role::Prefill);
+        let longest = generating.map(|instance| {
             let info = &instance.info;
             let n_held = u64::from(info.n_blocks_total) * u64::from(info.block_size);
-            let limit = n_held.min(u64::from(info.max_model_len));
-            if n_total <= limit {
-                return Ok(());
-            }
-            largest = largest.max(Some(limit));
-        }
-        match largest {
-            None => Ok(()),
-            Some(limit) => Err(Rejection::Invalid(format!(
-                "the prompt has {n_prompt} tokens and max_tokens is {}, together {n_total}; the largest instance holds {limit}",
-                request.sampling.max_tokens
+            n_held.min(u64::from(info.max_model_len))
+        });
+        match longest.max() {
+            Some(longest) if n_prompt >= longest => Err(Rejection::Invalid(format!(
+                "the prompt has {n_prompt} tokens, expected fewer than the {longest} that the largest instance holds"
             ))),
+            Some(_) | None => Ok(()),
         }
     }
 

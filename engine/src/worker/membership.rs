@@ -36,7 +36,7 @@ pub struct Membership {
     pub model: String,
 }
 
-/// Keeps the membership until `shutdown`.
+/// Keeps the membership until `shutdown`; `on_welcome` is called each time the registry accepts it.
 ///
 /// # Errors
 /// When the scheduler's address is malformed. Everything else is tried again.
@@ -44,6 +44,7 @@ pub async fn join_registry(
     service: &WorkerService,
     membership: &Membership,
     shutdown: CancellationToken,
+    mut on_welcome: impl FnMut(),
 ) -> Result<(), LinkError> {
     let link = &service.options().link;
     let channel = link.channel(&membership.scheduler)?;
@@ -52,7 +53,7 @@ pub async fn join_registry(
         let client = RegistryClient::with_interceptor(channel.clone(), link.present_secret());
         let began = Instant::now();
         tokio::select! {
-            ended = stay(service, membership, client) => match ended {
+            ended = stay(service, membership, client, &mut on_welcome) => match ended {
                 Ok(Ended::Shutdown) => {
                     shutdown.cancel();
                     return Ok(());
@@ -83,7 +84,12 @@ enum Ended {
 type Client =
     RegistryClient<tonic::service::interceptor::InterceptedService<tonic::transport::Channel, baton_proto::link::PresentSecret>>;
 
-async fn stay(service: &WorkerService, membership: &Membership, mut client: Client) -> Result<Ended, Status> {
+async fn stay(
+    service: &WorkerService,
+    membership: &Membership,
+    mut client: Client,
+    on_welcome: &mut impl FnMut(),
+) -> Result<Ended, Status> {
     let (reports, receiver) = mpsc::channel(MAX_REPORTS_WAITING);
     let snapshot = service.engine().prefix_snapshot().await.unwrap_or_default();
     let mut reporter = Reporter { service, previous: service.engine().load(), sent: None, sent_at: Instant::now() };
@@ -102,6 +108,7 @@ async fn stay(service: &WorkerService, membership: &Membership, mut client: Clie
                 Some(Some(Command::Shutdown(_))) => return Ok(Ended::Shutdown),
                 Some(Some(Command::Welcome(_))) => {
                     tracing::info!(scheduler = membership.scheduler, "joined the cluster");
+                    on_welcome();
                 }
                 Some(None) => {}
                 None => return Ok(Ended::Closed),

@@ -1,0 +1,234 @@
+//! Flags that several commands share, each group with the function that turns it into configuration. Defaults are here.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::{
+    ByteSize, ComputeDtype, ConfigError, Device, InstructionSet, Layers, LoadFormat, LogFormat, Machine, ModelSource,
+    PolicyKind, Secret, Span, flag,
+};
+use crate::engine_config::{EngineConfig, LinkConfig, ModelSelection};
+use crate::logging::LogConfig;
+use crate::scheduler_process::SchedulerConfig;
+
+/// Most tokens of a block; larger ones waste memory at the end of every sequence and make prefix hits rare.
+const BLOCK_SIZE_LIMIT: u32 = 256;
+
+/// Logs and the configuration file: flags of every command that runs a process.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Process")]
+pub struct ProcessFlags {
+    /// TOML file of settings, named as the flags with underscores [env: BATON_CONFIG]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// What to log: a level, or directives such as info,baton::door=debug [default: info]
+    #[arg(long, value_name = "LEVEL", value_parser = flag::<String>)]
+    pub log_level: Option<String>,
+    /// Form of the log lines on stderr [default: text]
+    #[arg(long, value_enum)]
+    pub log_format: Option<LogFormat>,
+}
+
+impl ProcessFlags {
+    /// What to log.
+    pub fn resolve(&self, layers: &Layers) -> Result<LogConfig, ConfigError> {
+        let log = LogConfig {
+            level: layers.pick("log_level", self.log_level.clone())?.unwrap_or_else(|| "info".into()),
+            format: layers.pick("log_format", self.log_format)?.unwrap_or(LogFormat::Text),
+        };
+        log.validate()?;
+        Ok(log)
+    }
+}
+
+/// Which model.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Model")]
+pub struct ModelFlags {
+    /// Model folder, or ORG/NAME to download from the hub [default: the built-in toy model, baton-demo]
+    #[arg(long, value_name = "DIR|ORG/NAME", value_parser = flag::<ModelSource>)]
+    pub model: Option<ModelSource>,
+    /// Name that clients use [default: the folder's name or the hub id]
+    #[arg(long, value_name = "NAME", value_parser = flag::<String>)]
+    pub served_model_name: Option<String>,
+    /// Where weights come from: the model's files, or random numbers for measurements [default: auto]
+    #[arg(long, value_enum)]
+    pub load_format: Option<LoadFormat>,
+    /// Longest prompt plus output, in tokens [default: the model's limit]
+    #[arg(long, value_name = "TOKENS", value_parser = flag::<NonZeroU32>)]
+    pub max_model_len: Option<NonZeroU32>,
+}
+
+impl ModelFlags {
+    /// The model, and the longest sequence if one was set.
+    pub fn resolve(self, layers: &Layers) -> Result<(ModelSelection, Option<u32>), ConfigError> {
+        let source = layers.pick("model", self.model)?.unwrap_or(ModelSource::Demo);
+        let served_name = layers.pick("served_model_name", self.served_model_name)?;
+        let load_format = layers.pick("load_format", self.load_format)?.unwrap_or(LoadFormat::Auto);
+        let selection = ModelSelection {
+            served_name: served_name.unwrap_or_else(|| source.default_served_name()),
+            source,
+            load_format,
+            hub: layers.environment.hub.clone(),
+            packed_dir: layers.environment.packed_dir(),
+        };
+        let max_model_len = layers.pick("max_model_len", self.max_model_len)?;
+        Ok((selection, max_model_len.map(NonZeroU32::get)))
+    }
+}
+
+/// Compute, memory and limits of each instance.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Instances")]
+pub struct EngineFlags {
+    /// Element type of weights, KV cache and matrix inputs [default: bf16]
+    #[arg(long, value_enum)]
+    pub dtype: Option<ComputeDtype>,
+    /// What to compute on [default: auto]
+    #[arg(long, value_enum)]
+    pub device: Option<Device>,
+    /// CPU instruction set [default: auto]
+    #[arg(long, value_enum)]
+    pub isa: Option<InstructionSet>,
+    /// Threads of each instance [default: the cores this process may use, divided between the instances]
+    #[arg(long, value_name = "N", value_parser = flag::<NonZeroU32>)]
+    pub threads: Option<NonZeroU32>,
+    /// KV cache of each instance [default: 2GiB, or less: all instances together take at most half of the free memory]
+    #[arg(long, value_name = "SIZE", value_parser = flag::<ByteSize>)]
+    pub kv_memory: Option<ByteSize>,
+    /// Tokens of a KV block: a power of two up to 256 [default: 16]
+    #[arg(long, value_name = "TOKENS", value_parser = flag::<NonZeroU32>)]
+    pub block_size: Option<NonZeroU32>,
+    /// Most sequences in a batch [default: 128]
+    #[arg(long, value_name = "N", value_parser = flag::<NonZeroU32>)]
+    pub max_num_seqs: Option<NonZeroU32>,
+    /// Most tokens computed in one step; longer prompts are computed in chunks [default: 512]
+    #[arg(long, value_name = "TOKENS", value_parser = flag::<NonZeroU32>)]
+    pub max_batch_tokens: Option<NonZeroU32>,
+}
+
+impl EngineFlags {
+    /// Limits of each of `n_instances` on `machine`.
+    pub fn resolve(
+        self,
+        layers: &Layers,
+        machine: &Machine,
+        n_instances: usize,
+        max_model_len: Option<u32>,
+    ) -> Result<EngineConfig, ConfigError> {
+        match layers.pick("device", self.device)?.unwrap_or(Device::Auto) {
+            Device::Cpu | Device::Auto => {}
+            Device::Cuda => return Err(ConfigError::Impossible("device: cuda: no CUDA device support in this build".into())),
+        }
+        let block_size = layers.pick("block_size", self.block_size)?.map_or(EngineConfig::DEFAULT_BLOCK_SIZE, NonZeroU32::get);
+        if !block_size.is_power_of_two() || block_size > BLOCK_SIZE_LIMIT {
+            let message = format!("block_size: found {block_size}, expected a power of two up to {BLOCK_SIZE_LIMIT}");
+            return Err(ConfigError::Impossible(message));
+        }
+        let n_threads = match layers.pick("threads", self.threads)? {
+            Some(n_threads) => n_threads.get(),
+            None => u32::try_from(machine.threads_per_instance(n_instances)).unwrap_or(u32::MAX),
+        };
+        let kv_memory = layers.pick("kv_memory", self.kv_memory)?.unwrap_or_else(|| {
+            // A machine this full will fail later and say where; a cache of zero bytes would only hide it.
+            let share = machine.kv_share_bytes(n_instances).max(1 << 20);
+            EngineConfig::DEFAULT_KV_MEMORY.min(ByteSize(share >> 20 << 20))
+        });
+        let max_num_seqs = layers.pick("max_num_seqs", self.max_num_seqs)?.unwrap_or(EngineConfig::DEFAULT_MAX_NUM_SEQS);
+        let max_batch_tokens = layers.pick("max_batch_tokens", self.max_batch_tokens)?;
+        Ok(EngineConfig {
+            dtype: layers.pick("dtype", self.dtype)?.unwrap_or(ComputeDtype::Bf16),
+            isa: layers.pick("isa", self.isa)?.unwrap_or(InstructionSet::Auto),
+            n_threads,
+            kv_memory,
+            block_size,
+            max_model_len,
+            max_num_seqs: max_num_seqs.get(),
+            max_batch_tokens: max_batch_tokens.unwrap_or(EngineConfig::DEFAULT_MAX_BATCH_TOKENS).get(),
+        })
+    }
+}
+
+/// How processes of the cluster watch and trust each other.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Cluster")]
+pub struct LinkFlags {
+    /// Drop a connection that has been silent for this long [default: 5s]
+    #[arg(long, value_name = "DURATION", value_parser = flag::<Span>)]
+    pub keepalive: Option<Span>,
+    /// Give up a peer that answers but makes no progress with a request for this long [default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = flag::<Span>)]
+    pub progress_deadline: Option<Span>,
+    /// Secret that all processes of the cluster share; better given as BATON_CLUSTER_SECRET, which no process list shows
+    #[arg(long, value_name = "SECRET", value_parser = flag::<Secret>)]
+    pub cluster_secret: Option<Secret>,
+}
+
+impl LinkFlags {
+    /// Deadlines and secret of the cluster's links.
+    pub fn resolve(self, layers: &Layers) -> Result<LinkConfig, ConfigError> {
+        let keepalive = layers.pick("keepalive", self.keepalive)?;
+        let progress_deadline = layers.pick("progress_deadline", self.progress_deadline)?;
+        Ok(LinkConfig {
+            keepalive: keepalive.map_or(LinkConfig::DEFAULT_KEEPALIVE, |span| span.0),
+            progress_deadline: progress_deadline.map_or(LinkConfig::DEFAULT_PROGRESS_DEADLINE, |span| span.0),
+            cluster_secret: layers.pick("cluster_secret", self.cluster_secret)?,
+        })
+    }
+}
+
+/// The front door and its policy.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Front door")]
+pub struct FrontDoorFlags {
+    /// Address to listen on; 0.0.0.0 opens the port to the network [default: 127.0.0.1]
+    #[arg(long, value_name = "IP", value_parser = flag::<IpAddr>)]
+    pub host: Option<IpAddr>,
+    /// Port of HTTP and gRPC; 0 lets the system choose [default: 8000]
+    #[arg(long, value_parser = flag::<u16>)]
+    pub port: Option<u16>,
+    /// Key that clients must send as a bearer token; better given as BATON_API_KEY, which no process list shows
+    #[arg(long, value_name = "KEY", value_parser = flag::<Secret>)]
+    pub api_key: Option<Secret>,
+    /// How instances are picked for a request [default: prefix-aware]
+    #[arg(long, value_enum)]
+    pub policy: Option<PolicyKind>,
+    /// Compute prompts with fewer uncached tokens on the decode instance itself; 0 always hands over
+    /// [default: predicted cost decides]
+    #[arg(long, value_name = "TOKENS", value_parser = flag::<u32>)]
+    pub disaggregation_threshold: Option<u32>,
+    /// Most requests that wait for admission; more are answered 429 [default: 1024]
+    #[arg(long, value_name = "N", value_parser = flag::<NonZeroUsize>)]
+    pub max_queue: Option<NonZeroUsize>,
+}
+
+impl FrontDoorFlags {
+    /// A scheduler process with these flags.
+    pub fn resolve(
+        self,
+        layers: &Layers,
+        model: ModelSelection,
+        max_model_len: Option<u32>,
+        links: LinkConfig,
+    ) -> Result<SchedulerConfig, ConfigError> {
+        let host = layers.pick("host", self.host)?.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        let port = layers.pick("port", self.port)?.unwrap_or(8000);
+        let max_queue = layers.pick("max_queue", self.max_queue)?;
+        Ok(SchedulerConfig {
+            listen: SocketAddr::new(host, port),
+            cluster_socket: None,
+            model,
+            max_model_len,
+            dtype: None,
+            policy: layers.pick("policy", self.policy)?.unwrap_or(PolicyKind::PrefixAware),
+            disaggregation_threshold: layers.pick("disaggregation_threshold", self.disaggregation_threshold)?,
+            max_queue: max_queue.map_or(SchedulerConfig::DEFAULT_MAX_QUEUE, NonZeroUsize::get),
+            api_key: layers.pick("api_key", self.api_key)?,
+            links,
+            drain_timeout: SchedulerConfig::DEFAULT_DRAIN_TIMEOUT,
+        })
+    }
+}

@@ -1,0 +1,165 @@
+//! Command lines against the configurations they mean.
+
+use std::collections::BTreeSet;
+
+use clap::CommandFactory as _;
+
+use super::*;
+use crate::config::{ByteSize, Device, KEYS, LoadFormat, PolicyKind, Setting as _};
+use crate::supervisor::ServeConfig;
+use crate::worker_process::WorkerConfig;
+
+const MACHINE: Machine = Machine { n_cores: 8, free_memory_bytes: 6 << 30 };
+
+fn layers(variables: &[(&str, &str)]) -> Layers {
+    let variables = variables.iter().map(|(name, value)| (name.into(), value.into()));
+    let environment = Environment::from_variables(variables).expect("valid variables");
+    Layers::open(environment, None).expect("no file")
+}
+
+fn serve(arguments: &str, variables: &[(&str, &str)]) -> anyhow::Result<ServeConfig> {
+    let words = ["baton", "serve"].into_iter().chain(arguments.split_whitespace());
+    match Arguments::try_parse_from(words)?.command {
+        Command::Serve(flags) => Ok(flags.resolve(&layers(variables), &MACHINE)?),
+        other => panic!("{other:?} is not serve"),
+    }
+}
+
+fn worker(arguments: impl IntoIterator<Item = std::ffi::OsString>) -> anyhow::Result<WorkerConfig> {
+    let words = std::iter::once("baton".into()).chain(arguments);
+    match Arguments::try_parse_from(words)?.command {
+        Command::Worker(flags) => Ok(flags.resolve(&layers(&[]), &MACHINE)?.0),
+        other => panic!("{other:?} is not worker"),
+    }
+}
+
+#[test]
+fn the_definitions_are_sound() {
+    Arguments::command().debug_assert();
+}
+
+#[test]
+fn serve_without_arguments_divides_the_machine_between_two_instances() {
+    let config = serve("", &[]).expect("valid");
+    assert_eq!(config.instances.len(), 2);
+    assert_eq!(config.scheduler.listen.to_string(), "127.0.0.1:8000");
+    assert_eq!(config.scheduler.model.served_name, "baton-demo");
+    assert_eq!(config.worker.engine.n_threads, 4);
+    assert_eq!(config.worker.engine.kv_memory, ByteSize(3 << 29), "half of 6 GiB, for two");
+    assert_eq!(config.scheduler.policy, PolicyKind::PrefixAware);
+}
+
+#[test]
+fn flags_win_over_variables() {
+    let variables = [("BATON_PORT", "9000"), ("BATON_POLICY", "least-loaded"), ("BATON_DECODE", "3")];
+    let config = serve("--port 0 --kv-memory 512MiB --threads 3", &variables);
+    let config = config.expect_err("decode alone cannot serve").to_string();
+    assert!(config.contains("prefill 0, decode 3, mixed 0"), "{config}");
+
+    let config = serve("--port 0 --kv-memory 512MiB --threads 3 --prefill 1", &variables).expect("valid");
+    assert_eq!(config.scheduler.listen.port(), 0);
+    assert_eq!(config.scheduler.policy, PolicyKind::LeastLoaded);
+    assert_eq!(config.instances.len(), 4);
+    assert_eq!((config.worker.engine.n_threads, config.worker.engine.kv_memory), (3, ByteSize(512 << 20)));
+}
+
+#[test]
+fn a_child_reads_from_its_command_line_what_serve_resolved() {
+    let arguments = "--dtype f32 --isa portable --load-format dummy --max-model-len 777 --max-num-seqs 5 --block-size 32 \
+                     --max-batch-tokens 99 --keepalive 250ms --progress-deadline 1m --served-model-name tiny";
+    let parent = serve(arguments, &[]).expect("valid").worker;
+    let child = worker(parent.to_arguments()).expect("a command line of our own");
+    assert_eq!(child.engine, parent.engine);
+    assert_eq!(child.engine.max_model_len, Some(777));
+    assert_eq!((child.model.source, child.model.served_name.as_str()), (parent.model.source, "tiny"));
+    assert_eq!(child.model.load_format, LoadFormat::Dummy);
+    assert_eq!((child.listen, child.scheduler), (parent.listen, parent.scheduler));
+    assert_eq!(child.links.keepalive, parent.links.keepalive);
+    assert_eq!(child.links.progress_deadline, parent.links.progress_deadline);
+}
+
+#[test]
+fn secrets_are_neither_on_a_childs_command_line_nor_in_debug_output() {
+    let config = serve("--api-key key-12345 --cluster-secret secret-12345", &[]).expect("valid");
+    let command_line = format!("{:?}", config.worker.to_arguments());
+    let debug = format!("{config:?}");
+    for text in [command_line, debug] {
+        assert!(!text.contains("12345"), "{text}");
+    }
+    assert!(config.scheduler.api_key.is_some_and(|key| key.matches(b"key-12345")));
+}
+
+#[test]
+fn serve_makes_a_secret_when_none_is_given() {
+    let config = serve("", &[]).expect("valid");
+    let secret = config.worker.links.cluster_secret.expect("made");
+    assert_eq!(secret.expose().len(), 64);
+    assert!(config.scheduler.links.cluster_secret.expect("the same").matches(secret.expose().as_bytes()));
+}
+
+#[test]
+fn bad_values_name_the_flag_the_value_and_what_was_expected() {
+    for (arguments, parts) in [
+        ("--port 70000", ["--port", "70000", "0 to 65535"]),
+        ("--kv-memory 2", ["--kv-memory", "'2'", "such as 2GiB"]),
+        ("--keepalive 5", ["--keepalive", "'5'", "such as 5s"]),
+        ("--policy random", ["--policy", "random", "prefix-aware"]),
+        ("--model /no/such/folder", ["--model", "/no/such/folder", "ORG/NAME"]),
+        ("--block-size 24", ["block_size", "24", "power of two"]),
+        ("--device cuda", ["device", "cuda", "no CUDA device support in this build"]),
+        ("--max-num-seqs 0", ["--max-num-seqs", "'0'", "at least 1"]),
+        ("--log-level loud=very", ["log_level", "loud=very", "debug"]),
+        ("--prefill 300 --decode 1", ["prefill 300", "decode 1", "at most 256"]),
+    ] {
+        let message = serve(arguments, &[]).expect_err(arguments).to_string();
+        for part in parts {
+            assert!(message.contains(part), "{arguments}: {message}");
+        }
+    }
+}
+
+#[test]
+fn a_worker_needs_a_role_a_scheduler_and_off_loopback_a_secret() {
+    let message = |arguments: &str| {
+        let words = format!("worker {arguments}");
+        worker(words.split_whitespace().map(Into::into)).expect_err(arguments).to_string()
+    };
+    assert!(message("--scheduler a:1").starts_with("role: missing"));
+    assert!(message("--role decode").starts_with("scheduler: missing"));
+    assert!(message("--role both --scheduler a:1").contains("prefill, decode or mixed"));
+    let off_loopback = message("--role decode --scheduler a:1 --listen 0.0.0.0:1");
+    assert!(off_loopback.starts_with("cluster_secret: missing"), "{off_loopback}");
+    assert!(message("--role decode --scheduler a:1 --id a/b").starts_with("id: found \"a/b\""));
+}
+
+#[test]
+fn exit_codes_tell_configuration_from_running() {
+    let configuration = anyhow::Error::from(ConfigError::Impossible("x".into())).context("while starting");
+    assert_eq!(exit_code(&configuration), EXIT_CONFIG);
+    assert_eq!(exit_code(&anyhow::anyhow!("connection reset")), EXIT_RUN);
+}
+
+#[test]
+fn every_setting_is_a_flag_and_every_process_flag_a_setting() {
+    let process_commands = ["serve", "scheduler", "worker"];
+    let not_settings = ["help", "version", "config", "supervised"];
+    let command = Arguments::command();
+    let flags_of = |name: &str| -> BTreeSet<String> {
+        let subcommand = command.find_subcommand(name).expect("a subcommand");
+        let longs = subcommand.get_arguments().filter_map(|argument| argument.get_long());
+        longs.filter(|long| !not_settings.contains(long)).map(|long| long.replace('-', "_")).collect()
+    };
+    let keys: BTreeSet<String> = KEYS.iter().map(|key| key.name.to_owned()).collect();
+    let mut flags: BTreeSet<String> = process_commands.into_iter().flat_map(flags_of).collect();
+    assert!(flags_of("ctl").contains("server"));
+    flags.insert("server".into());
+    assert_eq!(flags, keys);
+}
+
+#[test]
+fn cuda_is_a_known_device_that_this_build_lacks() {
+    assert_eq!(Device::parse("cuda"), Some(Device::Cuda));
+    let error = serve("", &[("BATON_DEVICE", "cuda")]).expect_err("no CUDA");
+    assert_eq!(error.to_string(), "device: cuda: no CUDA device support in this build");
+    assert_eq!(exit_code(&error), EXIT_CONFIG);
+}

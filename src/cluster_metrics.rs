@@ -1,0 +1,64 @@
+//! What the instances count, exported by the scheduler process under the instance's name and role. It adds nothing up: a
+//! token computed on one instance is counted there and nowhere else, so sums over instances are true of the cluster.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+
+use crate::api::metrics::MetricsRegistry;
+use crate::door::{Cluster, Member};
+use crate::metric_names as names;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Labels {
+    instance: String,
+    role: String,
+}
+
+impl Labels {
+    fn of(member: &Member) -> Labels {
+        Labels { instance: member.join.instance_id.clone(), role: member.join.role.clone() }
+    }
+}
+
+struct MemberCollector(Arc<Cluster>);
+
+impl std::fmt::Debug for MemberCollector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MemberCollector").finish_non_exhaustive()
+    }
+}
+
+impl Collector for MemberCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let members = self.0.members();
+        let counters: BTreeSet<&String> = members.iter().flat_map(|member| member.load.counters.keys()).collect();
+        for name in counters {
+            // The exposition adds `_total` to every counter.
+            let full = format!("{}{}", names::INSTANCE_PREFIX, name.trim_end_matches("_total"));
+            let mut family = encoder.encode_descriptor(&full, "Counted by the instance", None, MetricType::Counter)?;
+            for member in &members {
+                if let Some(&value) = member.load.counters.get(name) {
+                    ConstCounter::new(value).encode(family.encode_family(&Labels::of(member))?)?;
+                }
+            }
+        }
+        let help = "1 while an instance's ledger of blocks adds up";
+        let mut family = encoder.encode_descriptor(names::INSTANCE_LEDGER_WHOLE, help, None, MetricType::Gauge)?;
+        for member in &members {
+            let value = i64::from(member.load.ledger_whole);
+            ConstGauge::new(value).encode(family.encode_family(&Labels::of(member))?)?;
+        }
+        Ok(())
+    }
+}
+
+/// Exports what the members of `cluster` report.
+pub fn register(registry: &MetricsRegistry, cluster: &Arc<Cluster>) {
+    registry.register_collector(Box::new(MemberCollector(Arc::clone(cluster))));
+}

@@ -1,0 +1,153 @@
+//! Settings with a few named values. What a value does is decided where it is used.
+
+use std::fmt;
+
+use baton_scheduler::ids::Role;
+
+use super::setting::Setting;
+
+macro_rules! choice {
+    (
+        $(#[$doc:meta])* $kind:ident, $expected:literal;
+        $($(#[$variant_doc:meta])* $variant:ident = $name:literal,)*
+    ) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $kind {
+            $($(#[$variant_doc])* $variant,)*
+        }
+
+        impl $kind {
+            /// Every value, in the order of the help text.
+            pub const ALL: &'static [$kind] = &[$($kind::$variant),*];
+
+            /// The name on command lines, in files and in logs.
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $($kind::$variant => $name,)*
+                }
+            }
+        }
+
+        impl Setting for $kind {
+            const EXPECTED: &'static str = $expected;
+
+            fn parse(text: &str) -> Option<Self> {
+                $kind::ALL.iter().copied().find(|value| value.as_str() == text)
+            }
+        }
+
+        impl clap::ValueEnum for $kind {
+            fn value_variants<'a>() -> &'a [Self] {
+                $kind::ALL
+            }
+
+            fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
+                Some(clap::builder::PossibleValue::new(self.as_str()))
+            }
+        }
+
+        impl fmt::Display for $kind {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
+
+choice! {
+    /// Element type of weights, KV cache and the inputs of matrix products.
+    ComputeDtype, "bf16 or f32";
+    /// bfloat16, accumulated in f32.
+    Bf16 = "bf16",
+    /// IEEE single precision.
+    F32 = "f32",
+}
+
+choice! {
+    /// Where weights come from.
+    LoadFormat, "auto or dummy";
+    /// The folder's safetensors.
+    Auto = "auto",
+    /// Seeded random weights; only `config.json` is read.
+    Dummy = "dummy",
+}
+
+choice! {
+    /// What to compute on.
+    Device, "cpu, auto or cuda";
+    /// The processor.
+    Cpu = "cpu",
+    /// The best device this build can drive.
+    Auto = "auto",
+    /// An NVIDIA GPU.
+    Cuda = "cuda",
+}
+
+choice! {
+    /// The CPU instruction set to compute with.
+    InstructionSet, "auto, avx512-bf16, avx512, avx2 or portable";
+    /// The best one that the processor has.
+    Auto = "auto",
+    /// AVX-512 with bf16 dot products.
+    Avx512Bf16 = "avx512-bf16",
+    /// AVX-512.
+    Avx512 = "avx512",
+    /// AVX2 with FMA.
+    Avx2 = "avx2",
+    /// No instruction set beyond the target's own.
+    Portable = "portable",
+}
+
+choice! {
+    /// How instances are picked for a request.
+    PolicyKind, "round-robin, least-loaded or prefix-aware";
+    /// Each in turn.
+    RoundRobin = "round-robin",
+    /// The one with the least work.
+    LeastLoaded = "least-loaded",
+    /// The one that is predicted to answer first, cached prefixes counted.
+    PrefixAware = "prefix-aware",
+}
+
+choice! {
+    /// The form of log lines.
+    LogFormat, "text or json";
+    /// For people.
+    Text = "text",
+    /// One JSON object per line.
+    Json = "json",
+}
+
+impl Setting for Role {
+    const EXPECTED: &'static str = "prefill, decode or mixed";
+
+    fn parse(text: &str) -> Option<Self> {
+        [Role::Prefill, Role::Decode, Role::Mixed].into_iter().find(|role| role.as_str() == text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check<T: Setting + Copy + PartialEq + fmt::Debug + fmt::Display>(all: &[T]) {
+        for value in all {
+            let name = value.to_string();
+            assert_eq!(T::parse(&name), Some(*value));
+            assert!(T::EXPECTED.contains(&name), "{:?} does not mention {name}", T::EXPECTED);
+            assert_eq!(T::parse(&name.to_uppercase()), None);
+        }
+    }
+
+    #[test]
+    fn every_name_is_read_back_and_is_in_the_message() {
+        check(ComputeDtype::ALL);
+        check(LoadFormat::ALL);
+        check(Device::ALL);
+        check(InstructionSet::ALL);
+        check(PolicyKind::ALL);
+        check(LogFormat::ALL);
+        check(&[Role::Prefill, Role::Decode, Role::Mixed]);
+    }
+}

@@ -1,0 +1,117 @@
+//! What one instance is told about its model, device and limits. Shared by workers and by the front door, which needs the
+//! same model's tokenizer. Loads nothing.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_engine::model::LoadFormat as WeightsFrom;
+use baton_engine::{DType, Isa};
+use baton_proto::link::{ClusterSecret, LinkError, LinkOptions};
+
+use crate::config::{ByteSize, ComputeDtype, HubEnvironment, InstructionSet, LoadFormat, ModelSource, Secret};
+
+/// Which model, and where its files come from and go to.
+#[derive(Clone, Debug)]
+pub struct ModelSelection {
+    /// The model.
+    pub source: ModelSource,
+    /// The name clients use.
+    pub served_name: String,
+    /// Where weights come from.
+    pub load_format: LoadFormat,
+    /// How to reach the model hub.
+    pub hub: HubEnvironment,
+    /// Where packed weights are kept for all processes of the host.
+    pub packed_dir: PathBuf,
+}
+
+/// Compute, memory and limits of one instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Element type of weights, KV cache and the inputs of matrix products.
+    pub dtype: ComputeDtype,
+    /// The instruction set to compute with.
+    pub isa: InstructionSet,
+    /// Threads that compute, the step loop's own included.
+    pub n_threads: u32,
+    /// Memory of the KV cache.
+    pub kv_memory: ByteSize,
+    /// Tokens of a block.
+    pub block_size: u32,
+    /// Longest prompt plus output; the model's own limit when absent.
+    pub max_model_len: Option<u32>,
+    /// Most sequences in a batch.
+    pub max_num_seqs: u32,
+    /// Most tokens computed in one step.
+    pub max_batch_tokens: u32,
+}
+
+impl From<ComputeDtype> for DType {
+    fn from(dtype: ComputeDtype) -> DType {
+        match dtype {
+            ComputeDtype::Bf16 => DType::Bf16,
+            ComputeDtype::F32 => DType::F32,
+        }
+    }
+}
+
+impl From<LoadFormat> for WeightsFrom {
+    fn from(format: LoadFormat) -> WeightsFrom {
+        match format {
+            LoadFormat::Auto => WeightsFrom::Safetensors,
+            LoadFormat::Dummy => WeightsFrom::Dummy { seed: 0 },
+        }
+    }
+}
+
+impl InstructionSet {
+    /// The kernels' name for it; `None` takes the best there is.
+    pub fn isa(self) -> Option<Isa> {
+        match self {
+            InstructionSet::Auto => None,
+            InstructionSet::Avx512Bf16 => Some(Isa::Avx512Bf16),
+            InstructionSet::Avx512 => Some(Isa::Avx512),
+            InstructionSet::Avx2 => Some(Isa::Avx2),
+            InstructionSet::Portable => Some(Isa::Portable),
+        }
+    }
+}
+
+impl EngineConfig {
+    /// The defaults that do not depend on the machine.
+    pub const DEFAULT_BLOCK_SIZE: u32 = 16;
+    /// Sequences in a batch.
+    pub const DEFAULT_MAX_NUM_SEQS: NonZeroU32 = NonZeroU32::new(128).expect("128 is not zero");
+    /// Tokens in one step: a prefill chunk of this size keeps a CPU's step, and so the wait of running decodes, short.
+    pub const DEFAULT_MAX_BATCH_TOKENS: NonZeroU32 = NonZeroU32::new(512).expect("512 is not zero");
+    /// KV memory where the machine has room.
+    pub const DEFAULT_KV_MEMORY: ByteSize = ByteSize(2 << 30);
+}
+
+/// How processes of a cluster watch and trust each other.
+#[derive(Clone, Debug)]
+pub struct LinkConfig {
+    /// A silent connection is dropped after this long.
+    pub keepalive: Duration,
+    /// A peer that answers but makes no step with a request in hand is given up after this long.
+    pub progress_deadline: Duration,
+    /// What every process of the cluster must show.
+    pub cluster_secret: Option<Secret>,
+}
+
+impl LinkConfig {
+    /// The connections these describe.
+    ///
+    /// # Errors
+    /// A secret that cannot travel.
+    pub fn options(&self) -> Result<LinkOptions, LinkError> {
+        let secret = self.cluster_secret.as_ref().map(|secret| ClusterSecret::new(secret.expose())).transpose()?;
+        Ok(LinkOptions { keepalive: self.keepalive, secret, ..LinkOptions::default() })
+    }
+
+    /// Drops a silent cut after this long.
+    pub const DEFAULT_KEEPALIVE: Duration = Duration::from_secs(5);
+    /// Longer than any single step of a machine that still works.
+    pub const DEFAULT_PROGRESS_DEADLINE: Duration = Duration::from_secs(30);
+}

@@ -1,0 +1,129 @@
+//! The process that clients talk to: front door, registry and placement. What it is told, and how it starts.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use baton_proto::cluster::registry_server::RegistryServer;
+use baton_proto::link::{LinkOptions, MAX_MESSAGE_BYTES};
+use baton_scheduler::placement::{Disaggregation, policy};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
+
+use crate::api::metrics::MetricsRegistry;
+use crate::api::{self, ApiKey, ApiOptions, ApiState, ServeOptions};
+use crate::config::{ComputeDtype, PolicyKind, Secret};
+use crate::door::{Cluster, FrontDoor, FrontDoorOptions, Generator as _};
+use crate::engine_config::{LinkConfig, ModelSelection};
+use crate::registry::RegistryService;
+use crate::{announce, cluster_metrics, model_files, registry};
+
+/// Everything a scheduler process is told.
+#[derive(Clone, Debug)]
+pub struct SchedulerConfig {
+    /// Where clients, and workers of other machines, connect. Port 0 lets the system choose.
+    pub listen: SocketAddr,
+    /// A Unix socket for the workers of this machine, besides `listen`.
+    pub cluster_socket: Option<PathBuf>,
+    /// The model: the front door needs its tokenizer and chat template.
+    pub model: ModelSelection,
+    /// Longest prompt plus output; the model's own limit when absent.
+    pub max_model_len: Option<u32>,
+    /// What the instances compute in, for clients who ask; absent where the workers are told elsewhere.
+    pub dtype: Option<ComputeDtype>,
+    /// How instances are picked.
+    pub policy: PolicyKind,
+    /// Prompts with fewer uncached tokens are computed where they are decoded; predicted cost decides when absent.
+    pub disaggregation_threshold: Option<u32>,
+    /// Most requests that wait for admission.
+    pub max_queue: usize,
+    /// What clients must show as a bearer token.
+    pub api_key: Option<Secret>,
+    /// Links to workers.
+    pub links: LinkConfig,
+    /// How long open requests may take to end once the process is told to stop.
+    pub drain_timeout: Duration,
+}
+
+impl SchedulerConfig {
+    /// Requests that may wait for admission.
+    pub const DEFAULT_MAX_QUEUE: usize = 1024;
+    /// Time for open requests to end.
+    pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+}
+
+/// How often readiness is looked at before the ready line.
+const READY_POLL: Duration = Duration::from_millis(20);
+
+/// Serves until `shutdown`; then refuses new requests and lets open ones end, within the drain timeout. Prints the ready
+/// line when a request could first be served.
+///
+/// # Errors
+/// A model that cannot be used, an address that cannot be listened on.
+pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let folder = model_files::open(&config.model).await?;
+    let model = model_files::served_model(&config.model, &folder, config.max_model_len, config.dtype.map_or_else(|| "unknown".to_owned(), |dtype| dtype.to_string()))?;
+    drop(folder);
+    let link = config.links.options()?;
+    let disaggregation = config.disaggregation_threshold.map_or(Disaggregation::Auto, Disaggregation::Threshold);
+    let policy = policy(config.policy.as_str(), disaggregation).context("the policy has no implementation")?;
+    let cluster = Arc::new(Cluster::new(policy, link.clone()));
+    let options = FrontDoorOptions { max_queue: config.max_queue, ..FrontDoorOptions::default() };
+    let door = FrontDoor::new(Arc::clone(&cluster), options);
+
+    let api_key = config.api_key.as_ref().map(|key| ApiKey::new(key.expose()));
+    let metrics = MetricsRegistry::default();
+    cluster_metrics::register(&metrics, &cluster);
+    let api_options = ApiOptions { api_key, ..ApiOptions::default() };
+    let state = ApiState::new(Arc::new(door.clone()), model, api_options, metrics, shutdown.clone());
+    let registry = RegistryService::new(Arc::clone(&cluster), shutdown.clone());
+    let registry = RegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    let registry = InterceptedService::new(registry, link.require_secret());
+    let router = api::router(state.clone()).merge(registry::route(registry.clone()));
+
+    let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listening on {}", config.listen))?;
+    let address = listener.local_addr()?;
+    let socket = serve_socket(&config, &link, registry, shutdown.clone())?;
+    let announced = announce_when_ready(&door, address, &shutdown);
+    let serve_options = ServeOptions { drain_timeout: config.drain_timeout, ..ServeOptions::default() };
+    let (served, ()) = tokio::join!(api::serve(listener, router, &state, serve_options), announced);
+    served?;
+    // Open requests have ended or were cut with their connections, which ends their tasks.
+    let _ = tokio::time::timeout(config.drain_timeout, door.drained()).await;
+    match socket {
+        Some(serving) => serving.await.context("the registry's socket panicked")?,
+        None => Ok(()),
+    }
+}
+
+/// The registry on a Unix socket, for the workers of this machine.
+fn serve_socket(
+    config: &SchedulerConfig,
+    link: &LinkOptions,
+    registry: registry::Guarded,
+    shutdown: CancellationToken,
+) -> anyhow::Result<Option<JoinHandle<anyhow::Result<()>>>> {
+    let Some(path) = &config.cluster_socket else { return Ok(None) };
+    let socket = UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+    let serving = link
+        .server()
+        .add_service(registry)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), async move { shutdown.cancelled().await });
+    Ok(Some(tokio::spawn(async move { Ok(serving.await?) })))
+}
+
+async fn announce_when_ready(door: &FrontDoor, address: SocketAddr, shutdown: &CancellationToken) {
+    let mut ticks = tokio::time::interval(READY_POLL);
+    while door.load().not_ready.is_some() {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+    announce::print(&announce::ready_line(address));
+}

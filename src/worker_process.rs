@@ -1,0 +1,233 @@
+//! The process of one instance: what it is told, on which command line, and how it starts.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use baton_engine::engine::{EngineConfig, Health, start};
+use baton_engine::forward::ForwardPass as _;
+use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, ModelFolder, load_cpu};
+use baton_engine::worker::{GrpcTransport, Identity, Membership, WorkerOptions, WorkerService, join_registry, serve};
+use baton_engine::{Cpu, DType};
+use baton_scheduler::batch::BatchConfig;
+use baton_scheduler::ids::{Incarnation, InstanceId, Role};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::task::JoinHandle;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Address, ConfigError, LoadFormat, Span};
+use crate::engine_config::{EngineConfig as Limits, LinkConfig, ModelSelection};
+use crate::{announce, model_files};
+
+/// Everything a worker process is told.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// The instance's name, unique in the cluster.
+    pub id: InstanceId,
+    /// What it is used for.
+    pub role: Role,
+    /// Where other processes reach it. Port 0 lets the system choose.
+    pub listen: Address,
+    /// Where other processes are told to reach it, when that is not where it listens (behind a proxy, say).
+    pub advertise: Option<Address>,
+    /// Where the scheduler process is.
+    pub scheduler: Address,
+    /// The model.
+    pub model: ModelSelection,
+    /// Compute, memory and limits.
+    pub engine: Limits,
+    /// Links to the scheduler and to other workers.
+    pub links: LinkConfig,
+}
+
+impl WorkerConfig {
+    /// The command line that gives a child this configuration, after the program's name. Secrets are not in it: they
+    /// travel in the child's environment.
+    pub fn to_arguments(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = vec!["worker".into()];
+        let mut flag = |name: &str, value: OsString| arguments.extend([name.into(), value]);
+        flag("--role", self.role.as_str().into());
+        flag("--id", self.id.to_string().into());
+        flag("--scheduler", self.scheduler.to_string().into());
+        flag("--listen", self.listen.to_string().into());
+        if let Some(advertise) = &self.advertise {
+            flag("--advertise", advertise.to_string().into());
+        }
+        flag("--model", self.model.source.to_argument());
+        flag("--served-model-name", self.model.served_name.clone().into());
+        if self.model.load_format != LoadFormat::Auto {
+            flag("--load-format", self.model.load_format.as_str().into());
+        }
+        flag("--dtype", self.engine.dtype.as_str().into());
+        flag("--isa", self.engine.isa.as_str().into());
+        flag("--threads", self.engine.n_threads.to_string().into());
+        flag("--kv-memory", self.engine.kv_memory.to_string().into());
+        flag("--block-size", self.engine.block_size.to_string().into());
+        if let Some(max_model_len) = self.engine.max_model_len {
+            flag("--max-model-len", max_model_len.to_string().into());
+        }
+        flag("--max-num-seqs", self.engine.max_num_seqs.to_string().into());
+        flag("--max-batch-tokens", self.engine.max_batch_tokens.to_string().into());
+        flag("--keepalive", Span(self.links.keepalive).to_string().into());
+        flag("--progress-deadline", Span(self.links.progress_deadline).to_string().into());
+        arguments
+    }
+}
+
+/// How long open streams may go on once the worker is told to stop.
+const STREAM_GRACE: Duration = Duration::from_secs(4);
+
+/// Joins the cluster and serves until `shutdown`. Prints the worker's ready line each time the registry accepts it.
+///
+/// # Errors
+/// A model or limits that cannot work, an address that cannot be listened on.
+pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let folder = model_files::open(&config.model).await?;
+    let limits = config.engine.clone();
+    let selection = config.model.clone();
+    let mut decoder = tokio::task::spawn_blocking(move || load(&folder, &selection, &limits)).await??;
+    let layout = decoder.layout();
+    let identity = Identity {
+        instance: config.id.clone(),
+        incarnation: Incarnation(uuid::Uuid::new_v4().as_u64_pair().0),
+        fingerprint: decoder.transfer_fingerprint(),
+        numerics_class: decoder.numerics_class(),
+    };
+    let batch = batch_config(&config.engine, &mut decoder);
+    let engine = start(decoder, EngineConfig::new(batch))?;
+    let options = WorkerOptions {
+        link: config.links.options()?,
+        progress_deadline: config.links.progress_deadline,
+        ..WorkerOptions::default()
+    };
+    let service = WorkerService::new(engine, identity, Box::new(GrpcTransport::new(layout)), options);
+    let stop = shutdown.child_token();
+    let _stop_on_return = stop.clone().drop_guard();
+    let (advertise, serving) = listen(&config.listen, service.clone(), stop.clone()).await?;
+    tracing::info!(instance = %config.id, address = advertise, "serving");
+    let membership = Membership {
+        scheduler: config.scheduler.to_string(),
+        advertise: config.advertise.as_ref().map_or(advertise, |address| address.to_string()),
+        role: config.role,
+        model: config.model.served_name.clone(),
+    };
+    let ready_line = announce::worker_ready_line(&config.id.to_string());
+    let joining = join_registry(&service, &membership, stop.clone(), || announce::print(&ready_line));
+    let health = watch(&service, stop.clone());
+    tokio::select! {
+        joined = joining => joined?,
+        died = health => died?,
+    }
+    stop.cancel();
+    serving.await.context("the worker service panicked")?
+}
+
+/// Loads the weights with a progress bar on a terminal.
+fn load(folder: &ModelFolder, selection: &ModelSelection, limits: &Limits) -> anyhow::Result<Decoder<Cpu>> {
+    let dtype: DType = limits.dtype.into();
+    let block_size = limits.block_size as usize;
+    let block_bytes = folder.config.kv_layout(block_size, dtype).block_bytes();
+    let n_kv_blocks = limits.kv_memory.0 as usize / block_bytes;
+    let n_tokens = n_kv_blocks * block_size;
+    if n_kv_blocks < 2 {
+        let message = format!("kv_memory: {} holds {n_kv_blocks} blocks of {block_bytes} bytes, expected at least 2", limits.kv_memory);
+        return Err(ConfigError::Impossible(message).into());
+    }
+    let longest = folder.config.max_position_embeddings;
+    let max_model_len = match limits.max_model_len {
+        Some(wanted) if wanted as usize > n_tokens => {
+            let message = format!("max_model_len: found {wanted}, expected at most the {n_tokens} tokens that kv_memory {} holds", limits.kv_memory);
+            return Err(ConfigError::Impossible(message).into());
+        }
+        Some(wanted) => wanted as usize,
+        None => longest.min(n_tokens),
+    };
+    let options = CpuLoadOptions {
+        dtype,
+        n_threads: limits.n_threads as usize,
+        isa: limits.isa.isa(),
+        n_kv_blocks,
+        block_size,
+        limits: DecoderLimits { max_batch_tokens: limits.max_batch_tokens as usize, max_model_len },
+        packed_dir: Some(selection.packed_dir.clone()),
+        load_format: selection.load_format.into(),
+    };
+    let bar = indicatif::ProgressBar::new(0).with_message("packing weights");
+    let decoder = load_cpu(folder, &options, &mut |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    let decoder = decoder.map_err(model_files::model_error)?;
+    tracing::info!(
+        model = %selection.source,
+        numerics = decoder.numerics_class(),
+        n_kv_blocks,
+        max_model_len,
+        n_threads = limits.n_threads,
+        "model loaded"
+    );
+    Ok(decoder)
+}
+
+fn batch_config(limits: &Limits, decoder: &mut Decoder<Cpu>) -> BatchConfig {
+    let n_blocks = decoder.kv_cache().n_blocks();
+    let max_num_seqs = (limits.max_num_seqs as usize).min(limits.max_batch_tokens as usize);
+    BatchConfig {
+        max_num_seqs,
+        max_batch_tokens: limits.max_batch_tokens as usize,
+        max_model_len: decoder.limits().max_model_len,
+        ..BatchConfig::new(n_blocks, limits.block_size as usize, decoder.transfer_fingerprint())
+    }
+}
+
+/// Starts serving; answers the address that others can use, with the real port.
+async fn listen(
+    address: &Address,
+    service: WorkerService,
+    stop: CancellationToken,
+) -> anyhow::Result<(String, JoinHandle<anyhow::Result<()>>)> {
+    let cannot = || format!("listening on {address}");
+    match address {
+        Address::Unix(path) => {
+            let listener = UnixListener::bind(path).with_context(cannot)?;
+            let incoming = UnixListenerStream::new(listener);
+            let serving = async move { Ok(serve(service, incoming, stop, STREAM_GRACE).await?) };
+            Ok((address.to_string(), tokio::spawn(serving)))
+        }
+        Address::Tcp { host, port } => {
+            let listener = TcpListener::bind((host.as_str(), *port)).await.with_context(cannot)?;
+            let port = listener.local_addr()?.port();
+            let advertise = Address::Tcp { host: host.clone(), port }.to_string();
+            let incoming = TcpListenerStream::new(listener).map(|stream| {
+                let stream = stream?;
+                stream.set_nodelay(true)?;
+                Ok::<_, std::io::Error>(stream)
+            });
+            let serving = async move { Ok(serve(service, incoming, stop, STREAM_GRACE).await?) };
+            Ok((advertise, tokio::spawn(serving)))
+        }
+    }
+}
+
+/// Ends with an error when the step thread has died: a process that cannot compute is better replaced.
+async fn watch(service: &WorkerService, stop: CancellationToken) -> anyhow::Result<()> {
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    let mut was_stuck = false;
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => match service.engine().health() {
+                Health::Well => was_stuck = false,
+                Health::Stuck(since) => {
+                    if !std::mem::replace(&mut was_stuck, true) {
+                        tracing::error!(seconds = since.as_secs_f64(), "no step although work is pending");
+                    }
+                }
+                Health::Dead(words) => anyhow::bail!("the step thread has ended: {words}"),
+            },
+            () = stop.cancelled() => return Ok(()),
+        }
+    }
+}
