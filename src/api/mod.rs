@@ -42,8 +42,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::auth::ApiKey;
 pub use self::error::{ApiError, Codes, ErrorKind};
-use self::metrics::{ApiMetrics, LoadCollector};
 pub use self::metrics::MetricsRegistry;
+use self::metrics::{ApiMetrics, LoadCollector};
 pub use self::request_label::{REQUEST_ID_HEADER, RequestLabel};
 use self::running::Running;
 pub use self::serve::{ServeOptions, serve};
@@ -175,8 +175,8 @@ fn unix_time_s() -> u64 {
         .as_secs()
 }
 
-/// Every route of the port: OpenAI HTTP, operations, and the gRPC services.
-pub fn router(state: ApiState) -> Router {
+/// Every route of the port: OpenAI HTTP, operations, the gRPC services, and `more` that needs the API key too.
+pub fn router(state: ApiState, more: Router) -> Router {
     let http = Router::new()
         .route("/v1/chat/completions", post(chat::handle))
         .route("/v1/completions", post(completions::handle))
@@ -191,5 +191,7 @@ pub fn router(state: ApiState) -> Router {
         .method_not_allowed_fallback(models::no_method)
         .layer(DefaultBodyLimit::max(state.options().max_body_bytes))
         .with_state(state.clone());
-    grpc::add_services(http, &state).layer(axum::middleware::from_fn_with_state(state, auth::require_key))
+    grpc::add_services(http, &state)
+        .merge(more)
+        .layer(axum::middleware::from_fn_with_state(state, auth::require_key))
 }

@@ -262,7 +262,9 @@ pub fn resolve_max_tokens(
             format!(
                 "{}: this model's maximum context length is {limit} tokens. However, you requested {total} tokens \
                  ({n_prompt} in the prompt, {n_completion} in the completion).",
-                asked.map_or("prompt is too long".to_owned(), |asked| format!("max_tokens is {asked}")),
+                asked.map_or("prompt is too long".to_owned(), |asked| format!(
+                    "max_tokens is {asked}"
+                )),
             ),
         )
     };

@@ -217,7 +217,15 @@ pub(super) async fn start_with(
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let served = state.clone();
-    let task = tokio::spawn(async move { serve(listener, router(served.clone()), &served, serve_options).await });
+    let task = tokio::spawn(async move {
+        serve(
+            listener,
+            router(served.clone(), axum::Router::new()),
+            &served,
+            serve_options,
+        )
+        .await
+    });
     Server {
         address,
         state,
