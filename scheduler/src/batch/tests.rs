@@ -149,6 +149,85 @@ fn the_youngest_is_preempted_and_loses_nothing() {
 }
 
 #[test]
+fn a_preempted_sequence_has_everything_left_to_compute() {
+    let mut world = World::new(BatchConfig {
+        prefix_caching: PrefixCaching::Off,
+        ..config(5)
+    });
+    let old = lively(0, 7, 12);
+    let a = world.local(&old, 12);
+    let b = world.local(&lively(300, 6, 12), 12);
+    while world.step().preempted.is_empty() {}
+    assert_eq!(world.scheduler.phase(b), Some(Phase::Waiting));
+    assert_eq!(
+        world.scheduler.load().n_pending_prefill_tokens,
+        world.scheduler.tokens(b).len()
+    );
+    world.run();
+    world.assert_as_alone(a, &old, 12);
+}
+
+#[test]
+fn a_newcomer_leaves_the_running_room_to_grow() {
+    let mut world = World::new(config(6));
+    let running = world.local(&lively(0, 6, 3), 3);
+    world.step();
+    let newcomer = world.local(&prompt(60, 15), 1);
+    assert_eq!(world.scheduler.ledger().free, 4, "it would just fit");
+    assert!(world.step().started.is_empty());
+    let started = loop {
+        let batch = world.step();
+        if let [started] = batch.started[..] {
+            break started;
+        }
+    };
+    assert_eq!(started.sequence, newcomer);
+    assert!(world.finished.contains_key(&running));
+    assert_eq!(world.scheduler.counters().n_preemptions, 0);
+    world.run();
+}
+
+#[test]
+fn a_preempted_prefill_gives_its_promises_up() {
+    let mut world = World::new(BatchConfig {
+        max_num_seqs: 2,
+        max_batch_tokens: 2,
+        ..config(8)
+    });
+    let old = lively(0, 3, 20);
+    let a = world.local(&old, 20);
+    world.step();
+    world.step();
+    let b = world.local(&prompt(60, 16), 1);
+    while world.step().preempted.is_empty() {}
+    assert!(world.scheduler.tokens(b).len() == 16, "it was still being prefilled");
+    assert_eq!(world.scheduler.cache.n_in_flight(), 0);
+    world.run();
+    world.assert_as_alone(a, &old, 20);
+    world.assert_as_alone(b, &prompt(60, 16), 1);
+}
+
+#[test]
+fn of_a_cached_sequence_the_end_is_evicted_first() {
+    let mut world = World::new(config(6));
+    let tokens = prompt(1, 17);
+    world.local(&tokens, 1);
+    world.run();
+    assert_eq!(world.scheduler.ledger().cached, 4);
+    // Two blocks are free, so that three evict one.
+    world.local(&prompt(30, 9), 1);
+    world.run();
+    let again = world.local(&tokens, 1);
+    assert_eq!(
+        world.step().started,
+        [Started {
+            sequence: again,
+            n_hit_tokens: 12
+        }]
+    );
+}
+
+#[test]
 fn a_replay_goes_on_where_it_was() {
     let mut world = World::new(config(64));
     let tokens = lively(0, 6, 9);
@@ -300,6 +379,11 @@ fn kv_of_another_class_stays_with_its_sequence() {
     let tokens = lively(0, 8, 9);
     let id = world.reserved(&tokens, 9);
     world.join(id, Numerics::Other);
+    assert_eq!(
+        world.scheduler.cache.n_in_flight(),
+        0,
+        "nobody waits for what will not come"
+    );
     world.run();
     world.assert_as_alone(id, &tokens, 9);
     assert_eq!(world.scheduler.prefix_snapshot(), [PrefixEvent::Cleared]);
