@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use baton_proto::cluster::registry_client::RegistryClient;
+use baton_proto::cluster::operator_client::OperatorClient;
 use baton_proto::cluster::{InstanceStatus, ListInstancesRequest};
 use baton_proto::link::{ClusterSecret, LinkOptions};
 use serde::Serialize;
@@ -102,7 +102,7 @@ async fn list(config: &CtlConfig) -> anyhow::Result<Vec<InstanceRow>> {
     let secret = config.cluster_secret.as_ref().map(|secret| ClusterSecret::new(secret.expose())).transpose()?;
     let link = LinkOptions { connect_timeout: config.timeout, secret, ..LinkOptions::default() };
     let channel = link.channel(&config.server.to_string())?;
-    let mut client = RegistryClient::with_interceptor(channel, link.present_secret());
+    let mut client = OperatorClient::with_interceptor(channel, link.present_secret());
     let mut request = tonic::Request::new(ListInstancesRequest {});
     if let Some(key) = &config.api_key {
         let mut value: MetadataValue<Ascii> = format!("Bearer {}", key.expose()).parse()?;
@@ -159,27 +159,18 @@ fn table(rows: &[InstanceRow]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::pin::Pin;
-
-    use baton_proto::cluster::registry_server::{Registry, RegistryServer};
-    use baton_proto::cluster::{ListInstancesResponse, RegistryCommand, WorkerJoin, WorkerLoad, WorkerReport};
-    use futures::Stream;
+    use baton_proto::cluster::operator_server::{Operator, OperatorServer};
+    use baton_proto::cluster::{ListInstancesResponse, WorkerJoin, WorkerLoad};
     use tokio_stream::wrappers::TcpListenerStream;
-    use tonic::{Request, Response, Status, Streaming};
+    use tonic::{Request, Response, Status};
 
     use super::*;
     use crate::config::Setting as _;
 
-    struct FakeRegistry;
+    struct FakeOperator;
 
     #[tonic::async_trait]
-    impl Registry for FakeRegistry {
-        type JoinStream = Pin<Box<dyn Stream<Item = Result<RegistryCommand, Status>> + Send>>;
-
-        async fn join(&self, _: Request<Streaming<WorkerReport>>) -> Result<Response<Self::JoinStream>, Status> {
-            Err(Status::unimplemented("not asked here"))
-        }
-
+    impl Operator for FakeOperator {
         async fn list_instances(
             &self,
             _: Request<ListInstancesRequest>,
@@ -209,12 +200,12 @@ mod tests {
         }
     }
 
-    async fn registry() -> Address {
+    async fn operator() -> Address {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = Address::parse(&listener.local_addr().expect("bound").to_string()).expect("an address");
         let secret = Some(ClusterSecret::new("s3cret").expect("printable"));
         let guard = LinkOptions { secret, ..LinkOptions::default() }.require_secret();
-        let service = RegistryServer::with_interceptor(FakeRegistry, guard);
+        let service = OperatorServer::with_interceptor(FakeOperator, guard);
         let server = tonic::transport::Server::builder().add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         address
@@ -227,7 +218,7 @@ mod tests {
 
     #[tokio::test]
     async fn instances_are_listed_by_name() {
-        let rows = list(&config(registry().await, Some("s3cret"))).await.expect("an answer");
+        let rows = list(&config(operator().await, Some("s3cret"))).await.expect("an answer");
         assert_eq!(rows.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), ["decode-0", "prefill-0"]);
         assert_eq!((rows[0].n_running, rows[0].up_seconds), (3, 12));
         assert_eq!(rows[0].incarnation, "00000000000000ab");
@@ -239,7 +230,7 @@ mod tests {
 
     #[tokio::test]
     async fn refusals_and_silence_are_one_line_with_the_address() {
-        let server = registry().await;
+        let server = operator().await;
         let message = format!("{:#}", list(&config(server.clone(), None)).await.expect_err("refused"));
         assert!(message.starts_with(&format!("scheduler at {server}: ")) && message.contains("secret"), "{message}");
 

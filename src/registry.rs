@@ -1,11 +1,12 @@
-//! The registry service of a scheduler process: workers are members for as long as their stream lives. It stores nothing.
+//! The registry of a scheduler process: workers are members for as long as their stream lives, and operators see them. It
+//! stores nothing.
 
 use std::pin::Pin;
 use std::sync::Arc;
 
 use baton_proto::cluster::registry_command::Command;
 use baton_proto::cluster::registry_server::RegistryServer;
-use baton_proto::cluster::{self, registry_server};
+use baton_proto::cluster::{self, operator_server, registry_server};
 use baton_proto::link::RequireSecret;
 use baton_scheduler::ids::{Incarnation, InstanceId};
 use futures::Stream;
@@ -93,6 +94,23 @@ impl registry_server::Registry for RegistryService {
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
+}
+
+/// What operators ask, behind the API key.
+#[derive(Clone)]
+pub struct OperatorService {
+    cluster: Arc<Cluster>,
+}
+
+impl OperatorService {
+    /// Answers from `cluster`.
+    pub fn new(cluster: Arc<Cluster>) -> OperatorService {
+        OperatorService { cluster }
+    }
+}
+
+#[tonic::async_trait]
+impl operator_server::Operator for OperatorService {
     async fn list_instances(
         &self,
         _request: Request<cluster::ListInstancesRequest>,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use baton_proto::cluster::operator_server::OperatorServer;
 use baton_proto::cluster::registry_server::RegistryServer;
 use baton_proto::link::{LinkOptions, MAX_MESSAGE_BYTES};
 use baton_scheduler::placement::{Disaggregation, policy};
@@ -16,11 +17,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 
 use crate::api::metrics::MetricsRegistry;
-use crate::api::{self, ApiKey, ApiOptions, ApiState, ServeOptions};
+use crate::api::{self, grpc, ApiKey, ApiOptions, ApiState, ServeOptions};
 use crate::config::{ComputeDtype, PolicyKind, Secret};
 use crate::door::{Cluster, FrontDoor, FrontDoorOptions, Generator as _};
 use crate::engine_config::{LinkConfig, ModelSelection};
-use crate::registry::RegistryService;
+use crate::registry::{OperatorService, RegistryService};
 use crate::{announce, cluster_metrics, model_files, registry};
 
 /// Everything a scheduler process is told.
@@ -84,7 +85,9 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     let registry = RegistryService::new(Arc::clone(&cluster), shutdown.clone());
     let registry = RegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let registry = InterceptedService::new(registry, link.require_secret());
-    let router = api::router(state.clone()).merge(registry::route(registry.clone()));
+    let operator = OperatorServer::new(OperatorService::new(Arc::clone(&cluster)));
+    let operator = grpc::add(axum::Router::new(), operator);
+    let router = api::router(state.clone(), operator).merge(registry::route(registry.clone()));
 
     let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listening on {}", config.listen))?;
     let address = listener.local_addr()?;
