@@ -13,6 +13,7 @@ mod handoff;
 pub(crate) mod hash_model;
 mod load;
 mod open_sequence;
+mod step;
 mod step_loop;
 #[cfg(test)]
 mod tests;
