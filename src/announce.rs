@@ -38,7 +38,10 @@ mod tests {
             ("[::]:80", "http://[::1]:80"),
             ("[fe80::1]:80", "http://[fe80::1]:80"),
         ] {
-            assert_eq!(ready_line(address.parse().expect("an address")), format!("baton ready: {url}"));
+            assert_eq!(
+                ready_line(address.parse().expect("an address")),
+                format!("baton ready: {url}")
+            );
         }
     }
 }

@@ -22,11 +22,13 @@ impl LogConfig {
     }
 
     fn filter(&self) -> Result<EnvFilter, ConfigError> {
-        EnvFilter::builder().parse(&self.level).map_err(|_| ConfigError::BadValue {
-            place: "log_level".into(),
-            value: format!("{:?}", self.level),
-            expected: "error, warn, info, debug, trace, or directives such as info,baton::door=debug",
-        })
+        EnvFilter::builder()
+            .parse(&self.level)
+            .map_err(|_| ConfigError::BadValue {
+                place: "log_level".into(),
+                value: format!("{:?}", self.level),
+                expected: "error, warn, info, debug, trace, or directives such as info,baton::door=debug",
+            })
     }
 }
 
@@ -38,7 +40,12 @@ pub fn start(config: &LogConfig) -> Result<(), ConfigError> {
         .with_ansi(std::io::stderr().is_terminal());
     let _already_started = match config.format {
         LogFormat::Text => builder.try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init(),
+        LogFormat::Json => builder
+            .json()
+            .flatten_event(true)
+            .with_current_span(true)
+            .with_span_list(false)
+            .try_init(),
     };
     Ok(())
 }
@@ -49,10 +56,16 @@ mod tests {
 
     #[test]
     fn levels_and_directives_are_taken_and_nonsense_refused() {
-        let config = |level: &str| LogConfig { level: level.into(), format: LogFormat::Text };
+        let config = |level: &str| LogConfig {
+            level: level.into(),
+            format: LogFormat::Text,
+        };
         assert!(config("info").validate().is_ok());
         assert!(config("info,baton::door=debug").validate().is_ok());
         let message = config("baton=loud").validate().expect_err("no level").to_string();
-        assert!(message.starts_with("log_level: found \"baton=loud\", expected"), "{message}");
+        assert!(
+            message.starts_with("log_level: found \"baton=loud\", expected"),
+            "{message}"
+        );
     }
 }

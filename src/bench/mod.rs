@@ -73,7 +73,14 @@ pub async fn run(config: BenchConfig) -> anyhow::Result<()> {
         std::fs::write(path, format!("{json}\n")).with_context(|| format!("output {}", path.display()))?;
     }
     announce::print(&if config.json { json } else { table(&report) });
-    let errors = || report.error_counts.iter().map(|(kind, n)| format!("{n} {kind}")).collect::<Vec<_>>().join(", ");
+    let errors = || {
+        report
+            .error_counts
+            .iter()
+            .map(|(kind, n)| format!("{n} {kind}"))
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
     anyhow::ensure!(report.completed > 0, "no request was completed: {}", errors());
     Ok(())
 }
@@ -105,17 +112,66 @@ fn table(report: &BenchReport) -> String {
     line("  of them cached", report.total_cached_tokens.to_string());
     line("generated tokens", report.total_output_tokens.to_string());
     line("requests per second", format!("{:.3}", report.request_throughput));
-    line("generated tokens per second", format!("{:.2}", report.output_throughput));
+    line(
+        "generated tokens per second",
+        format!("{:.2}", report.output_throughput),
+    );
     line("tokens per second", format!("{:.2}", report.total_token_throughput));
     line("most requests in flight", report.max_concurrent_requests.to_string());
     line("latest start (ms)", format!("{:.2}", report.max_start_delay_ms));
-    let _ = writeln!(text, "\n{:<6}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}", "ms", "mean", "std", "p50", "p90", "p95", "p99");
-    let BenchReport { ttft, tpot, itl, e2el, .. } = report;
+    let _ = writeln!(
+        text,
+        "\n{:<6}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
+        "ms", "mean", "std", "p50", "p90", "p95", "p99"
+    );
+    let BenchReport {
+        ttft, tpot, itl, e2el, ..
+    } = report;
     for (name, values) in [
-        ("TTFT", [ttft.mean_ttft_ms, ttft.std_ttft_ms, ttft.p50_ttft_ms, ttft.p90_ttft_ms, ttft.p95_ttft_ms, ttft.p99_ttft_ms]),
-        ("TPOT", [tpot.mean_tpot_ms, tpot.std_tpot_ms, tpot.p50_tpot_ms, tpot.p90_tpot_ms, tpot.p95_tpot_ms, tpot.p99_tpot_ms]),
-        ("ITL", [itl.mean_itl_ms, itl.std_itl_ms, itl.p50_itl_ms, itl.p90_itl_ms, itl.p95_itl_ms, itl.p99_itl_ms]),
-        ("E2E", [e2el.mean_e2el_ms, e2el.std_e2el_ms, e2el.p50_e2el_ms, e2el.p90_e2el_ms, e2el.p95_e2el_ms, e2el.p99_e2el_ms]),
+        (
+            "TTFT",
+            [
+                ttft.mean_ttft_ms,
+                ttft.std_ttft_ms,
+                ttft.p50_ttft_ms,
+                ttft.p90_ttft_ms,
+                ttft.p95_ttft_ms,
+                ttft.p99_ttft_ms,
+            ],
+        ),
+        (
+            "TPOT",
+            [
+                tpot.mean_tpot_ms,
+                tpot.std_tpot_ms,
+                tpot.p50_tpot_ms,
+                tpot.p90_tpot_ms,
+                tpot.p95_tpot_ms,
+                tpot.p99_tpot_ms,
+            ],
+        ),
+        (
+            "ITL",
+            [
+                itl.mean_itl_ms,
+                itl.std_itl_ms,
+                itl.p50_itl_ms,
+                itl.p90_itl_ms,
+                itl.p95_itl_ms,
+                itl.p99_itl_ms,
+            ],
+        ),
+        (
+            "E2E",
+            [
+                e2el.mean_e2el_ms,
+                e2el.std_e2el_ms,
+                e2el.p50_e2el_ms,
+                e2el.p90_e2el_ms,
+                e2el.p95_e2el_ms,
+                e2el.p99_e2el_ms,
+            ],
+        ),
     ] {
         let _ = write!(text, "{name:<6}");
         for value in values {

@@ -20,7 +20,11 @@ pub fn date(at: SystemTime) -> String {
     let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * of_year + 2) / 153;
     let day = of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
     let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
     format!("{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}")
@@ -32,7 +36,10 @@ pub fn command(arguments: impl Iterator<Item = String>) -> String {
     let words = arguments.map(|argument| {
         let name = argument.split('=').next().unwrap_or_default();
         let is_secret = SECRET_FLAGS.contains(&name);
-        let shown = match (std::mem::replace(&mut hide_next, is_secret && argument == name), is_secret) {
+        let shown = match (
+            std::mem::replace(&mut hide_next, is_secret && argument == name),
+            is_secret,
+        ) {
             (true, _) => "...".to_owned(),
             (false, true) if argument != name => format!("{name}=..."),
             (false, _) => argument,
@@ -49,7 +56,11 @@ pub fn command(arguments: impl Iterator<Item = String>) -> String {
 /// The commit checked out in the working directory, marked when there are changes; `None` outside a checkout.
 pub fn commit() -> Option<String> {
     let git = |arguments: &[&str]| {
-        let output = Command::new("git").args(arguments).output().ok().filter(|output| output.status.success())?;
+        let output = Command::new("git")
+            .args(arguments)
+            .output()
+            .ok()
+            .filter(|output| output.status.success())?;
         String::from_utf8(output.stdout).ok()
     };
     let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
@@ -65,7 +76,8 @@ pub fn machine() -> MachineReport {
         let line = text.lines().find(|line| line.starts_with(name))?;
         Some(line.split_once(':')?.1.trim().to_owned())
     };
-    let total_kib = field(&read("/proc/meminfo"), "MemTotal").and_then(|total| total.split(' ').next()?.parse::<u64>().ok());
+    let total_kib =
+        field(&read("/proc/meminfo"), "MemTotal").and_then(|total| total.split(' ').next()?.parse::<u64>().ok());
     MachineReport {
         cpu: field(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
         n_cores: Machine::detect().n_cores,
@@ -98,7 +110,13 @@ mod tests {
     #[test]
     fn keys_are_left_out_of_the_command_and_the_rest_can_be_typed() {
         let words = |text: &str| text.split('|').map(str::to_owned).collect::<Vec<_>>().into_iter();
-        assert_eq!(command(words("baton|bench|--api-key|hunter2|--rate|4")), "baton bench --api-key ... --rate 4");
-        assert_eq!(command(words("baton|--api-key=hunter2|a b|it's|")), r"baton --api-key=... 'a b' 'it'\''s' ''");
+        assert_eq!(
+            command(words("baton|bench|--api-key|hunter2|--rate|4")),
+            "baton bench --api-key ... --rate 4"
+        );
+        assert_eq!(
+            command(words("baton|--api-key=hunter2|a b|it's|")),
+            r"baton --api-key=... 'a b' 'it'\''s' ''"
+        );
     }
 }

@@ -119,8 +119,17 @@ impl LoadClient {
             headers.insert(AUTHORIZATION, value);
         }
         // Every connection stays open, so that only the first requests pay for connecting.
-        let http = reqwest::Client::builder().no_proxy().tcp_nodelay(true).pool_max_idle_per_host(usize::MAX).build()?;
-        Ok(LoadClient { http, url, headers, timeout })
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .tcp_nodelay(true)
+            .pool_max_idle_per_host(usize::MAX)
+            .build()?;
+        Ok(LoadClient {
+            http,
+            url,
+            headers,
+            timeout,
+        })
     }
 
     /// Sends `body` and reads the answer to its end. `started` is when the request counts as sent.
@@ -144,7 +153,10 @@ impl LoadClient {
                 }
             }
             let message = String::from_utf8_lossy(&message).into_owned();
-            return Err(RequestFailure::Refused { status: status.as_u16(), message });
+            return Err(RequestFailure::Refused {
+                status: status.as_u16(),
+                message,
+            });
         }
         let mut parser = SseParser::default();
         let mut answer = Answer::default();
@@ -178,18 +190,25 @@ impl Answer {
         let event: Event = match serde_json::from_slice(data) {
             Ok(event) => event,
             Err(error) => {
-                self.failure.get_or_insert(RequestFailure::NotUnderstood(error.to_string()));
+                self.failure
+                    .get_or_insert(RequestFailure::NotUnderstood(error.to_string()));
                 return;
             }
         };
         if let Some(error) = event.error {
-            let message = error.get("message").and_then(|message| message.as_str()).unwrap_or("without a message");
+            let message = error
+                .get("message")
+                .and_then(|message| message.as_str())
+                .unwrap_or("without a message");
             self.failure.get_or_insert(RequestFailure::InStream(message.to_owned()));
             return;
         }
         if let Some(choice) = event.choices.first() {
             self.token_times.push(arrived);
-            let text = choice.text.as_deref().or(choice.delta.as_ref().and_then(|delta| delta.content.as_deref()));
+            let text = choice
+                .text
+                .as_deref()
+                .or(choice.delta.as_ref().and_then(|delta| delta.content.as_deref()));
             self.ends_bare = choice.finish_reason.is_some() && text.unwrap_or("").is_empty();
         }
         if event.usage.is_some() {
@@ -216,7 +235,10 @@ impl Answer {
             token_times: self.token_times,
             n_input_tokens: usage.prompt_tokens,
             n_output_tokens: usage.completion_tokens,
-            n_cached_tokens: usage.prompt_tokens_details.and_then(|details| details.cached_tokens).unwrap_or(0),
+            n_cached_tokens: usage
+                .prompt_tokens_details
+                .and_then(|details| details.cached_tokens)
+                .unwrap_or(0),
         })
     }
 }
@@ -251,7 +273,14 @@ mod tests {
     fn tokens_are_counted_by_events_and_a_bare_end_is_none() {
         let with_last = answer(&[TOKEN, LAST_TOKEN, USAGE, "[DONE]"]).expect("complete");
         assert_eq!(with_last.token_times.len(), 2);
-        assert_eq!((with_last.n_input_tokens, with_last.n_output_tokens, with_last.n_cached_tokens), (3, 2, 1));
+        assert_eq!(
+            (
+                with_last.n_input_tokens,
+                with_last.n_output_tokens,
+                with_last.n_cached_tokens
+            ),
+            (3, 2, 1)
+        );
         let with_bare = answer(&[TOKEN, TOKEN, BARE_END, USAGE, "[DONE]"]).expect("complete");
         assert_eq!(with_bare.token_times, [Duration::ZERO, Duration::from_millis(1)]);
         let empty_text = answer(&[TOKEN, BARE_END, USAGE, "[DONE]"]).expect("complete");

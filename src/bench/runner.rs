@@ -43,23 +43,28 @@ pub async fn run(config: &BenchConfig, workload: &Workload) -> anyhow::Result<Ru
     let client = LoadClient::new(url, config.api_key.as_ref(), config.timeout)?;
     for index in 0..config.n_warmup as u64 {
         let body = Bytes::from(workload.body(WARMUP_INDEX + index).to_string());
-        client.send(body, Instant::now()).await.with_context(|| format!("server {}: warm-up request", config.server))?;
+        client
+            .send(body, Instant::now())
+            .await
+            .with_context(|| format!("server {}: warm-up request", config.server))?;
     }
     // Bodies are made before the clock starts: making them is not what is measured.
-    let bodies: Arc<[Bytes]> = (0..config.n_prompts as u64).map(|index| workload.body(index).to_string().into()).collect();
+    let bodies: Arc<[Bytes]> = (0..config.n_prompts as u64)
+        .map(|index| workload.body(index).to_string().into())
+        .collect();
     let progress = ProgressBar::new(config.n_prompts as u64).with_style(
         ProgressStyle::with_template("{bar:40} {pos}/{len} requests, {elapsed_precise}, {per_sec}")
             .context("progress bar")?,
     );
     let mut samples = match config.arrivals {
         Arrivals::Closed { concurrency } => closed(&client, bodies, concurrency, &progress).await?,
-        Arrivals::Open { rate } => {
-            open(&client, bodies, workload.poisson(rate, config.n_prompts), &progress).await?
-        }
+        Arrivals::Open { rate } => open(&client, bodies, workload.poisson(rate, config.n_prompts), &progress).await?,
     };
     progress.finish_and_clear();
     samples.sort_by_key(|(index, _)| *index);
-    Ok(Run { samples: samples.into_iter().map(|(_, sample)| sample).collect() })
+    Ok(Run {
+        samples: samples.into_iter().map(|(_, sample)| sample).collect(),
+    })
 }
 
 /// Sends request `index`, due at `due` after `origin`.
@@ -67,7 +72,12 @@ async fn sample(client: &LoadClient, body: Bytes, origin: Instant, due: Duration
     let now = Instant::now();
     let outcome = client.send(body, now).await;
     let started = now - origin;
-    Sample { started, delay: started.saturating_sub(due), ended: origin.elapsed(), outcome }
+    Sample {
+        started,
+        delay: started.saturating_sub(due),
+        ended: origin.elapsed(),
+        outcome,
+    }
 }
 
 async fn closed(
@@ -130,20 +140,41 @@ fn ms(duration: Duration) -> f64 {
 
 impl Run {
     /// The report of this run.
-    pub fn report(&self, config: &BenchConfig, workload: &Workload, date: String, commit: Option<String>) -> BenchReport {
-        let completions: Vec<(&Sample, &Completion)> =
-            self.samples.iter().filter_map(|sample| Some((sample, sample.outcome.as_ref().ok()?))).collect();
-        let sum = |count: fn(&Completion) -> u64| completions.iter().map(|(_, completion)| count(completion)).sum::<u64>();
+    pub fn report(
+        &self,
+        config: &BenchConfig,
+        workload: &Workload,
+        date: String,
+        commit: Option<String>,
+    ) -> BenchReport {
+        let completions: Vec<(&Sample, &Completion)> = self
+            .samples
+            .iter()
+            .filter_map(|sample| Some((sample, sample.outcome.as_ref().ok()?)))
+            .collect();
+        let sum =
+            |count: fn(&Completion) -> u64| completions.iter().map(|(_, completion)| count(completion)).sum::<u64>();
         let (n_input, n_output) = (sum(|c| c.n_input_tokens), sum(|c| c.n_output_tokens));
-        let first_start = self.samples.iter().map(|sample| sample.started).min().unwrap_or_default();
+        let first_start = self
+            .samples
+            .iter()
+            .map(|sample| sample.started)
+            .min()
+            .unwrap_or_default();
         let last_end = self.samples.iter().map(|sample| sample.ended).max().unwrap_or_default();
         // A run shorter than the clock can see has no rate.
         let duration = (last_end - first_start).as_secs_f64().max(f64::MIN_POSITIVE);
         let per_second = |count: f64| count / duration;
 
         let times = |completion: &Completion| completion.token_times.clone();
-        let ttft = completions.iter().filter_map(|(_, c)| times(c).first().copied().map(ms)).collect();
-        let e2el = completions.iter().filter_map(|(_, c)| times(c).last().copied().map(ms)).collect();
+        let ttft = completions
+            .iter()
+            .filter_map(|(_, c)| times(c).first().copied().map(ms))
+            .collect();
+        let e2el = completions
+            .iter()
+            .filter_map(|(_, c)| times(c).last().copied().map(ms))
+            .collect();
         let itl = completions.iter().flat_map(|(_, c)| gaps(c)).map(ms).collect();
         let tpot = completions.iter().filter_map(|(_, c)| {
             let generating = *c.token_times.last()? - *c.token_times.first()?;
@@ -154,8 +185,11 @@ impl Run {
         for failure in self.samples.iter().filter_map(|sample| sample.outcome.as_ref().err()) {
             *error_counts.entry(failure.kind()).or_insert(0) += 1;
         }
-        let intervals: Vec<(f64, f64)> =
-            self.samples.iter().map(|sample| (sample.started.as_secs_f64(), sample.ended.as_secs_f64())).collect();
+        let intervals: Vec<(f64, f64)> = self
+            .samples
+            .iter()
+            .map(|sample| (sample.started.as_secs_f64(), sample.ended.as_secs_f64()))
+            .collect();
         let (request_rate, max_concurrency) = match config.arrivals {
             Arrivals::Closed { concurrency } => (RequestRate::Unlimited("inf".into()), Some(concurrency)),
             Arrivals::Open { rate } if rate.is_finite() => (RequestRate::PerSecond(rate), None),
@@ -163,7 +197,14 @@ impl Run {
         };
         BenchReport {
             date,
-            backend: workload.endpoint.path().trim_start_matches("/v1/").split('/').next().unwrap_or_default().to_owned(),
+            backend: workload
+                .endpoint
+                .path()
+                .trim_start_matches("/v1/")
+                .split('/')
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
             model_id: workload.model.clone(),
             num_prompts: self.samples.len(),
             request_rate,
@@ -188,7 +229,10 @@ impl Run {
             output_len: config.output_len,
             prefix_len: config.prefix_len,
             total_cached_tokens: sum(|c| c.n_cached_tokens),
-            wrong_length: completions.iter().filter(|(_, c)| c.n_output_tokens != u64::from(config.output_len)).count(),
+            wrong_length: completions
+                .iter()
+                .filter(|(_, c)| c.n_output_tokens != u64::from(config.output_len))
+                .count(),
             max_start_delay_ms: self.samples.iter().map(|sample| ms(sample.delay)).fold(0.0, f64::max),
             num_warmup: config.n_warmup,
             seed: config.seed,
@@ -210,8 +254,21 @@ impl Run {
             details.start_times.push(sample.started.as_secs_f64());
             let first = completion.and_then(|c| c.token_times.first().copied());
             details.ttfts.push(first.unwrap_or_default().as_secs_f64());
-            details.itls.push(completion.into_iter().flat_map(gaps).map(|gap| gap.as_secs_f64()).collect());
-            details.errors.push(sample.outcome.as_ref().err().map(ToString::to_string).unwrap_or_default());
+            details.itls.push(
+                completion
+                    .into_iter()
+                    .flat_map(gaps)
+                    .map(|gap| gap.as_secs_f64())
+                    .collect(),
+            );
+            details.errors.push(
+                sample
+                    .outcome
+                    .as_ref()
+                    .err()
+                    .map(ToString::to_string)
+                    .unwrap_or_default(),
+            );
         }
         details
     }

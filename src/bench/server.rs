@@ -18,16 +18,24 @@ const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
 pub async fn workload(config: &BenchConfig) -> anyhow::Result<Workload> {
     let model = match &config.model {
         Some(model) => model.clone(),
-        None => first_model(config).await.with_context(|| format!("server {}: /v1/models", config.server))?,
+        None => first_model(config)
+            .await
+            .with_context(|| format!("server {}: /v1/models", config.server))?,
     };
     let vocabulary = match (config.endpoint, config.vocab_size) {
         (EndpointKind::Chat, _) => Vec::new(),
         (EndpointKind::Completions, Some(vocab_size)) => (0..vocab_size).collect(),
         (EndpointKind::Completions, None) => vocabulary(config).await.with_context(|| {
-            format!("server {}: baton.v1 ModelInfo; for another kind of server give --vocab-size", config.server)
+            format!(
+                "server {}: baton.v1 ModelInfo; for another kind of server give --vocab-size",
+                config.server
+            )
         })?,
     };
-    anyhow::ensure!(config.endpoint == EndpointKind::Chat || !vocabulary.is_empty(), "the vocabulary is empty");
+    anyhow::ensure!(
+        config.endpoint == EndpointKind::Chat || !vocabulary.is_empty(),
+        "the vocabulary is empty"
+    );
     Ok(Workload {
         endpoint: config.endpoint,
         model,
@@ -52,7 +60,10 @@ struct Model {
 }
 
 async fn first_model(config: &BenchConfig) -> anyhow::Result<String> {
-    let client = reqwest::Client::builder().no_proxy().timeout(QUESTION_TIMEOUT).build()?;
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .timeout(QUESTION_TIMEOUT)
+        .build()?;
     let mut request = client.get(format!("http://{}/v1/models", config.server));
     if let Some(key) = &config.api_key {
         request = request.bearer_auth(key.expose());
@@ -68,11 +79,21 @@ async fn vocabulary(config: &BenchConfig) -> anyhow::Result<Vec<u32>> {
         let channel = endpoint.connect_timeout(QUESTION_TIMEOUT).connect().await?;
         let mut request = tonic::Request::new(ModelInfoRequest {});
         if let Some(key) = &config.api_key {
-            request.metadata_mut().insert("authorization", format!("Bearer {}", key.expose()).parse()?);
+            request
+                .metadata_mut()
+                .insert("authorization", format!("Bearer {}", key.expose()).parse()?);
         }
         let answer = BatonClient::new(channel).model_info(request).await;
-        anyhow::Ok(answer.map_err(|status| anyhow::anyhow!("{:?}: {}", status.code(), status.message()))?.into_inner())
+        anyhow::Ok(
+            answer
+                .map_err(|status| anyhow::anyhow!("{:?}: {}", status.code(), status.message()))?
+                .into_inner(),
+        )
     };
-    let info = tokio::time::timeout(QUESTION_TIMEOUT, asking).await.context("no answer in time")??;
-    Ok((0..info.vocab_size).filter(|id| !info.eos_token_ids.contains(id)).collect())
+    let info = tokio::time::timeout(QUESTION_TIMEOUT, asking)
+        .await
+        .context("no answer in time")??;
+    Ok((0..info.vocab_size)
+        .filter(|id| !info.eos_token_ids.contains(id))
+        .collect())
 }

@@ -61,14 +61,17 @@ mod tests {
         let mut parser = SseParser::default();
         let mut events = Vec::new();
         for chunk in chunks {
-            parser.push(chunk, |data| events.push(String::from_utf8_lossy(data).into_owned())).expect("short events");
+            parser
+                .push(chunk, |data| events.push(String::from_utf8_lossy(data).into_owned()))
+                .expect("short events");
         }
         events
     }
 
     #[test]
     fn comments_other_fields_and_line_ends_are_understood() {
-        let text = b": ping\n\ndata: {\"a\":1}\n\nevent: x\r\ndata:one\r\ndata: two\r\n\r\nid: 3\n\ndata: [DONE]\n\ndata: cut";
+        let text =
+            b": ping\n\ndata: {\"a\":1}\n\nevent: x\r\ndata:one\r\ndata: two\r\n\r\nid: 3\n\ndata: [DONE]\n\ndata: cut";
         assert_eq!(events(&[text]), ["{\"a\":1}", "one\ntwo", "[DONE]"]);
     }
 

@@ -28,7 +28,14 @@ impl Summary {
         let mean = values.iter().sum::<f64>() / n_values;
         let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / n_values;
         let at = |percent| percentile(&values, percent);
-        Summary { mean, std: variance.sqrt(), p50: at(50.0), p90: at(90.0), p95: at(95.0), p99: at(99.0) }
+        Summary {
+            mean,
+            std: variance.sqrt(),
+            p50: at(50.0),
+            p90: at(90.0),
+            p95: at(95.0),
+            p99: at(99.0),
+        }
     }
 }
 
@@ -42,7 +49,10 @@ fn percentile(sorted: &[f64], percent: f64) -> f64 {
 
 /// The largest number of `[start, end)` intervals that hold one point.
 pub fn max_overlap(intervals: &[(f64, f64)]) -> usize {
-    let mut edges: Vec<(f64, i64)> = intervals.iter().flat_map(|(start, end)| [(*start, 1), (*end, -1)]).collect();
+    let mut edges: Vec<(f64, i64)> = intervals
+        .iter()
+        .flat_map(|(start, end)| [(*start, 1), (*end, -1)])
+        .collect();
     // At one point, ends come before starts.
     edges.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
     let running = edges.iter().scan(0_i64, |n_open, (_, change)| {
@@ -63,7 +73,14 @@ mod tests {
         // numpy.percentile([4, 1, 3, 2], [50, 90, 95, 99]), mean and std of the same.
         let summary = Summary::of(vec![4.0, 1.0, 3.0, 2.0]);
         let expected = [2.5, 1.118_033_988_749_895, 2.5, 3.7, 3.85, 3.97];
-        let found = [summary.mean, summary.std, summary.p50, summary.p90, summary.p95, summary.p99];
+        let found = [
+            summary.mean,
+            summary.std,
+            summary.p50,
+            summary.p90,
+            summary.p95,
+            summary.p99,
+        ];
         for (found, expected) in found.iter().zip(expected) {
             assert!((found - expected).abs() < 1e-12, "{found} is not {expected}");
         }

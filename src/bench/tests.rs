@@ -32,24 +32,36 @@ struct Fake {
 async fn completions(State(fake): State<Arc<Fake>>, Json(body): Json<Value>) -> Response {
     let number = 1 + fake.n_requests.fetch_add(1, Ordering::SeqCst);
     if fake.refuse_every > 0 && number.is_multiple_of(fake.refuse_every) {
-        return (StatusCode::TOO_MANY_REQUESTS, "{\"error\":{\"message\":\"over capacity\"}}").into_response();
+        return (
+            StatusCode::TOO_MANY_REQUESTS,
+            "{\"error\":{\"message\":\"over capacity\"}}",
+        )
+            .into_response();
     }
     assert_eq!(body["stream_options"]["include_usage"], true);
     let n_input = body["prompt"].as_array().expect("token ids").len();
     let n_output = body["max_tokens"].as_u64().expect("a number");
     let running = 1 + fake.n_running.fetch_add(1, Ordering::SeqCst);
     fake.max_running.fetch_max(running, Ordering::SeqCst);
-    let usage = json!({"prompt_tokens": n_input, "completion_tokens": n_output, "prompt_tokens_details": {"cached_tokens": 4}});
+    let usage =
+        json!({"prompt_tokens": n_input, "completion_tokens": n_output, "prompt_tokens_details": {"cached_tokens": 4}});
     let mut events = vec![(Duration::ZERO, ": waiting\n\n".to_owned())];
     for index in 0..n_output {
-        let pause = if index == 0 { fake.first_token } else { fake.between_tokens };
+        let pause = if index == 0 {
+            fake.first_token
+        } else {
+            fake.between_tokens
+        };
         let event = json!({"choices": [{"index": 0, "text": "x", "finish_reason": null}], "usage": null});
         let text = format!("data: {event}\n\n");
         // The network may cut an event anywhere; the token has arrived with its last byte.
         let (head, tail) = text.split_at(7);
         events.extend([(Duration::ZERO, head.to_owned()), (pause, tail.to_owned())]);
     }
-    events.push((Duration::ZERO, format!("data: {}\n\ndata: [DONE]\n\n", json!({"choices": [], "usage": usage}))));
+    events.push((
+        Duration::ZERO,
+        format!("data: {}\n\ndata: [DONE]\n\n", json!({"choices": [], "usage": usage})),
+    ));
     let stream = futures::stream::iter(events).then(async |(pause, text)| {
         tokio::time::sleep(pause).await;
         Ok::<_, Infallible>(Bytes::from(text))
@@ -59,7 +71,11 @@ async fn completions(State(fake): State<Arc<Fake>>, Json(body): Json<Value>) -> 
         Ok(Bytes::new())
     });
     let headers = [("content-type", "text/event-stream")];
-    (headers, Body::from_stream(futures::StreamExt::chain(Box::pin(stream), ended))).into_response()
+    (
+        headers,
+        Body::from_stream(futures::StreamExt::chain(Box::pin(stream), ended)),
+    )
+        .into_response()
 }
 
 async fn start(fake: Fake) -> (Arc<Fake>, Address) {
@@ -107,15 +123,27 @@ async fn a_closed_loop_keeps_its_concurrency_and_counts_exactly() {
         ..Fake::default()
     })
     .await;
-    let report = measure(&config(server, Arrivals::Closed { concurrency: 3 })).await.expect("measured");
+    let report = measure(&config(server, Arrivals::Closed { concurrency: 3 }))
+        .await
+        .expect("measured");
     assert_eq!((report.completed, report.failed, report.wrong_length), (12, 0, 0));
-    assert_eq!((report.total_input_tokens, report.total_output_tokens, report.total_cached_tokens), (120, 60, 48));
+    assert_eq!(
+        (
+            report.total_input_tokens,
+            report.total_output_tokens,
+            report.total_cached_tokens
+        ),
+        (120, 60, 48)
+    );
     assert_eq!(report.model_id, "tiny");
     assert_eq!(fake.max_running.load(Ordering::SeqCst), 3);
     assert_eq!(report.max_concurrent_requests, 3);
     // The server's pauses are lower bounds whatever the machine does.
     assert!(report.ttft.mean_ttft_ms >= 30.0, "{report:?}");
-    assert!(report.tpot.p50_tpot_ms >= 10.0 && report.itl.p50_itl_ms >= 10.0, "{report:?}");
+    assert!(
+        report.tpot.p50_tpot_ms >= 10.0 && report.itl.p50_itl_ms >= 10.0,
+        "{report:?}"
+    );
     assert!(report.e2el.p50_e2el_ms >= 70.0, "{report:?}");
     assert!(report.duration >= 0.28, "four rounds of 70 ms: {report:?}");
     assert!((report.output_throughput - 60.0 / report.duration).abs() < 1e-9);
@@ -123,16 +151,30 @@ async fn a_closed_loop_keeps_its_concurrency_and_counts_exactly() {
 
 #[tokio::test]
 async fn an_open_loop_does_not_wait_for_answers() {
-    let (fake, server) = start(Fake { first_token: Duration::from_millis(500), ..Fake::default() }).await;
-    let report = measure(&config(server, Arrivals::Open { rate: f64::INFINITY })).await.expect("measured");
+    let (fake, server) = start(Fake {
+        first_token: Duration::from_millis(500),
+        ..Fake::default()
+    })
+    .await;
+    let report = measure(&config(server, Arrivals::Open { rate: f64::INFINITY }))
+        .await
+        .expect("measured");
     assert_eq!(report.completed, 12);
-    assert_eq!(fake.max_running.load(Ordering::SeqCst), 12, "all are sent before the first answer");
+    assert_eq!(
+        fake.max_running.load(Ordering::SeqCst),
+        12,
+        "all are sent before the first answer"
+    );
     assert_eq!(report.request_rate, report::RequestRate::Unlimited("inf".into()));
 }
 
 #[tokio::test]
 async fn failures_are_counted_by_kind_and_kept_out_of_the_latencies() {
-    let (_, server) = start(Fake { refuse_every: 4, ..Fake::default() }).await;
+    let (_, server) = start(Fake {
+        refuse_every: 4,
+        ..Fake::default()
+    })
+    .await;
     let mut config = config(server, Arrivals::Closed { concurrency: 1 });
     config.details = true;
     let report = measure(&config).await.expect("measured");
@@ -145,7 +187,11 @@ async fn failures_are_counted_by_kind_and_kept_out_of_the_latencies() {
 
 #[tokio::test]
 async fn a_server_that_hangs_ends_in_a_timeout() {
-    let (_, server) = start(Fake { first_token: Duration::from_secs(3600), ..Fake::default() }).await;
+    let (_, server) = start(Fake {
+        first_token: Duration::from_secs(3600),
+        ..Fake::default()
+    })
+    .await;
     let mut config = config(server, Arrivals::Closed { concurrency: 12 });
     config.timeout = Duration::from_millis(100);
     let report = measure(&config).await.expect("measured");
@@ -157,17 +203,32 @@ async fn a_server_that_hangs_ends_in_a_timeout() {
 #[tokio::test]
 async fn the_json_has_the_keys_that_other_tools_read_and_can_be_read_back() {
     let (_, server) = start(Fake::default()).await;
-    let report = measure(&config(server, Arrivals::Open { rate: 1000.0 })).await.expect("measured");
+    let report = measure(&config(server, Arrivals::Open { rate: 1000.0 }))
+        .await
+        .expect("measured");
     let json = serde_json::to_value(&report).expect("serialised");
     for metric in ["ttft", "tpot", "itl", "e2el"] {
         for statistic in ["mean", "median", "std", "p50", "p90", "p95", "p99"] {
-            assert!(json[format!("{statistic}_{metric}_ms")].is_number(), "{statistic} {metric}");
+            assert!(
+                json[format!("{statistic}_{metric}_ms")].is_number(),
+                "{statistic} {metric}"
+            );
         }
     }
-    for key in ["completed", "failed", "request_throughput", "output_throughput", "total_token_throughput", "duration"] {
+    for key in [
+        "completed",
+        "failed",
+        "request_throughput",
+        "output_throughput",
+        "total_token_throughput",
+        "duration",
+    ] {
         assert!(json[key].is_number(), "{key}");
     }
-    assert_eq!((&json["commit"], &json["request_goodput"]), (&json!("abc"), &Value::Null));
+    assert_eq!(
+        (&json["commit"], &json["request_goodput"]),
+        (&json!("abc"), &Value::Null)
+    );
     assert_eq!(json["request_rate"], 1000.0);
     let back: BenchReport = serde_json::from_value(json).expect("read back");
     assert_eq!(back.machine, report.machine);

@@ -102,7 +102,10 @@ impl Workload {
     /// `input_len` draws below `bound`: the shared ones first, then the request's own.
     fn draws(&self, index: u64, bound: usize) -> impl Iterator<Item = usize> {
         let bound = u32::try_from(bound).unwrap_or(u32::MAX);
-        let streams = [(PREFIX_STREAM, self.prefix_len), (index, self.input_len - self.prefix_len)];
+        let streams = [
+            (PREFIX_STREAM, self.prefix_len),
+            (index, self.input_len - self.prefix_len),
+        ];
         let seed = self.seed;
         streams.into_iter().flat_map(move |(stream, n_draws)| {
             let mut random = SplitMix64::new(seed, stream);
@@ -111,11 +114,16 @@ impl Workload {
     }
 
     fn prompt_ids(&self, index: u64) -> Vec<u32> {
-        self.draws(index, self.vocabulary.len()).map(|draw| self.vocabulary[draw]).collect()
+        self.draws(index, self.vocabulary.len())
+            .map(|draw| self.vocabulary[draw])
+            .collect()
     }
 
     fn prompt_text(&self, index: u64) -> String {
-        self.draws(index, WORDS.len()).map(|draw| WORDS[draw]).collect::<Vec<_>>().join(" ")
+        self.draws(index, WORDS.len())
+            .map(|draw| WORDS[draw])
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     /// When each of `n_requests` of a Poisson process of `rate` per second starts, from the first, which starts at 0.
@@ -179,9 +187,15 @@ mod tests {
         let mean_gap = starts.last().expect("starts").as_secs_f64() / 19_999.0;
         // The mean of 20,000 exponential gaps strays from 1/rate by 0.7 % (one standard deviation).
         assert!((mean_gap * 50.0 - 1.0).abs() < 0.03, "{mean_gap}");
-        let gaps: Vec<f64> = starts.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 50.0).collect();
+        let gaps: Vec<f64> = starts
+            .windows(2)
+            .map(|pair| (pair[1] - pair[0]).as_secs_f64() * 50.0)
+            .collect();
         let variance = gaps.iter().map(|gap| (gap - 1.0).powi(2)).sum::<f64>() / gaps.len() as f64;
-        assert!((variance - 1.0).abs() < 0.1, "exponential gaps have the variance of their mean squared: {variance}");
+        assert!(
+            (variance - 1.0).abs() < 0.1,
+            "exponential gaps have the variance of their mean squared: {variance}"
+        );
         assert_eq!(starts, workload.poisson(50.0, 20_000));
         assert!(workload.poisson(f64::INFINITY, 9).iter().all(Duration::is_zero));
     }

@@ -111,35 +111,56 @@ impl From<Endpoint> for EndpointKind {
 
 fn rate(text: &str) -> Result<f64, &'static str> {
     let rate: f64 = text.parse().map_err(|_| "expected a number above 0, or inf")?;
-    if rate > 0.0 { Ok(rate) } else { Err("expected a number above 0, or inf") }
+    if rate > 0.0 {
+        Ok(rate)
+    } else {
+        Err("expected a number above 0, or inf")
+    }
 }
 
 fn temperature(text: &str) -> Result<f64, &'static str> {
     let temperature: f64 = text.parse().map_err(|_| "expected a number from 0 to 2")?;
-    if (0.0..=2.0).contains(&temperature) { Ok(temperature) } else { Err("expected a number from 0 to 2") }
+    if (0.0..=2.0).contains(&temperature) {
+        Ok(temperature)
+    } else {
+        Err("expected a number from 0 to 2")
+    }
 }
 
 impl BenchFlags {
     /// The benchmark these flags describe.
     pub fn resolve(self, layers: &Layers) -> Result<BenchConfig, ConfigError> {
-        let default_server = || Address::Tcp { host: "127.0.0.1".into(), port: 8000 };
+        let default_server = || Address::Tcp {
+            host: "127.0.0.1".into(),
+            port: 8000,
+        };
         let server = layers.pick("server", self.server)?.unwrap_or_else(default_server);
         let impossible = |message: String| Err(ConfigError::Impossible(message));
         if let Address::Unix(_) = server {
-            return impossible(format!("server: found {server}, expected host:port or http://host:port"));
+            return impossible(format!(
+                "server: found {server}, expected host:port or http://host:port"
+            ));
         }
         if self.prefix_len > self.input_len.get() {
-            return impossible(format!("prefix-len: found {}, expected at most input-len ({})", self.prefix_len, self.input_len));
+            return impossible(format!(
+                "prefix-len: found {}, expected at most input-len ({})",
+                self.prefix_len, self.input_len
+            ));
         }
         if self.num_prompts.get() > N_PROMPTS_LIMIT {
-            return impossible(format!("num-prompts: found {}, expected at most {N_PROMPTS_LIMIT}", self.num_prompts));
+            return impossible(format!(
+                "num-prompts: found {}, expected at most {N_PROMPTS_LIMIT}",
+                self.num_prompts
+            ));
         }
         let concurrency = self.concurrency.map_or(1, NonZeroUsize::get);
         Ok(BenchConfig {
             server,
             endpoint: self.endpoint.into(),
             model: self.model,
-            arrivals: self.rate.map_or(Arrivals::Closed { concurrency }, |rate| Arrivals::Open { rate }),
+            arrivals: self
+                .rate
+                .map_or(Arrivals::Closed { concurrency }, |rate| Arrivals::Open { rate }),
             n_prompts: self.num_prompts.get(),
             n_warmup: self.warmup,
             input_len: self.input_len.get(),

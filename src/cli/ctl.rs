@@ -45,7 +45,10 @@ pub enum CtlCommand {
 impl CtlFlags {
     /// Whom to ask, and how.
     pub fn resolve(self, layers: &Layers) -> Result<(CtlConfig, CtlCommand), ConfigError> {
-        let default_server = || Address::Tcp { host: "127.0.0.1".into(), port: 8000 };
+        let default_server = || Address::Tcp {
+            host: "127.0.0.1".into(),
+            port: 8000,
+        };
         let config = CtlConfig {
             server: layers.pick("server", self.server)?.unwrap_or_else(default_server),
             json: self.json,

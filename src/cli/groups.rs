@@ -36,7 +36,9 @@ impl ProcessFlags {
     /// What to log.
     pub fn resolve(&self, layers: &Layers) -> Result<LogConfig, ConfigError> {
         let log = LogConfig {
-            level: layers.pick("log_level", self.log_level.clone())?.unwrap_or_else(|| "info".into()),
+            level: layers
+                .pick("log_level", self.log_level.clone())?
+                .unwrap_or_else(|| "info".into()),
             format: layers.pick("log_format", self.log_format)?.unwrap_or(LogFormat::Text),
         };
         log.validate()?;
@@ -67,7 +69,9 @@ impl ModelFlags {
     pub fn resolve(self, layers: &Layers) -> Result<(ModelSelection, Option<u32>), ConfigError> {
         let source = layers.pick("model", self.model)?.unwrap_or(ModelSource::Demo);
         let served_name = layers.pick("served_model_name", self.served_model_name)?;
-        let load_format = layers.pick("load_format", self.load_format)?.unwrap_or(LoadFormat::Auto);
+        let load_format = layers
+            .pick("load_format", self.load_format)?
+            .unwrap_or(LoadFormat::Auto);
         let selection = ModelSelection {
             served_name: served_name.unwrap_or_else(|| source.default_served_name()),
             source,
@@ -121,9 +125,15 @@ impl EngineFlags {
     ) -> Result<EngineConfig, ConfigError> {
         match layers.pick("device", self.device)?.unwrap_or(Device::Auto) {
             Device::Cpu | Device::Auto => {}
-            Device::Cuda => return Err(ConfigError::Impossible("device: cuda: no CUDA device support in this build".into())),
+            Device::Cuda => {
+                return Err(ConfigError::Impossible(
+                    "device: cuda: no CUDA device support in this build".into(),
+                ));
+            }
         }
-        let block_size = layers.pick("block_size", self.block_size)?.map_or(EngineConfig::DEFAULT_BLOCK_SIZE, NonZeroU32::get);
+        let block_size = layers
+            .pick("block_size", self.block_size)?
+            .map_or(EngineConfig::DEFAULT_BLOCK_SIZE, NonZeroU32::get);
         if !block_size.is_power_of_two() || block_size > BLOCK_SIZE_LIMIT {
             let message = format!("block_size: found {block_size}, expected a power of two up to {BLOCK_SIZE_LIMIT}");
             return Err(ConfigError::Impossible(message));
@@ -137,7 +147,9 @@ impl EngineFlags {
             let share = machine.kv_share_bytes(n_instances).max(1 << 20);
             EngineConfig::DEFAULT_KV_MEMORY.min(ByteSize(share >> 20 << 20))
         });
-        let max_num_seqs = layers.pick("max_num_seqs", self.max_num_seqs)?.unwrap_or(EngineConfig::DEFAULT_MAX_NUM_SEQS);
+        let max_num_seqs = layers
+            .pick("max_num_seqs", self.max_num_seqs)?
+            .unwrap_or(EngineConfig::DEFAULT_MAX_NUM_SEQS);
         let max_batch_tokens = layers.pick("max_batch_tokens", self.max_batch_tokens)?;
         Ok(EngineConfig {
             dtype: layers.pick("dtype", self.dtype)?.unwrap_or(ComputeDtype::Bf16),
@@ -214,7 +226,9 @@ impl FrontDoorFlags {
         max_model_len: Option<u32>,
         links: LinkConfig,
     ) -> Result<SchedulerConfig, ConfigError> {
-        let host = layers.pick("host", self.host)?.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        let host = layers
+            .pick("host", self.host)?
+            .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
         let port = layers.pick("port", self.port)?.unwrap_or(8000);
         let max_queue = layers.pick("max_queue", self.max_queue)?;
         Ok(SchedulerConfig {

@@ -68,8 +68,13 @@ impl ServeFlags {
         // Other users of the machine must not be able to join, and nobody needs to know the secret but the children.
         links.cluster_secret.get_or_insert_with(Secret::random);
         let engine = self.engine.resolve(layers, machine, instances.len(), max_model_len)?;
-        let front_door = self.front_door.resolve(layers, model.clone(), max_model_len, links.clone())?;
-        let scheduler = SchedulerConfig { dtype: Some(engine.dtype), ..front_door };
+        let front_door = self
+            .front_door
+            .resolve(layers, model.clone(), max_model_len, links.clone())?;
+        let scheduler = SchedulerConfig {
+            dtype: Some(engine.dtype),
+            ..front_door
+        };
         let unset = Address::Unix("/unset".into());
         let worker = WorkerConfig {
             id: InstanceId::new("unset"),
@@ -81,7 +86,13 @@ impl ServeFlags {
             engine,
             links,
         };
-        Ok(ServeConfig { scheduler, worker, instances, log, runtime_dir: layers.environment.runtime_dir.clone() })
+        Ok(ServeConfig {
+            scheduler,
+            worker,
+            instances,
+            log,
+            runtime_dir: layers.environment.runtime_dir.clone(),
+        })
     }
 }
 
@@ -98,10 +109,15 @@ fn plan(counts: [(Role, Option<u16>); 3]) -> Result<Vec<InstancePlan>, ConfigErr
         return Err(ConfigError::Impossible(format!("{found}: {expected}")));
     }
     if total > N_INSTANCES_LIMIT {
-        return Err(ConfigError::Impossible(format!("{found}: expected at most {N_INSTANCES_LIMIT} instances in all")));
+        return Err(ConfigError::Impossible(format!(
+            "{found}: expected at most {N_INSTANCES_LIMIT} instances in all"
+        )));
     }
     let named = |(role, count): (Role, u16)| {
-        (0..count).map(move |index| InstancePlan { role, id: InstanceId::new(&format!("{role}-{index}")) })
+        (0..count).map(move |index| InstancePlan {
+            role,
+            id: InstanceId::new(&format!("{role}-{index}")),
+        })
     };
     Ok(counts.into_iter().flat_map(named).collect())
 }
@@ -112,7 +128,13 @@ mod tests {
 
     fn names(prefill: Option<u16>, decode: Option<u16>, mixed: Option<u16>) -> Result<String, String> {
         plan([(Role::Prefill, prefill), (Role::Decode, decode), (Role::Mixed, mixed)])
-            .map(|plans| plans.iter().map(|plan| plan.id.to_string()).collect::<Vec<_>>().join(" "))
+            .map(|plans| {
+                plans
+                    .iter()
+                    .map(|plan| plan.id.to_string())
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            })
             .map_err(|error| error.to_string())
     }
 
@@ -120,16 +142,30 @@ mod tests {
     fn one_of_each_is_the_default_only_when_no_count_is_given() {
         assert_eq!(names(None, None, None).as_deref(), Ok("prefill-0 decode-0"));
         assert_eq!(names(None, None, Some(1)).as_deref(), Ok("mixed-0"));
-        assert_eq!(names(Some(2), Some(1), None).as_deref(), Ok("prefill-0 prefill-1 decode-0"));
-        assert_eq!(names(Some(1), None, Some(2)).as_deref(), Ok("prefill-0 mixed-0 mixed-1"));
+        assert_eq!(
+            names(Some(2), Some(1), None).as_deref(),
+            Ok("prefill-0 prefill-1 decode-0")
+        );
+        assert_eq!(
+            names(Some(1), None, Some(2)).as_deref(),
+            Ok("prefill-0 mixed-0 mixed-1")
+        );
     }
 
     #[test]
     fn pools_that_cannot_serve_are_refused_with_their_counts() {
-        for (prefill, decode, mixed) in [(Some(2), None, None), (None, Some(1), None), (Some(0), Some(0), Some(0))] {
+        for (prefill, decode, mixed) in [
+            (Some(2), None, None),
+            (None, Some(1), None),
+            (Some(0), Some(0), Some(0)),
+        ] {
             let message = names(prefill, decode, mixed).expect_err("cannot serve");
             assert!(message.contains("expected a mixed instance, or"), "{message}");
         }
-        assert!(names(Some(200), Some(100), None).expect_err("too many").contains("at most 256"));
+        assert!(
+            names(Some(200), Some(100), None)
+                .expect_err("too many")
+                .contains("at most 256")
+        );
     }
 }

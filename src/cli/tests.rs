@@ -9,7 +9,10 @@ use crate::config::{ByteSize, Device, KEYS, LoadFormat, PolicyKind, Setting as _
 use crate::supervisor::ServeConfig;
 use crate::worker_process::WorkerConfig;
 
-const MACHINE: Machine = Machine { n_cores: 8, free_memory_bytes: 6 << 30 };
+const MACHINE: Machine = Machine {
+    n_cores: 8,
+    free_memory_bytes: 6 << 30,
+};
 
 fn layers(variables: &[(&str, &str)]) -> Layers {
     let variables = variables.iter().map(|(name, value)| (name.into(), value.into()));
@@ -45,13 +48,21 @@ fn serve_without_arguments_divides_the_machine_between_two_instances() {
     assert_eq!(config.scheduler.listen.to_string(), "127.0.0.1:8000");
     assert_eq!(config.scheduler.model.served_name, "baton-demo");
     assert_eq!(config.worker.engine.n_threads, 4);
-    assert_eq!(config.worker.engine.kv_memory, ByteSize(3 << 29), "half of 6 GiB, for two");
+    assert_eq!(
+        config.worker.engine.kv_memory,
+        ByteSize(3 << 29),
+        "half of 6 GiB, for two"
+    );
     assert_eq!(config.scheduler.policy, PolicyKind::PrefixAware);
 }
 
 #[test]
 fn flags_win_over_variables() {
-    let variables = [("BATON_PORT", "9000"), ("BATON_POLICY", "least-loaded"), ("BATON_DECODE", "3")];
+    let variables = [
+        ("BATON_PORT", "9000"),
+        ("BATON_POLICY", "least-loaded"),
+        ("BATON_DECODE", "3"),
+    ];
     let config = serve("--port 0 --kv-memory 512MiB --threads 3", &variables);
     let config = config.expect_err("decode alone cannot serve").to_string();
     assert!(config.contains("prefill 0, decode 3, mixed 0"), "{config}");
@@ -60,7 +71,10 @@ fn flags_win_over_variables() {
     assert_eq!(config.scheduler.listen.port(), 0);
     assert_eq!(config.scheduler.policy, PolicyKind::LeastLoaded);
     assert_eq!(config.instances.len(), 4);
-    assert_eq!((config.worker.engine.n_threads, config.worker.engine.kv_memory), (3, ByteSize(512 << 20)));
+    assert_eq!(
+        (config.worker.engine.n_threads, config.worker.engine.kv_memory),
+        (3, ByteSize(512 << 20))
+    );
 }
 
 #[test]
@@ -71,7 +85,10 @@ fn a_child_reads_from_its_command_line_what_serve_resolved() {
     let child = worker(parent.to_arguments()).expect("a command line of our own");
     assert_eq!(child.engine, parent.engine);
     assert_eq!(child.engine.max_model_len, Some(777));
-    assert_eq!((child.model.source, child.model.served_name.as_str()), (parent.model.source, "tiny"));
+    assert_eq!(
+        (child.model.source, child.model.served_name.as_str()),
+        (parent.model.source, "tiny")
+    );
     assert_eq!(child.model.load_format, LoadFormat::Dummy);
     assert_eq!((child.listen, child.scheduler), (parent.listen, parent.scheduler));
     assert_eq!(child.links.keepalive, parent.links.keepalive);
@@ -94,7 +111,14 @@ fn serve_makes_a_secret_when_none_is_given() {
     let config = serve("", &[]).expect("valid");
     let secret = config.worker.links.cluster_secret.expect("made");
     assert_eq!(secret.expose().len(), 64);
-    assert!(config.scheduler.links.cluster_secret.expect("the same").matches(secret.expose().as_bytes()));
+    assert!(
+        config
+            .scheduler
+            .links
+            .cluster_secret
+            .expect("the same")
+            .matches(secret.expose().as_bytes())
+    );
 }
 
 #[test]
@@ -106,7 +130,10 @@ fn bad_values_name_the_flag_the_value_and_what_was_expected() {
         ("--policy random", ["--policy", "random", "prefix-aware"]),
         ("--model /no/such/folder", ["--model", "/no/such/folder", "ORG/NAME"]),
         ("--block-size 24", ["block_size", "24", "power of two"]),
-        ("--device cuda", ["device", "cuda", "no CUDA device support in this build"]),
+        (
+            "--device cuda",
+            ["device", "cuda", "no CUDA device support in this build"],
+        ),
         ("--max-num-seqs 0", ["--max-num-seqs", "'0'", "at least 1"]),
         ("--log-level loud=very", ["log_level", "loud=very", "debug"]),
         ("--prefill 300 --decode 1", ["prefill 300", "decode 1", "at most 256"]),
@@ -122,7 +149,9 @@ fn bad_values_name_the_flag_the_value_and_what_was_expected() {
 fn a_worker_needs_a_role_a_scheduler_and_off_loopback_a_secret() {
     let message = |arguments: &str| {
         let words = format!("worker {arguments}");
-        worker(words.split_whitespace().map(Into::into)).expect_err(arguments).to_string()
+        worker(words.split_whitespace().map(Into::into))
+            .expect_err(arguments)
+            .to_string()
     };
     assert!(message("--scheduler a:1").starts_with("role: missing"));
     assert!(message("--role decode").starts_with("scheduler: missing"));
@@ -147,7 +176,10 @@ fn every_setting_is_a_flag_and_every_process_flag_a_setting() {
     let flags_of = |name: &str| -> BTreeSet<String> {
         let subcommand = command.find_subcommand(name).expect("a subcommand");
         let longs = subcommand.get_arguments().filter_map(|argument| argument.get_long());
-        longs.filter(|long| !not_settings.contains(long)).map(|long| long.replace('-', "_")).collect()
+        longs
+            .filter(|long| !not_settings.contains(long))
+            .map(|long| long.replace('-', "_"))
+            .collect()
     };
     let keys: BTreeSet<String> = KEYS.iter().map(|key| key.name.to_owned()).collect();
     let mut flags: BTreeSet<String> = process_commands.into_iter().flat_map(flags_of).collect();
@@ -162,4 +194,34 @@ fn cuda_is_a_known_device_that_this_build_lacks() {
     let error = serve("", &[("BATON_DEVICE", "cuda")]).expect_err("no CUDA");
     assert_eq!(error.to_string(), "device: cuda: no CUDA device support in this build");
     assert_eq!(exit_code(&error), EXIT_CONFIG);
+}
+
+#[test]
+fn the_documents_name_every_setting_and_the_example_file_is_valid() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let operations = std::fs::read_to_string(root.join("docs/operations.md")).expect("docs/operations.md");
+    let example = std::fs::read_to_string(root.join("deploy/baton.toml")).expect("deploy/baton.toml");
+    for key in KEYS {
+        assert!(
+            operations.contains(&format!("`{}`", key.name)),
+            "docs/operations.md does not explain {}",
+            key.name
+        );
+        assert!(
+            example.contains(key.name),
+            "deploy/baton.toml does not show {}",
+            key.name
+        );
+    }
+    let environment = Environment::default();
+    let layers = Layers::open(environment, Some(&root.join("deploy/baton.toml"))).expect("a valid file");
+    let flags = serve::ServeFlags::default();
+    assert_eq!(
+        flags
+            .resolve(&layers, &MACHINE)
+            .expect("valid settings")
+            .instances
+            .len(),
+        2
+    );
 }

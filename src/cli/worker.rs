@@ -54,25 +54,51 @@ impl WorkerFlags {
     /// The process these flags describe.
     pub fn resolve(self, layers: &Layers, machine: &Machine) -> Result<(WorkerConfig, LogConfig), ConfigError> {
         let log = self.process.resolve(layers)?;
-        let missing = |name: &str, expected: &str| ConfigError::Impossible(format!("{name}: missing, expected {expected}"));
-        let role = layers.pick("role", self.role)?.ok_or_else(|| missing("role", Role::EXPECTED))?;
-        let scheduler = layers.pick("scheduler", self.scheduler)?.ok_or_else(|| missing("scheduler", Address::EXPECTED))?;
-        let id = layers.pick("id", self.id)?.unwrap_or_else(|| format!("{role}-{}", std::process::id()));
-        let is_plain = id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+        let missing =
+            |name: &str, expected: &str| ConfigError::Impossible(format!("{name}: missing, expected {expected}"));
+        let role = layers
+            .pick("role", self.role)?
+            .ok_or_else(|| missing("role", Role::EXPECTED))?;
+        let scheduler = layers
+            .pick("scheduler", self.scheduler)?
+            .ok_or_else(|| missing("scheduler", Address::EXPECTED))?;
+        let id = layers
+            .pick("id", self.id)?
+            .unwrap_or_else(|| format!("{role}-{}", std::process::id()));
+        let is_plain = id.len() <= 64
+            && id
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
         if !is_plain {
             let message = format!("id: found {id:?}, expected up to 64 letters, digits, '-', '_' and '.'");
             return Err(ConfigError::Impossible(message));
         }
-        let default_listen = || Address::Tcp { host: "127.0.0.1".into(), port: 0 };
+        let default_listen = || Address::Tcp {
+            host: "127.0.0.1".into(),
+            port: 0,
+        };
         let listen = layers.pick("listen", self.listen)?.unwrap_or_else(default_listen);
         let advertise = layers.pick("advertise", self.advertise)?;
         let links = self.links.resolve(layers)?;
         if !listen.is_local() && links.cluster_secret.is_none() {
-            let message = format!("cluster_secret: missing, expected one because {listen} can be reached from the network");
+            let message =
+                format!("cluster_secret: missing, expected one because {listen} can be reached from the network");
             return Err(ConfigError::Impossible(message));
         }
         let (model, max_model_len) = self.model.resolve(layers)?;
         let engine = self.engine.resolve(layers, machine, 1, max_model_len)?;
-        Ok((WorkerConfig { id: InstanceId::new(&id), role, listen, advertise, scheduler, model, engine, links }, log))
+        Ok((
+            WorkerConfig {
+                id: InstanceId::new(&id),
+                role,
+                listen,
+                advertise,
+                scheduler,
+                model,
+                engine,
+                links,
+            },
+            log,
+        ))
     }
 }

@@ -62,7 +62,10 @@ impl Setting for Address {
         if host.is_empty() || (bare.is_none() && !host.chars().all(plain)) {
             return None;
         }
-        Some(Address::Tcp { host: host.to_owned(), port: port.parse().ok()? })
+        Some(Address::Tcp {
+            host: host.to_owned(),
+            port: port.parse().ok()?,
+        })
     }
 }
 
@@ -98,7 +101,17 @@ mod tests {
     #[test]
     fn what_is_no_address_is_refused() {
         let long = format!("unix:/{}", "x".repeat(UNIX_PATH_LIMIT));
-        for text in ["", "localhost", ":80", "host:70000", "https://host:1", "::1:80", "unix:", "unix:relative", &long] {
+        for text in [
+            "",
+            "localhost",
+            ":80",
+            "host:70000",
+            "https://host:1",
+            "::1:80",
+            "unix:",
+            "unix:relative",
+            &long,
+        ] {
             assert_eq!(Address::parse(text), None, "{text}");
         }
     }

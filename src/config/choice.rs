@@ -123,7 +123,9 @@ impl Setting for Role {
     const EXPECTED: &'static str = "prefill, decode or mixed";
 
     fn parse(text: &str) -> Option<Self> {
-        [Role::Prefill, Role::Decode, Role::Mixed].into_iter().find(|role| role.as_str() == text)
+        [Role::Prefill, Role::Decode, Role::Mixed]
+            .into_iter()
+            .find(|role| role.as_str() == text)
     }
 }
 

@@ -50,11 +50,19 @@ impl Environment {
     pub fn from_variables(variables: impl Iterator<Item = (OsString, OsString)>) -> Result<Environment, ConfigError> {
         let variables: BTreeMap<OsString, OsString> = variables.filter(|(_, value)| !value.is_empty()).collect();
         let path = |name: &str| variables.get(&OsString::from(name)).map(PathBuf::from);
-        let text = |name: &str| variables.get(&OsString::from(name)).and_then(|value| value.to_str()).map(str::to_owned);
+        let text = |name: &str| {
+            variables
+                .get(&OsString::from(name))
+                .and_then(|value| value.to_str())
+                .map(str::to_owned)
+        };
 
         let mut settings = BTreeMap::new();
         for (name, value) in &variables {
-            let Some(name) = name.to_str().filter(|name| name.starts_with(VARIABLE_PREFIX) && *name != CONFIG_VARIABLE) else {
+            let Some(name) = name
+                .to_str()
+                .filter(|name| name.starts_with(VARIABLE_PREFIX) && *name != CONFIG_VARIABLE)
+            else {
                 continue;
             };
             let key_name = name[VARIABLE_PREFIX.len()..].to_ascii_lowercase();
@@ -65,7 +73,11 @@ impl Environment {
                 }
                 (Some(_), None) => {
                     let (place, value) = (name.to_owned(), "bytes that are not UTF-8".to_owned());
-                    return Err(ConfigError::BadValue { place, value, expected: "a text" });
+                    return Err(ConfigError::BadValue {
+                        place,
+                        value,
+                        expected: "a text",
+                    });
                 }
                 (None, value) if is_service_link(name, value.unwrap_or_default()) => {}
                 (None, _) => {
@@ -86,8 +98,16 @@ impl Environment {
             token: text("HF_TOKEN").and_then(|token| Secret::parse(token.trim())),
             cache_dir: hub_cache,
         };
-        let runtime_dir = path("XDG_RUNTIME_DIR").filter(|dir| dir.is_dir()).unwrap_or_else(std::env::temp_dir);
-        Ok(Environment { settings, config_path: path(CONFIG_VARIABLE), cache_dir, runtime_dir, hub })
+        let runtime_dir = path("XDG_RUNTIME_DIR")
+            .filter(|dir| dir.is_dir())
+            .unwrap_or_else(std::env::temp_dir);
+        Ok(Environment {
+            settings,
+            config_path: path(CONFIG_VARIABLE),
+            cache_dir,
+            runtime_dir,
+            hub,
+        })
     }
 
     /// The setting's value.
@@ -97,13 +117,18 @@ impl Environment {
 
     /// Where packed weights are kept for all processes of the host.
     pub fn packed_dir(&self) -> PathBuf {
-        self.cache_dir.clone().unwrap_or_else(std::env::temp_dir).join("baton/packed")
+        self.cache_dir
+            .clone()
+            .unwrap_or_else(std::env::temp_dir)
+            .join("baton/packed")
     }
 }
 
 /// The names of all variables of Baton's own, so that a child can be started without them.
 pub fn setting_variables() -> impl Iterator<Item = String> {
-    KEYS.iter().map(|key| variable_of(key.name)).chain([CONFIG_VARIABLE.to_owned()])
+    KEYS.iter()
+        .map(|key| variable_of(key.name))
+        .chain([CONFIG_VARIABLE.to_owned()])
 }
 
 /// `kv_memory` as `BATON_KV_MEMORY`.
@@ -135,7 +160,11 @@ mod tests {
     fn settings_are_found_and_foreign_variables_ignored() {
         let environment = read(&[("BATON_PORT", "9000"), ("PATH", "/bin"), ("BATON_DTYPE", "")]).expect("valid");
         assert_eq!(environment.setting(key("port")), Some("9000"));
-        assert_eq!(environment.setting(key("dtype")), None, "an empty variable counts as absent");
+        assert_eq!(
+            environment.setting(key("dtype")),
+            None,
+            "an empty variable counts as absent"
+        );
     }
 
     #[test]
@@ -162,7 +191,10 @@ mod tests {
     fn cache_folders_follow_the_usual_variables() {
         let environment = read(&[("HOME", "/home/me")]).expect("valid");
         assert_eq!(environment.packed_dir(), PathBuf::from("/home/me/.cache/baton/packed"));
-        assert_eq!(environment.hub.cache_dir, Some("/home/me/.cache/huggingface/hub".into()));
+        assert_eq!(
+            environment.hub.cache_dir,
+            Some("/home/me/.cache/huggingface/hub".into())
+        );
         let environment = read(&[("HOME", "/home/me"), ("XDG_CACHE_HOME", "/c"), ("HF_HOME", "/hf")]).expect("valid");
         assert_eq!(environment.packed_dir(), PathBuf::from("/c/baton/packed"));
         assert_eq!(environment.hub.cache_dir, Some("/hf/hub".into()));

@@ -19,10 +19,16 @@ pub struct ConfigFile {
 impl ConfigFile {
     /// Reads and checks the file at `path`.
     pub fn open(path: &Path) -> Result<ConfigFile, ConfigError> {
-        let unreadable = |source| ConfigError::Unreadable { path: path.to_owned(), source };
+        let unreadable = |source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        };
         let n_bytes = std::fs::metadata(path).map_err(unreadable)?.len();
         if n_bytes > SIZE_LIMIT_BYTES {
-            let message = format!("{}: {n_bytes} bytes, expected at most {SIZE_LIMIT_BYTES}", path.display());
+            let message = format!(
+                "{}: {n_bytes} bytes, expected at most {SIZE_LIMIT_BYTES}",
+                path.display()
+            );
             return Err(ConfigError::Impossible(message));
         }
         ConfigFile::parse(path, &std::fs::read_to_string(path).map_err(unreadable)?)
@@ -41,7 +47,10 @@ impl ConfigFile {
         for (name, value) in table {
             let place = format!("{}: {name}", path.display());
             let Some(key) = Key::find(&name) else {
-                return Err(ConfigError::UnknownKey { place, nearest: Key::nearest(&name).map(str::to_owned) });
+                return Err(ConfigError::UnknownKey {
+                    place,
+                    nearest: Key::nearest(&name).map(str::to_owned),
+                });
             };
             let value = match value {
                 toml::Value::String(text) => text,
@@ -49,12 +58,19 @@ impl ConfigFile {
                 toml::Value::Boolean(flag) => flag.to_string(),
                 other => {
                     let value = format!("a TOML {}", other.type_str());
-                    return Err(ConfigError::BadValue { place, value, expected: "a text or a whole number" });
+                    return Err(ConfigError::BadValue {
+                        place,
+                        value,
+                        expected: "a text or a whole number",
+                    });
                 }
             };
             settings.insert(key.name, value);
         }
-        Ok(ConfigFile { path: path.to_owned(), settings })
+        Ok(ConfigFile {
+            path: path.to_owned(),
+            settings,
+        })
     }
 
     /// The setting's value.
@@ -73,7 +89,9 @@ mod tests {
     use super::*;
 
     fn message(text: &str) -> String {
-        ConfigFile::parse(Path::new("baton.toml"), text).expect_err(text).to_string()
+        ConfigFile::parse(Path::new("baton.toml"), text)
+            .expect_err(text)
+            .to_string()
     }
 
     #[test]
@@ -86,10 +104,19 @@ mod tests {
 
     #[test]
     fn wrong_keys_and_values_are_refused_by_name() {
-        assert_eq!(message("kv-memory = \"2GiB\""), "baton.toml: kv-memory is not a setting; did you mean kv_memory?");
+        assert_eq!(
+            message("kv-memory = \"2GiB\""),
+            "baton.toml: kv-memory is not a setting; did you mean kv_memory?"
+        );
         assert_eq!(message("shards = 2"), "baton.toml: shards is not a setting");
-        assert_eq!(message("port = [1]"), "baton.toml: port: found a TOML array, expected a text or a whole number");
-        assert_eq!(message("port = 1.5"), "baton.toml: port: found a TOML float, expected a text or a whole number");
+        assert_eq!(
+            message("port = [1]"),
+            "baton.toml: port: found a TOML array, expected a text or a whole number"
+        );
+        assert_eq!(
+            message("port = 1.5"),
+            "baton.toml: port: found a TOML float, expected a text or a whole number"
+        );
     }
 
     #[test]
@@ -101,7 +128,9 @@ mod tests {
 
     #[test]
     fn a_missing_file_is_named() {
-        let message = ConfigFile::open(Path::new("/no/such/baton.toml")).expect_err("missing").to_string();
+        let message = ConfigFile::open(Path::new("/no/such/baton.toml"))
+            .expect_err("missing")
+            .to_string();
         assert!(message.contains("/no/such/baton.toml"), "{message}");
     }
 }

@@ -62,7 +62,10 @@ impl Key {
     /// The existing name most similar to `name`, if one is close enough to have been meant.
     pub fn nearest(name: &str) -> Option<&'static str> {
         let name = name.replace('-', "_").to_ascii_lowercase();
-        let (distance, key) = KEYS.iter().map(|key| (strsim::damerau_levenshtein(&name, key.name), key)).min_by_key(|(d, _)| *d)?;
+        let (distance, key) = KEYS
+            .iter()
+            .map(|key| (strsim::damerau_levenshtein(&name, key.name), key))
+            .min_by_key(|(d, _)| *d)?;
         (distance <= 1 + key.name.len() / 4).then_some(key.name)
     }
 }
@@ -73,7 +76,12 @@ mod tests {
 
     #[test]
     fn typing_errors_find_the_meant_key() {
-        for (typed, meant) in [("prot", "port"), ("kv-memory", "kv_memory"), ("KV_MEM0RY", "kv_memory"), ("polcy", "policy")] {
+        for (typed, meant) in [
+            ("prot", "port"),
+            ("kv-memory", "kv_memory"),
+            ("KV_MEM0RY", "kv_memory"),
+            ("polcy", "policy"),
+        ] {
             assert_eq!(Key::nearest(typed), Some(meant));
         }
         assert_eq!(Key::nearest("tensor_parallel_size"), None);

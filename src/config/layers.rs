@@ -52,7 +52,11 @@ fn read<T: Setting>(key: Key, text: &str, place: impl Fn() -> String) -> Result<
             (false, true) => format!("{text:?} (set by Kubernetes; give the pod `enableServiceLinks: false`)"),
             (false, false) => format!("{text:?}"),
         };
-        ConfigError::BadValue { place: place(), value, expected: T::EXPECTED }
+        ConfigError::BadValue {
+            place: place(),
+            value,
+            expected: T::EXPECTED,
+        }
     })
 }
 
@@ -76,23 +80,40 @@ mod tests {
         let both = layers(&[("BATON_PORT", "2")], "port = 3");
         assert_eq!(both.pick("port", Some(1_u16)).expect("valid"), Some(1));
         assert_eq!(both.pick::<u16>("port", None).expect("valid"), Some(2));
-        assert_eq!(layers(&[], "port = 3").pick::<u16>("port", None).expect("valid"), Some(3));
+        assert_eq!(
+            layers(&[], "port = 3").pick::<u16>("port", None).expect("valid"),
+            Some(3)
+        );
         assert_eq!(layers(&[], "").pick::<u16>("port", None).expect("valid"), None);
     }
 
     #[test]
     fn a_bad_value_names_its_place() {
-        let message = layers(&[("BATON_PORT", "x")], "").pick::<u16>("port", None).expect_err("bad").to_string();
-        assert_eq!(message, "BATON_PORT: found \"x\", expected a whole number from 0 to 65535");
-        let message = layers(&[], "port = 70000").pick::<u16>("port", None).expect_err("bad").to_string();
+        let message = layers(&[("BATON_PORT", "x")], "")
+            .pick::<u16>("port", None)
+            .expect_err("bad")
+            .to_string();
+        assert_eq!(
+            message,
+            "BATON_PORT: found \"x\", expected a whole number from 0 to 65535"
+        );
+        let message = layers(&[], "port = 70000")
+            .pick::<u16>("port", None)
+            .expect_err("bad")
+            .to_string();
         assert!(message.contains(": port: found \"70000\", expected"), "{message}");
     }
 
     #[test]
     fn a_bad_secret_is_not_shown() {
-        let message =
-            layers(&[("BATON_API_KEY", "my secret")], "").pick::<Secret>("api_key", None).expect_err("bad").to_string();
-        assert!(message.contains("BATON_API_KEY") && !message.contains("my secret"), "{message}");
+        let message = layers(&[("BATON_API_KEY", "my secret")], "")
+            .pick::<Secret>("api_key", None)
+            .expect_err("bad")
+            .to_string();
+        assert!(
+            message.contains("BATON_API_KEY") && !message.contains("my secret"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -22,7 +22,10 @@ impl Machine {
     pub fn detect() -> Machine {
         // The standard library reads the affinity mask and the quotas of both versions of control groups.
         let n_cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Machine { n_cores, free_memory_bytes: free_memory_bytes(Path::new("/")) }
+        Machine {
+            n_cores,
+            free_memory_bytes: free_memory_bytes(Path::new("/")),
+        }
     }
 
     /// Threads of each of `n_instances` that share the machine, at least 1.
@@ -40,10 +43,17 @@ impl Machine {
 /// `root` is `/`, or a folder that looks like it.
 fn free_memory_bytes(root: &Path) -> u64 {
     let read = |path: &str| std::fs::read_to_string(root.join(path)).ok();
-    let machine = read("proc/meminfo").as_deref().and_then(available_in_meminfo).unwrap_or(u64::MAX);
+    let machine = read("proc/meminfo")
+        .as_deref()
+        .and_then(available_in_meminfo)
+        .unwrap_or(u64::MAX);
 
     let cgroups = read("proc/self/cgroup").unwrap_or_default();
-    let own = cgroups.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/").trim_start_matches('/');
+    let own = cgroups
+        .lines()
+        .find_map(|line| line.strip_prefix("0::"))
+        .unwrap_or("/")
+        .trim_start_matches('/');
     let mount = root.join("sys/fs/cgroup");
     let mut groups = mount.join(own);
     let mut free = machine;
@@ -64,12 +74,20 @@ fn available_in_meminfo(meminfo: &str) -> Option<u64> {
 
 /// What a version 2 group can still give: its limit, less its use that cannot be taken back. `None` without a limit.
 fn free_in_group(group: &Path) -> Option<u64> {
-    let number = |file: &str| std::fs::read_to_string(group.join(file)).ok()?.trim().parse::<u64>().ok();
+    let number = |file: &str| {
+        std::fs::read_to_string(group.join(file))
+            .ok()?
+            .trim()
+            .parse::<u64>()
+            .ok()
+    };
     let limit = number("memory.max")?;
     let used = number("memory.current").unwrap_or(0);
     let stat = std::fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
     // Clean file pages, such as mapped weights not in use, are given back under pressure.
-    let reclaimable = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<u64>().ok());
+    let reclaimable = stat
+        .lines()
+        .find_map(|line| line.strip_prefix("inactive_file ")?.trim().parse::<u64>().ok());
     Some(limit.saturating_sub(used.saturating_sub(reclaimable.unwrap_or(0))))
 }
 
@@ -94,8 +112,11 @@ mod tests {
     #[test]
     fn without_a_limit_the_machine_decides() {
         assert_eq!(free_memory_bytes(root(&[MEMINFO]).path()), 8 * GIB);
-        let unlimited =
-            root(&[MEMINFO, ("proc/self/cgroup", "0::/a\n"), ("sys/fs/cgroup/a/memory.max", "max\n")]);
+        let unlimited = root(&[
+            MEMINFO,
+            ("proc/self/cgroup", "0::/a\n"),
+            ("sys/fs/cgroup/a/memory.max", "max\n"),
+        ]);
         assert_eq!(free_memory_bytes(unlimited.path()), 8 * GIB);
     }
 
@@ -114,7 +135,10 @@ mod tests {
 
     #[test]
     fn shares_are_never_zero_threads() {
-        let machine = Machine { n_cores: 2, free_memory_bytes: 8 * GIB };
+        let machine = Machine {
+            n_cores: 2,
+            free_memory_bytes: 8 * GIB,
+        };
         assert_eq!(machine.threads_per_instance(1), 2);
         assert_eq!(machine.threads_per_instance(5), 1);
         assert_eq!(machine.kv_share_bytes(2), 2 * GIB);

@@ -27,7 +27,10 @@ impl ModelSource {
             ModelSource::Demo => DEMO_MODEL_NAME.to_owned(),
             ModelSource::Folder(path) => {
                 let absolute = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-                absolute.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+                absolute.file_name().map_or_else(
+                    || path.display().to_string(),
+                    |name| name.to_string_lossy().into_owned(),
+                )
             }
             ModelSource::Hub(id) => id.clone(),
         }
@@ -38,7 +41,9 @@ impl ModelSource {
     /// The value of a child's `--model`. Folders are made absolute: a relative name could mean a hub id to the child.
     pub fn to_argument(&self) -> OsString {
         match self {
-            ModelSource::Folder(path) => std::path::absolute(path).unwrap_or_else(|_| path.clone()).into_os_string(),
+            ModelSource::Folder(path) => std::path::absolute(path)
+                .unwrap_or_else(|_| path.clone())
+                .into_os_string(),
             ModelSource::Demo | ModelSource::Hub(_) => self.to_string().into(),
         }
     }
@@ -81,21 +86,39 @@ mod tests {
     fn a_folder_that_exists_wins_over_a_hub_name() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let text = dir.path().display().to_string();
-        assert_eq!(ModelSource::parse(&text), Some(ModelSource::Folder(dir.path().to_owned())));
-        assert_eq!(ModelSource::parse("org/name-1.0"), Some(ModelSource::Hub("org/name-1.0".into())));
+        assert_eq!(
+            ModelSource::parse(&text),
+            Some(ModelSource::Folder(dir.path().to_owned()))
+        );
+        assert_eq!(
+            ModelSource::parse("org/name-1.0"),
+            Some(ModelSource::Hub("org/name-1.0".into()))
+        );
         assert_eq!(ModelSource::parse("baton-demo"), Some(ModelSource::Demo));
     }
 
     #[test]
     fn what_is_neither_is_refused() {
-        for text in ["", "/no/such/folder", "./no-such", "../a", "one/two/three", "name-alone", "a/b c", "/a"] {
+        for text in [
+            "",
+            "/no/such/folder",
+            "./no-such",
+            "../a",
+            "one/two/three",
+            "name-alone",
+            "a/b c",
+            "/a",
+        ] {
             assert_eq!(ModelSource::parse(text), None, "{text}");
         }
     }
 
     #[test]
     fn served_names_are_short() {
-        assert_eq!(ModelSource::Folder("/models/tiny-llama/".into()).default_served_name(), "tiny-llama");
+        assert_eq!(
+            ModelSource::Folder("/models/tiny-llama/".into()).default_served_name(),
+            "tiny-llama"
+        );
         assert_eq!(ModelSource::Hub("org/name".into()).default_served_name(), "org/name");
     }
 }

@@ -113,7 +113,19 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused() {
-        for text in ["", "2", "GiB", "-1GiB", "0GiB", "2GiBs", "1e3MiB", "1..5GiB", "99999999999TiB", "0.1B", "1.GiB"] {
+        for text in [
+            "",
+            "2",
+            "GiB",
+            "-1GiB",
+            "0GiB",
+            "2GiBs",
+            "1e3MiB",
+            "1..5GiB",
+            "99999999999TiB",
+            "0.1B",
+            "1.GiB",
+        ] {
             assert_eq!(ByteSize::parse(text), None, "{text}");
         }
     }

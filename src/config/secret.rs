@@ -13,7 +13,11 @@ pub struct Secret(String);
 impl Secret {
     /// A new random secret of 64 hexadecimal characters.
     pub fn random() -> Secret {
-        Secret(format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple()))
+        Secret(format!(
+            "{}{}",
+            uuid::Uuid::new_v4().simple(),
+            uuid::Uuid::new_v4().simple()
+        ))
     }
 
     /// The text itself, for a header or a child's environment, nothing else.

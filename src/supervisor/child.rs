@@ -61,7 +61,11 @@ impl ChildProcess {
             builder.env_remove(name);
         }
         builder.envs(command.secrets.iter().map(|(name, secret)| (name, secret.expose())));
-        builder.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        builder
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
         // Its own group, so that Ctrl-C in a terminal reaches the parent alone, which then stops things in order.
         builder.process_group(0);
         let mut child = builder.spawn()?;
@@ -69,7 +73,10 @@ impl ChildProcess {
         let last_error = Arc::new(Mutex::new(None));
         let (ready, on_ready) = oneshot::channel();
         let mut readers = JoinSet::new();
-        let writer = LineWriter { id: id.clone(), log_format };
+        let writer = LineWriter {
+            id: id.clone(),
+            log_format,
+        };
         if let Some(stdout) = child.stdout.take() {
             let ready_line = announce::worker_ready_line(&id.to_string());
             let mut ready = Some(ready);
@@ -92,7 +99,15 @@ impl ChildProcess {
             }));
         }
         let lifeline = child.stdin.take();
-        Ok((ChildProcess { child, _lifeline: lifeline, readers, last_error }, on_ready))
+        Ok((
+            ChildProcess {
+                child,
+                _lifeline: lifeline,
+                readers,
+                last_error,
+            },
+            on_ready,
+        ))
     }
 
     /// Its process id, while it runs.
@@ -165,7 +180,11 @@ async fn for_each_line(
     let mut buffer = Vec::new();
     loop {
         buffer.clear();
-        match (&mut reader).take(LINE_LIMIT_BYTES).read_until(b'\n', &mut buffer).await {
+        match (&mut reader)
+            .take(LINE_LIMIT_BYTES)
+            .read_until(b'\n', &mut buffer)
+            .await
+        {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
@@ -185,7 +204,10 @@ mod tests {
 
     #[test]
     fn lines_carry_the_instance_and_json_stays_json() {
-        let writer = |log_format| LineWriter { id: InstanceId::new("decode-0"), log_format };
+        let writer = |log_format| LineWriter {
+            id: InstanceId::new("decode-0"),
+            log_format,
+        };
         assert_eq!(writer(LogFormat::Text).line("loaded"), "decode-0 | loaded\n");
         for printed in [r#"{"level":"INFO"}"#, "thread 'main' panicked at \"x\""] {
             let line = writer(LogFormat::Json).line(printed);
@@ -198,7 +220,10 @@ mod tests {
     async fn endless_lines_are_cut_not_collected() {
         let long = "x".repeat(3 * LINE_LIMIT_BYTES as usize);
         let mut lengths = Vec::new();
-        let writer = LineWriter { id: InstanceId::new("x"), log_format: LogFormat::Text };
+        let writer = LineWriter {
+            id: InstanceId::new("x"),
+            log_format: LogFormat::Text,
+        };
         for_each_line(BufReader::new(long.as_bytes()), writer, |line| {
             lengths.push(line.len() as u64);
             false

@@ -108,7 +108,13 @@ impl Supervision<'_> {
                 }
             };
             match self.policy.on_exit(now(), exit) {
-                Verdict::GiveUp(why) => return Err(GaveUp { id: id.clone(), why, message }),
+                Verdict::GiveUp(why) => {
+                    return Err(GaveUp {
+                        id: id.clone(),
+                        why,
+                        message,
+                    });
+                }
                 Verdict::RestartAfter(pause) => {
                     let pause = Duration::from_nanos(pause.0);
                     tracing::warn!(instance = %id, pause_ms = pause.as_millis(), "instance will be restarted: {message}");
@@ -146,8 +152,16 @@ mod tests {
         let (policy, log_format) = (RestartPolicy::of_serve(), LogFormat::Text);
         let id = &InstanceId::new("decode-0");
         let stop_grace = Duration::from_secs(20);
-        let supervision = Supervision { id, command, policy, stop_grace, log_format };
-        tokio::time::timeout(Duration::from_secs(60), supervision.run(stop, on_event)).await.expect("ends in time")
+        let supervision = Supervision {
+            id,
+            command,
+            policy,
+            stop_grace,
+            log_format,
+        };
+        tokio::time::timeout(Duration::from_secs(60), supervision.run(stop, on_event))
+            .await
+            .expect("ends in time")
     }
 
     /// `read` returns when the lifeline ends, so such a child never outlives the test.
@@ -209,13 +223,23 @@ mod tests {
         .await;
         let message = gave_up.expect_err("given up").to_string();
         assert_eq!(n_started, 3);
-        assert_eq!(message, "instance decode-0 ended 3 times before it was ready: exit status: 7");
+        assert_eq!(
+            message,
+            "instance decode-0 ended 3 times before it was ready: exit status: 7"
+        );
     }
 
     #[tokio::test]
     async fn a_missing_program_is_given_up() {
-        let command = |_| ChildCommand { program: "/no/such/program".into(), arguments: vec![], secrets: vec![] };
-        let message = supervise(&command, &CancellationToken::new(), |_| {}).await.expect_err("given up").to_string();
+        let command = |_| ChildCommand {
+            program: "/no/such/program".into(),
+            arguments: vec![],
+            secrets: vec![],
+        };
+        let message = supervise(&command, &CancellationToken::new(), |_| {})
+            .await
+            .expect_err("given up")
+            .to_string();
         assert!(message.contains("cannot start"), "{message}");
     }
 
@@ -235,6 +259,9 @@ mod tests {
                 stop.cancel();
             }
         });
-        tokio::time::timeout(Duration::from_secs(30), run).await.expect("killed in time").expect("stopped");
+        tokio::time::timeout(Duration::from_secs(30), run)
+            .await
+            .expect("killed in time")
+            .expect("stopped");
     }
 }

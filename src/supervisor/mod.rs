@@ -72,8 +72,13 @@ pub async fn run_serve(mut config: ServeConfig, shutdown: CancellationToken) -> 
         let log_format = config.log.format;
         async move {
             let policy = RestartPolicy::of_serve();
-            let supervision =
-                Supervision { id: &plan.id, command: &command, policy, stop_grace: STOP_GRACE, log_format };
+            let supervision = Supervision {
+                id: &plan.id,
+                command: &command,
+                policy,
+                stop_grace: STOP_GRACE,
+                log_format,
+            };
             supervision.run(stop_children, |_| {}).await
         }
     });
@@ -130,7 +135,11 @@ pub async fn run_serve(mut config: ServeConfig, shutdown: CancellationToken) -> 
 /// This very executable, even if its file has been replaced since: restarted instances speak the same protocol.
 fn own_program() -> anyhow::Result<PathBuf> {
     let own = Path::new("/proc/self/exe");
-    if own.exists() { Ok(own.to_owned()) } else { std::env::current_exe().context("own executable") }
+    if own.exists() {
+        Ok(own.to_owned())
+    } else {
+        std::env::current_exe().context("own executable")
+    }
 }
 
 /// The command of the n-th start of an instance. Each start has its own socket, so none meets what an earlier one left.
@@ -148,10 +157,23 @@ fn child_command(
         ..config.worker.clone()
     };
     let mut arguments = worker.to_arguments();
-    let log = ["--log-level", &config.log.level, "--log-format", config.log.format.as_str(), "--supervised"];
+    let log = [
+        "--log-level",
+        &config.log.level,
+        "--log-format",
+        config.log.format.as_str(),
+        "--supervised",
+    ];
     arguments.extend(log.map(Into::into));
-    let secret = worker.links.cluster_secret.map(|secret| ("BATON_CLUSTER_SECRET".to_owned(), secret));
-    ChildCommand { program: program.to_owned(), arguments, secrets: secret.into_iter().collect() }
+    let secret = worker
+        .links
+        .cluster_secret
+        .map(|secret| ("BATON_CLUSTER_SECRET".to_owned(), secret));
+    ChildCommand {
+        program: program.to_owned(),
+        arguments,
+        secrets: secret.into_iter().collect(),
+    }
 }
 
 fn socket_name(id: &InstanceId, n_starts: u32) -> String {
@@ -160,7 +182,11 @@ fn socket_name(id: &InstanceId, n_starts: u32) -> String {
 
 /// A folder that only this user can enter, with a path short enough for the names of all sockets.
 fn private_dir(runtime_dir: &Path, instances: &[InstancePlan]) -> anyhow::Result<tempfile::TempDir> {
-    let longest = instances.iter().map(|plan| socket_name(&plan.id, u32::MAX).len()).max().unwrap_or(0);
+    let longest = instances
+        .iter()
+        .map(|plan| socket_name(&plan.id, u32::MAX).len())
+        .max()
+        .unwrap_or(0);
     for parent in [runtime_dir, Path::new("/tmp")] {
         let dir = tempfile::Builder::new()
             .prefix("baton-")
@@ -173,7 +199,10 @@ fn private_dir(runtime_dir: &Path, instances: &[InstancePlan]) -> anyhow::Result
             Err(error) => tracing::debug!("{}: no folder for sockets: {error}", parent.display()),
         }
     }
-    anyhow::bail!("{}: too long for Unix sockets, and /tmp cannot be used", runtime_dir.display())
+    anyhow::bail!(
+        "{}: too long for Unix sockets, and /tmp cannot be used",
+        runtime_dir.display()
+    )
 }
 
 #[cfg(test)]
@@ -182,7 +211,10 @@ mod tests {
 
     #[test]
     fn sockets_are_private_and_their_paths_fit() {
-        let plans = [InstancePlan { id: InstanceId::new("prefill-255"), role: Role::Prefill }];
+        let plans = [InstancePlan {
+            id: InstanceId::new("prefill-255"),
+            role: Role::Prefill,
+        }];
         let base = tempfile::tempdir().expect("a temporary folder");
         let long = base.path().join("x".repeat(90));
         std::fs::create_dir(&long).expect("created");

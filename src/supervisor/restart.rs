@@ -13,12 +13,18 @@ pub struct Backoff {
 impl Backoff {
     /// Pauses of `first`, twice that, and so on, up to `limit`.
     pub const fn new(first: Nanos, limit: Nanos) -> Backoff {
-        Backoff { first, limit, n_failures: 0 }
+        Backoff {
+            first,
+            limit,
+            n_failures: 0,
+        }
     }
 
     /// The pause after one more failure.
     pub fn next_pause(&mut self) -> Nanos {
-        let doubled = 1_u64.checked_shl(self.n_failures).and_then(|factor| self.first.0.checked_mul(factor));
+        let doubled = 1_u64
+            .checked_shl(self.n_failures)
+            .and_then(|factor| self.first.0.checked_mul(factor));
         self.n_failures = self.n_failures.saturating_add(1);
         Nanos(doubled.unwrap_or(u64::MAX)).min(self.limit)
     }
@@ -139,7 +145,11 @@ mod tests {
 
         policy.on_ready(now);
         now = now.saturating_add(Nanos::from_millis(29_999));
-        assert_eq!(pause_ms(policy.on_exit(now, KILLED)), 10_000, "not healthy for long enough");
+        assert_eq!(
+            pause_ms(policy.on_exit(now, KILLED)),
+            10_000,
+            "not healthy for long enough"
+        );
         policy.on_ready(now);
         now = now.saturating_add(Nanos::from_secs(30));
         assert_eq!(pause_ms(policy.on_exit(now, KILLED)), 100);
@@ -150,13 +160,19 @@ mod tests {
         let mut policy = RestartPolicy::of_serve();
         assert_eq!(pause_ms(policy.on_exit(Nanos::ZERO, Exit::Code(1))), 100);
         assert_eq!(pause_ms(policy.on_exit(Nanos::ZERO, Exit::NotStarted)), 200);
-        assert_eq!(policy.on_exit(Nanos::ZERO, KILLED), Verdict::GiveUp(GiveUp::NeverReady(3)));
+        assert_eq!(
+            policy.on_exit(Nanos::ZERO, KILLED),
+            Verdict::GiveUp(GiveUp::NeverReady(3))
+        );
     }
 
     #[test]
     fn a_refused_configuration_is_not_tried_again() {
         let mut policy = RestartPolicy::of_serve();
-        assert_eq!(policy.on_exit(Nanos::ZERO, Exit::Code(2)), Verdict::GiveUp(GiveUp::Configuration));
+        assert_eq!(
+            policy.on_exit(Nanos::ZERO, Exit::Code(2)),
+            Verdict::GiveUp(GiveUp::Configuration)
+        );
     }
 
     #[test]
