@@ -13,7 +13,7 @@ pub enum ReserveOutcome {
     /// The blocks are there.
     Granted(SequenceId),
     /// Someone else is about to bring the same prefix; a later batch grants or refuses, within
-    /// [`BatchConfig::max_defer`].
+    /// [`super::BatchConfig::max_defer`].
     Deferred(SequenceId),
 }
 
