@@ -257,8 +257,7 @@ async fn open(server: &Server, body: &Value, marker: &str) -> TcpStream {
 
 #[tokio::test]
 async fn a_client_that_goes_away_is_cancelled() {
-    let generator = endless();
-    let server = start(generator.clone()).await;
+    let (generator, server) = start_endless().await;
     let mut body = ask("hi");
     body["stream"] = json!(true);
     let streaming = open(&server, &body, "data: ").await;

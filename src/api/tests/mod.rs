@@ -206,6 +206,17 @@ pub(super) async fn start(generator: Arc<dyn Generator>) -> Server {
     start_with(generator, byte_model(), ApiOptions::default(), ServeOptions::default()).await
 }
 
+/// A server whose answers are as good as endless: only a cancel ends them.
+pub(super) async fn start_endless() -> (Arc<NullGenerator>, Server) {
+    let generator = endless();
+    let model = ServedModel {
+        max_model_len: 1 << 30,
+        ..byte_model()
+    };
+    let server = start_with(generator.clone(), model, ApiOptions::default(), ServeOptions::default()).await;
+    (generator, server)
+}
+
 pub(super) async fn start_with(
     generator: Arc<dyn Generator>,
     model: ServedModel,

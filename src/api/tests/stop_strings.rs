@@ -9,13 +9,8 @@ use super::*;
 
 #[tokio::test]
 async fn a_stop_text_cuts_the_answer_and_cancels_the_rest() {
-    let token_every = Duration::from_millis(1);
-    let options = NullOptions {
-        token_ids: says("1, 2, 3, 4, 5, 6"),
-        token_every,
-        ..NullOptions::default()
-    };
-    let generator = Arc::new(NullGenerator::new(options));
+    // More than the stream buffers, so that it cannot end by itself before the stop is seen.
+    let generator = null(&format!("1, 2, 3, 4, {}", "x".repeat(500)));
     let server = start(generator.clone()).await;
     let mut body = ask("count");
     body["stop"] = json!([", 4", "nothing"]);
