@@ -92,3 +92,20 @@ impl<T: Pod> DerefMut for AlignedBuf<T> {
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_zero_aligned_and_as_long_as_asked() {
+        for len in [0, 1, 17, HUGE_FROM / 4 + 3] {
+            let mut buffer = AlignedBuf::<u32>::zeroed(len);
+            assert!(buffer.len() == len && buffer.iter().all(|word| *word == 0));
+            assert!(len == 0 || buffer.as_ptr().addr().is_multiple_of(ALIGN));
+            assert_eq!(buffer.at_least(5).len(), 5);
+            buffer.fill(7);
+            assert!(buffer.iter().all(|word| *word == 7) && buffer.len() >= 5);
+        }
+    }
+}

@@ -7,7 +7,11 @@
 //! weighted sum adds over tokens in order; splits merge in order. Neither tile, chunk, batch nor thread appears in that.
 //! Bound: read bandwidth in decode, the dot products in prefill.
 
+mod arithmetic;
+
 use std::cell::RefCell;
+
+use arithmetic::{Scores, WeightedSum, merge, softmax, transpose_key, widen};
 
 use super::dispatch::dispatch;
 use super::isa::Isa;
@@ -112,20 +116,17 @@ pub(crate) fn attention<D: Dot>(
             layout,
         };
         SCRATCH.with_borrow_mut(|scratch| {
-            dispatch(
-                isa,
-                Item::<D> {
-                    pages,
-                    kv_head: item % layout.n_kv_heads,
-                    tile,
-                    params,
-                    group,
-                    qkv,
-                    out: target,
-                    scratch,
-                    dot: std::marker::PhantomData,
-                },
-            );
+            let item = Item::<D> {
+                pages,
+                kv_head: item % layout.n_kv_heads,
+                tile,
+                params,
+                group,
+                qkv,
+                out: target,
+                dot: std::marker::PhantomData,
+            };
+            dispatch(isa, Work { item, scratch });
         });
     };
     let n_items = tiles.len() * layout.n_kv_heads;
@@ -182,9 +183,7 @@ impl Pages<'_> {
         }
         rows
     }
-}
 
-impl Pages<'_> {
     /// Asks for 16 tokens' heads from `first` on, those before `end`.
     #[inline(always)]
     fn prefetch<S: Simd>(&self, simd: S, base: usize, kv_head: usize, first: usize, end: usize) {
@@ -201,6 +200,7 @@ impl Pages<'_> {
 }
 
 /// All query heads of one KV head for a tile of rows, over the rows' whole context.
+#[derive(Clone, Copy)]
 struct Item<'a, D> {
     pages: Pages<'a>,
     kv_head: usize,
@@ -209,433 +209,241 @@ struct Item<'a, D> {
     group: usize,
     qkv: &'a [f32],
     out: SharedMut<f32>,
-    scratch: &'a mut Scratch,
     dot: std::marker::PhantomData<D>,
 }
 
-impl<D: Dot> Kernel for Item<'_, D> {
+/// An item and the scratch of the thread that has it.
+struct Work<'a, D> {
+    item: Item<'a, D>,
+    scratch: &'a mut Scratch,
+}
+
+/// The scratch, cut to an item's size.
+struct Buffers<'a> {
+    /// `[n_queries, query_words]`
+    query: &'a mut [u32],
+    /// `[KEY_TILES, n_words, 16]`
+    key: &'a mut [u32],
+    /// `[n_queries, SPLIT]`: scores, then weights
+    scores: &'a mut [f32],
+    /// `[VALUE_CHUNK, padded_dim]`
+    value: &'a mut [f32],
+    /// `[n_queries, padded_dim]`: weighted sum of this split, and of all splits so far
+    split_out: &'a mut [f32],
+    total_out: &'a mut [f32],
+    /// `[n_queries, (maximum, sum of weights)]`, likewise
+    split_stats: &'a mut [[f32; 2]],
+    total_stats: &'a mut [[f32; 2]],
+}
+
+impl<D: Dot> Kernel for Work<'_, D> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Item {
-            pages,
-            kv_head,
-            tile,
-            params,
-            group,
-            qkv,
-            out,
-            scratch,
-            ..
-        } = self;
+        let Work { item, scratch } = self;
+        let (n_queries, padded_dim) = (item.n_queries(), item.padded_dim());
+        let stats = bytemuck::cast_slice_mut(scratch.stats.at_least(4 * n_queries));
+        let (split_stats, total_stats) = stats.split_at_mut(n_queries);
+        let buffers = &mut Buffers {
+            query: scratch.query.at_least(n_queries * item.query_words()),
+            key: scratch.key.at_least(KEY_TILES * item.n_words() * LANES),
+            scores: scratch.scores.at_least(n_queries * SPLIT),
+            value: scratch.value.at_least(VALUE_CHUNK * padded_dim),
+            split_out: scratch.split_out.at_least(n_queries * padded_dim),
+            total_out: scratch.total_out.at_least(n_queries * padded_dim),
+            split_stats,
+            total_stats,
+        };
+        item.pack_queries(simd, buffers);
+        let context = item.tile.first_pos + item.tile.n_rows;
+        for start in (0..context).step_by(SPLIT) {
+            let split = Split {
+                start,
+                end: context.min(start + SPLIT),
+            };
+            item.score(simd, buffers, split);
+            item.weigh(simd, buffers, split);
+            item.merge_into_total(simd, buffers, split);
+        }
+        item.write(buffers);
+    }
+}
+
+/// Tokens `start..end` of the context; start is a multiple of `SPLIT`.
+#[derive(Clone, Copy)]
+struct Split {
+    start: usize,
+    end: usize,
+}
+
+impl<D: Dot> Item<'_, D> {
+    fn n_queries(&self) -> usize {
+        self.tile.n_rows * self.group
+    }
+
+    fn n_words(&self) -> usize {
+        self.pages.layout.head_dim / D::PER_WORD
+    }
+
+    fn query_words(&self) -> usize {
+        self.n_words().next_multiple_of(LANES)
+    }
+
+    fn padded_dim(&self) -> usize {
+        self.pages.layout.head_dim.next_multiple_of(LANES)
+    }
+
+    /// Row of the batch and query head of one of the item's queries, rows outermost.
+    fn row_and_head(&self, query_idx: usize) -> (usize, usize) {
+        (
+            self.tile.first_row + query_idx / self.group,
+            self.kv_head * self.group + query_idx % self.group,
+        )
+    }
+
+    /// How many tokens from `first` on a query sees: its own position is its last.
+    #[inline(always)]
+    fn visible_from(&self, first: usize, query_idx: usize) -> usize {
+        (self.tile.first_pos + query_idx / self.group + 1).saturating_sub(first)
+    }
+
+    #[inline(always)]
+    fn pack_queries<S: Simd>(&self, simd: S, buffers: &mut Buffers<'_>) {
         let KvLayout {
             n_kv_heads, head_dim, ..
-        } = pages.layout;
-        let n_queries = tile.n_rows * group;
-        let n_words = head_dim / D::PER_WORD;
-        let query_words = n_words.next_multiple_of(LANES);
-        let padded_dim = head_dim.next_multiple_of(LANES);
-        let context = tile.first_pos + tile.n_rows;
-
-        let query = scratch.query.at_least(n_queries * query_words);
-        let key = scratch.key.at_least(KEY_TILES * n_words * LANES);
-        let scores = scratch.scores.at_least(n_queries * SPLIT);
-        let value = scratch.value.at_least(VALUE_CHUNK * padded_dim);
-        let split_out = scratch.split_out.at_least(n_queries * padded_dim);
-        let total_out = scratch.total_out.at_least(n_queries * padded_dim);
-        let (max, rest) = scratch.stats.at_least(4 * n_queries).split_at_mut(n_queries);
-        let (sum, rest) = rest.split_at_mut(n_queries);
-        let (split_max, split_sum) = rest.split_at_mut(n_queries);
-
-        let q_cols = params.n_heads * head_dim;
-        let qkv_cols = q_cols + 2 * n_kv_heads * head_dim;
-        for query_idx in 0..n_queries {
-            let (row_idx, head) = (tile.first_row + query_idx / group, kv_head * group + query_idx % group);
-            let q = &qkv[row_idx * qkv_cols + head * head_dim..][..head_dim];
-            for (chunk_idx, chunk) in q.chunks(LANES * D::PER_WORD).enumerate() {
-                // SAFETY: reads the chunk, writes 16 of the query's words, which are padded to a multiple of 16.
-                unsafe {
-                    let words = query.as_mut_ptr().add(query_idx * query_words + chunk_idx * LANES);
-                    D::pack(simd, chunk.as_ptr(), chunk.len(), words);
-                }
+        } = self.pages.layout;
+        let qkv_cols = (self.params.n_heads + 2 * n_kv_heads) * head_dim;
+        for (query_idx, words) in buffers.query.chunks_exact_mut(self.query_words()).enumerate() {
+            let (row_idx, head) = self.row_and_head(query_idx);
+            let query = &self.qkv[row_idx * qkv_cols + head * head_dim..][..head_dim];
+            for (chunk, words) in query.chunks(LANES * D::PER_WORD).zip(words.chunks_exact_mut(LANES)) {
+                // SAFETY: reads the chunk, writes 16 words.
+                unsafe { D::pack(simd, chunk.as_ptr(), chunk.len(), words.as_mut_ptr()) };
             }
         }
+    }
 
-        for split_start in (0..context).step_by(SPLIT) {
-            let split_end = context.min(split_start + SPLIT);
-            // Tokens of this split that a query sees: its own position is its last.
-            let visible = |query_idx: usize| {
-                (tile.first_pos + query_idx / group + 1)
-                    .saturating_sub(split_start)
-                    .min(SPLIT)
+    /// Scores of the split for every query, turned into weights; their maximum and sum.
+    #[inline(always)]
+    fn score<S: Simd>(&self, simd: S, buffers: &mut Buffers<'_>, split: Split) {
+        let Item { pages, kv_head, .. } = *self;
+        let (n_words, n_queries) = (self.n_words(), self.n_queries());
+        let context = self.tile.first_pos + self.tile.n_rows;
+        for first in (split.start..split.end).step_by(KEY_TILES * LANES) {
+            for (tile_idx, key) in buffers.key.chunks_exact_mut(n_words * LANES).enumerate() {
+                let start = first + tile_idx * LANES;
+                if start >= split.end {
+                    // The scores of a missing tile are computed from what is left there, and never looked at.
+                    break;
+                }
+                let rows = pages.tokens(pages.key, kv_head, start, split.end);
+                pages.prefetch(simd, pages.value, kv_head, start, split.end);
+                pages.prefetch(simd, pages.key, kv_head, start + KEY_TILES * LANES, context);
+                // SAFETY: the rows are head_dim elements of blocks checked by `attention`; a tile is n_words * 16 words.
+                unsafe { transpose_key(simd, &rows, n_words, key.as_mut_ptr()) };
+            }
+            let dots = Scores {
+                query: buffers.query.as_ptr(),
+                query_words: self.query_words(),
+                key: buffers.key.as_ptr(),
+                n_words,
+                scores: buffers.scores[first - split.start..].as_mut_ptr(),
+                scale: simd.splat(self.params.scale),
             };
-            for first in (split_start..split_end).step_by(KEY_TILES * LANES) {
-                for tile_idx in 0..KEY_TILES {
-                    let start = first + tile_idx * LANES;
-                    if start >= split_end {
-                        // The scores of a missing tile are computed from what is left there, and never looked at.
-                        break;
-                    }
-                    let rows = pages.tokens(pages.key, kv_head, start, split_end);
-                    pages.prefetch(simd, pages.value, kv_head, start, split_end);
-                    pages.prefetch(simd, pages.key, kv_head, start + KEY_TILES * LANES, context);
-                    // SAFETY: the rows are head_dim elements of blocks checked by `attention`; a tile is n_words * 16 words.
-                    unsafe { transpose_key(simd, &rows, n_words, key[tile_idx * n_words * LANES..].as_mut_ptr()) };
-                }
-                let scores = scores.as_mut_ptr().wrapping_add(first - split_start);
-                let scale = simd.splat(params.scale);
-                let dots = Scores {
-                    query: query.as_ptr(),
-                    query_words,
-                    key: key.as_ptr(),
-                    n_words,
-                    scores,
-                    scale,
-                };
-                // SAFETY: the scratch was sized above, and SPLIT is a multiple of the tokens scored together.
-                unsafe { dots.all::<S, D>(simd, n_queries) };
-            }
-            for query_idx in 0..n_queries {
-                let row = &mut scores[query_idx * SPLIT..][..visible(query_idx)];
-                (split_max[query_idx], split_sum[query_idx]) = softmax(simd, row);
-            }
-            split_out.fill(0.0);
-            let weights = scores.as_ptr();
-            if n_queries <= DIRECT_QUERIES && head_dim == padded_dim {
-                for first in (split_start..split_end).step_by(LANES) {
-                    let rows = pages.tokens(pages.value, kv_head, first, split_end);
-                    let size = 4 / D::PER_WORD;
-                    // SAFETY: as for K: a row is head_dim elements of a checked block, and dim + 16 <= head_dim.
-                    let load = |token: usize, dim: usize| unsafe { D::widen(simd, rows[token].add(dim * size)) };
-                    let weights = weights.wrapping_add(first - split_start);
-                    let sums = WeightedSum {
+            // SAFETY: the buffers are as large as said there, and SPLIT is a multiple of the tokens scored together.
+            unsafe { dots.all::<S, D>(simd, n_queries) };
+        }
+        for (query_idx, stats) in buffers.split_stats.iter_mut().enumerate() {
+            let visible = self.visible_from(split.start, query_idx).min(SPLIT);
+            *stats = softmax(simd, &mut buffers.scores[query_idx * SPLIT..][..visible]);
+        }
+    }
+
+    /// `split_out = weights * V` over the split.
+    #[inline(always)]
+    fn weigh<S: Simd>(&self, simd: S, buffers: &mut Buffers<'_>, split: Split) {
+        let Item { pages, kv_head, .. } = *self;
+        let (n_queries, padded_dim, head_dim) = (self.n_queries(), self.padded_dim(), pages.layout.head_dim);
+        buffers.split_out.fill(0.0);
+        let out = buffers.split_out.as_mut_ptr();
+        let direct = n_queries <= DIRECT_QUERIES && head_dim == padded_dim;
+        let n_tokens = if direct { LANES } else { VALUE_CHUNK };
+        for first in (split.start..split.end).step_by(n_tokens) {
+            let weights = buffers.scores[first - split.start..].as_ptr();
+            let seen = |query_idx: usize| self.visible_from(first, query_idx).min(n_tokens);
+            let end = split.end.min(first + n_tokens);
+            if direct {
+                let rows = pages.tokens(pages.value, kv_head, first, end);
+                let size = 4 / D::PER_WORD;
+                // SAFETY: as for K: a row is head_dim elements of a checked block, and dim + 16 <= head_dim.
+                let load = |token: usize, dim: usize| unsafe { D::widen(simd, rows[token].add(dim * size)) };
+                // SAFETY: seen() <= 16 tokens for every query, and the buffers are as large as said there.
+                unsafe {
+                    WeightedSum {
                         load,
                         padded_dim,
                         weights,
-                        out: split_out.as_mut_ptr(),
-                    };
-                    let seen = |query_idx: usize| visible(query_idx).saturating_sub(first - split_start).min(LANES);
-                    // SAFETY: seen() <= 16 tokens for every query, and the scratch was sized above.
-                    unsafe { sums.all(simd, n_queries, seen) };
+                        out,
+                    }
+                    .all(simd, n_queries, seen)
+                };
+                continue;
+            }
+            for start in (first..end).step_by(LANES) {
+                let rows = pages.tokens(pages.value, kv_head, start, end);
+                let wide = buffers.value[(start - first) * padded_dim..].chunks_exact_mut(padded_dim);
+                for (row, wide) in rows.iter().zip(wide).take(end - start) {
+                    // SAFETY: as for K: a row is head_dim elements of a checked block.
+                    unsafe { widen::<S, D>(simd, *row, head_dim, wide) };
                 }
+            }
+            let wide = buffers.value.as_ptr();
+            // SAFETY: token is one of those widened above, and dim + 16 <= padded_dim.
+            let load = |token: usize, dim: usize| unsafe { simd.load(wide.add(token * padded_dim + dim)) };
+            // SAFETY: seen() is at most the tokens widened, and the buffers are as large as said there.
+            unsafe {
+                WeightedSum {
+                    load,
+                    padded_dim,
+                    weights,
+                    out,
+                }
+                .all(simd, n_queries, seen)
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn merge_into_total<S: Simd>(&self, simd: S, buffers: &mut Buffers<'_>, split: Split) {
+        let padded_dim = self.padded_dim();
+        for query_idx in 0..self.n_queries() {
+            if self.visible_from(split.start, query_idx) == 0 {
+                continue;
+            }
+            let part = &buffers.split_out[query_idx * padded_dim..][..padded_dim];
+            let total = &mut buffers.total_out[query_idx * padded_dim..][..padded_dim];
+            let (part_stats, total_stats) = (buffers.split_stats[query_idx], &mut buffers.total_stats[query_idx]);
+            if split.start == 0 {
+                total.copy_from_slice(part);
+                *total_stats = part_stats;
             } else {
-                for first in (split_start..split_end).step_by(VALUE_CHUNK) {
-                    let end = split_end.min(first + VALUE_CHUNK);
-                    for start in (first..end).step_by(LANES) {
-                        let rows = pages.tokens(pages.value, kv_head, start, end);
-                        for (row, token) in rows.iter().zip(start..end) {
-                            let wide = &mut value[(token - first) * padded_dim..][..padded_dim];
-                            // SAFETY: as for K: a row is head_dim elements of a checked block.
-                            unsafe { widen::<S, D>(simd, *row, head_dim, wide) };
-                        }
-                    }
-                    let wide = value.as_ptr();
-                    // SAFETY: token is one of those widened above, and dim + 16 <= padded_dim.
-                    let load = |token: usize, dim: usize| unsafe { simd.load(wide.add(token * padded_dim + dim)) };
-                    let weights = weights.wrapping_add(first - split_start);
-                    let sums = WeightedSum {
-                        load,
-                        padded_dim,
-                        weights,
-                        out: split_out.as_mut_ptr(),
-                    };
-                    let seen =
-                        |query_idx: usize| visible(query_idx).saturating_sub(first - split_start).min(VALUE_CHUNK);
-                    // SAFETY: seen() <= tokens widened in this chunk for every query, and the scratch was sized above.
-                    unsafe { sums.all(simd, n_queries, seen) };
-                }
-            }
-            for query_idx in 0..n_queries {
-                if visible(query_idx) == 0 {
-                    continue;
-                }
-                let split = (split_max[query_idx], split_sum[query_idx]);
-                let part = &split_out[query_idx * padded_dim..][..padded_dim];
-                let total = &mut total_out[query_idx * padded_dim..][..padded_dim];
-                (max[query_idx], sum[query_idx]) = if split_start == 0 {
-                    total.copy_from_slice(part);
-                    split
-                } else {
-                    merge(simd, total, (max[query_idx], sum[query_idx]), part, split)
-                };
+                *total_stats = merge(simd, total, *total_stats, part, part_stats);
             }
         }
+    }
 
-        for query_idx in 0..n_queries {
-            let (row_idx, head) = (tile.first_row + query_idx / group, kv_head * group + query_idx % group);
-            let total = &total_out[query_idx * padded_dim..][..head_dim];
-            let inverse = 1.0 / sum[query_idx];
+    fn write(&self, buffers: &Buffers<'_>) {
+        let head_dim = self.pages.layout.head_dim;
+        for (query_idx, total) in buffers.total_out.chunks_exact(self.padded_dim()).enumerate() {
+            let (row_idx, head) = self.row_and_head(query_idx);
+            let offset = (row_idx * self.params.n_heads + head) * head_dim;
             // SAFETY: out is [rows, n_heads * head_dim]; this item alone writes its heads of its rows.
-            let out =
-                unsafe { std::slice::from_raw_parts_mut(out.get().add(row_idx * q_cols + head * head_dim), head_dim) };
+            let out = unsafe { std::slice::from_raw_parts_mut(self.out.get().add(offset), head_dim) };
+            let inverse = 1.0 / buffers.total_stats[query_idx][1];
             for (out, total) in out.iter_mut().zip(total) {
                 *out = total * inverse;
             }
         }
     }
-}
-
-/// `key[word][token] = rows[token][word]`.
-///
-/// # Safety
-/// Rows are readable for `n_words` words, `key` writable for `n_words * 16`.
-#[inline(always)]
-unsafe fn transpose_key<S: Simd>(simd: S, rows: &[*const u8; LANES], n_words: usize, key: *mut u32) {
-    let full = n_words / LANES * LANES;
-    // SAFETY: the caller's promise.
-    unsafe {
-        for word_idx in (0..full).step_by(LANES) {
-            let rows = rows.map(|row| row.cast::<u32>().add(word_idx));
-            simd.transpose(&rows, key.add(word_idx * LANES));
-        }
-        for word_idx in full..n_words {
-            for (token, row) in rows.iter().enumerate() {
-                *key.add(word_idx * LANES + token) = row.cast::<u32>().add(word_idx).read_unaligned();
-            }
-        }
-    }
-}
-
-/// Scores of `KEY_TILES` tiles of 16 tokens, for all queries.
-#[derive(Clone, Copy)]
-struct Scores<V> {
-    /// `[n_queries][query_words]`
-    query: *const u32,
-    query_words: usize,
-    /// `[KEY_TILES][n_words][16]`
-    key: *const u32,
-    n_words: usize,
-    /// `[n_queries][SPLIT]`, at the first of the tokens
-    scores: *mut f32,
-    scale: V,
-}
-
-impl<V: Copy> Scores<V> {
-    /// # Safety
-    /// The pointers hold what the fields say.
-    #[inline(always)]
-    unsafe fn all<S: Simd<V = V>, D: Dot>(self, simd: S, n_queries: usize) {
-        let mut query_idx = 0;
-        // SAFETY: each call handles queries below n_queries.
-        unsafe {
-            while query_idx + 8 <= n_queries {
-                self.some::<S, D, 8>(simd, query_idx);
-                query_idx += 8;
-            }
-            if query_idx + 4 <= n_queries {
-                self.some::<S, D, 4>(simd, query_idx);
-                query_idx += 4;
-            }
-            while query_idx < n_queries {
-                self.some::<S, D, 1>(simd, query_idx);
-                query_idx += 1;
-            }
-        }
-    }
-
-    /// # Safety
-    /// As `all`, for QUERIES queries from `first` on.
-    #[inline(always)]
-    unsafe fn some<S: Simd<V = V>, D: Dot, const QUERIES: usize>(self, simd: S, first: usize) {
-        let mut sums = [[simd.splat(0.0); KEY_TILES]; QUERIES];
-        // SAFETY: the caller's promise.
-        unsafe {
-            for word_idx in 0..self.n_words {
-                let key: [D::Words<S>; KEY_TILES] = std::array::from_fn(|tile_idx| {
-                    D::load(simd, self.key.add((tile_idx * self.n_words + word_idx) * LANES))
-                });
-                for (query_idx, sums) in sums.iter_mut().enumerate() {
-                    let query = D::splat(simd, *self.query.add((first + query_idx) * self.query_words + word_idx));
-                    for (sum, key) in sums.iter_mut().zip(key) {
-                        *sum = D::dot(simd, *sum, query, key);
-                    }
-                }
-            }
-            for (query_idx, sums) in sums.iter().enumerate() {
-                for (tile_idx, sum) in sums.iter().enumerate() {
-                    let scores = self.scores.add((first + query_idx) * SPLIT + tile_idx * LANES);
-                    simd.store(scores, simd.mul(*sum, self.scale));
-                }
-            }
-        }
-    }
-}
-
-/// Turns scores into `e^(score - max)`; returns the maximum and the sum. Empty: (-inf, 0).
-#[inline(always)]
-fn softmax<S: Simd>(simd: S, scores: &mut [f32]) -> (f32, f32) {
-    if scores.is_empty() {
-        return (f32::NEG_INFINITY, 0.0);
-    }
-    let (full, tail) = (scores.len() / LANES * LANES, scores.len() % LANES);
-    let p = scores.as_mut_ptr();
-    // SAFETY: full + tail == scores.len().
-    unsafe {
-        let mut max = simd.splat(f32::NEG_INFINITY);
-        for start in (0..full).step_by(LANES) {
-            max = simd.max(max, simd.load(p.add(start)));
-        }
-        if tail > 0 {
-            max = simd.max(max, simd.load_partial(p.add(full), tail, f32::NEG_INFINITY));
-        }
-        let max = simd.reduce_max(max);
-        let splat = simd.splat(max);
-        let mut sum = simd.splat(0.0);
-        for start in (0..full).step_by(LANES) {
-            let weight = simd.exp(simd.sub(simd.load(p.add(start)), splat));
-            simd.store(p.add(start), weight);
-            sum = simd.add(sum, weight);
-        }
-        if tail > 0 {
-            // Missing lanes are -inf, whose exponential is exactly 0.
-            let weight = simd.exp(simd.sub(simd.load_partial(p.add(full), tail, f32::NEG_INFINITY), splat));
-            simd.store_partial(p.add(full), tail, weight);
-            sum = simd.add(sum, weight);
-        }
-        (max, simd.reduce_add(sum))
-    }
-}
-
-/// Widens one stored head of V, zero behind `head_dim`.
-///
-/// # Safety
-/// `row` is readable for `head_dim` stored elements; `wide.len()` is `head_dim` rounded up to 16.
-#[inline(always)]
-unsafe fn widen<S: Simd, D: Dot>(simd: S, row: *const u8, head_dim: usize, wide: &mut [f32]) {
-    let size = 4 / D::PER_WORD;
-    let (full, tail) = (head_dim / LANES * LANES, head_dim % LANES);
-    // SAFETY: the caller's promise; the tail is copied to a buffer of 16 first.
-    unsafe {
-        for start in (0..full).step_by(LANES) {
-            simd.store(wide.as_mut_ptr().add(start), D::widen(simd, row.add(start * size)));
-        }
-        if tail > 0 {
-            let mut stored = [0_u8; 4 * LANES];
-            std::ptr::copy_nonoverlapping(row.add(full * size), stored.as_mut_ptr(), tail * size);
-            simd.store(wide.as_mut_ptr().add(full), D::widen(simd, stored.as_ptr()));
-        }
-    }
-}
-
-/// `out[query] += sum over tokens of weights[query][token] * value[token]`, tokens in order.
-#[derive(Clone, Copy)]
-struct WeightedSum<L> {
-    /// 16 elements of V, by token and dim
-    load: L,
-    padded_dim: usize,
-    /// `[n_queries][SPLIT]`, at the first token
-    weights: *const f32,
-    /// `[n_queries][padded_dim]`
-    out: *mut f32,
-}
-
-impl<L: Copy> WeightedSum<L> {
-    /// Queries four at a time over the tokens that all four see, then one at a time over the rest.
-    ///
-    /// # Safety
-    /// The pointers hold what the fields say, for `seen(query)` tokens.
-    #[inline(always)]
-    unsafe fn all<S: Simd>(self, simd: S, n_queries: usize, seen: impl Fn(usize) -> usize)
-    where
-        L: Fn(usize, usize) -> S::V,
-    {
-        let mut query_idx = 0;
-        // SAFETY: the caller's promise; dims stay below padded_dim, a multiple of 16.
-        unsafe {
-            while query_idx < n_queries {
-                let n = if query_idx + 4 <= n_queries { 4 } else { 1 };
-                // A later query never sees less, so the first one sees what all do.
-                let common = seen(query_idx);
-                if n == 4 {
-                    self.over_dims::<S, 4>(simd, query_idx, 0, common);
-                    for one in query_idx + 1..query_idx + 4 {
-                        if seen(one) > common {
-                            self.over_dims::<S, 1>(simd, one, common, seen(one));
-                        }
-                    }
-                } else {
-                    self.over_dims::<S, 1>(simd, query_idx, 0, common);
-                }
-                query_idx += n;
-            }
-        }
-    }
-
-    /// # Safety
-    /// As `all`, for tokens `start..end` and QUERIES queries from `first` on.
-    #[inline(always)]
-    unsafe fn over_dims<S: Simd, const QUERIES: usize>(self, simd: S, first: usize, start: usize, end: usize)
-    where
-        L: Fn(usize, usize) -> S::V,
-    {
-        let mut dim = 0;
-        // SAFETY: the caller's promise.
-        unsafe {
-            while dim + 4 * LANES <= self.padded_dim {
-                self.some::<S, QUERIES, 4>(simd, first, dim, start, end);
-                dim += 4 * LANES;
-            }
-            while dim < self.padded_dim {
-                self.some::<S, QUERIES, 1>(simd, first, dim, start, end);
-                dim += LANES;
-            }
-        }
-    }
-
-    /// # Safety
-    /// As `over_dims`, for dims `dim..dim + 16 * VECTORS`.
-    #[inline(always)]
-    unsafe fn some<S: Simd, const QUERIES: usize, const VECTORS: usize>(
-        self,
-        simd: S,
-        first: usize,
-        dim: usize,
-        start: usize,
-        end: usize,
-    ) where
-        L: Fn(usize, usize) -> S::V,
-    {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let at =
-                |query_idx: usize, vector_idx: usize| (first + query_idx) * self.padded_dim + dim + vector_idx * LANES;
-            let mut sums: [[S::V; VECTORS]; QUERIES] = std::array::from_fn(|query_idx| {
-                std::array::from_fn(|vector_idx| simd.load(self.out.add(at(query_idx, vector_idx))))
-            });
-            for token in start..end {
-                let value: [S::V; VECTORS] =
-                    std::array::from_fn(|vector_idx| (self.load)(token, dim + vector_idx * LANES));
-                for (query_idx, sums) in sums.iter_mut().enumerate() {
-                    let weight = simd.splat(*self.weights.add((first + query_idx) * SPLIT + token));
-                    for (sum, value) in sums.iter_mut().zip(value) {
-                        *sum = simd.mul_add(weight, value, *sum);
-                    }
-                }
-            }
-            for (query_idx, sums) in sums.iter().enumerate() {
-                for (vector_idx, sum) in sums.iter().enumerate() {
-                    simd.store(self.out.add(at(query_idx, vector_idx)), *sum);
-                }
-            }
-        }
-    }
-}
-
-/// Merges a split into the total: `total` and `part` are sums weighted relative to their maxima. Returns (max, sum).
-#[inline(always)]
-fn merge<S: Simd>(simd: S, total: &mut [f32], (max, sum): (f32, f32), part: &[f32], split: (f32, f32)) -> (f32, f32) {
-    let new_max = if split.0 > max { split.0 } else { max };
-    let keep = simd.exp(simd.splat(max - new_max));
-    let take = simd.exp(simd.splat(split.0 - new_max));
-    // SAFETY: both are padded_dim long, a multiple of 16.
-    unsafe {
-        for start in (0..total.len()).step_by(LANES) {
-            let p = total.as_mut_ptr().add(start);
-            let taken = simd.mul(simd.load(part.as_ptr().add(start)), take);
-            simd.store(p, simd.mul_add(simd.load(p), keep, taken));
-        }
-    }
-    let (keep, take) = (simd.to_array(keep)[0], simd.to_array(take)[0]);
-    (new_max, sum * keep + split.1 * take)
 }
