@@ -34,7 +34,9 @@ impl Setting for ByteSize {
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let exact = SIZE_UNITS.iter().find(|(_, scale)| self.0 > 0 && self.0 % scale == 0);
+        let exact = SIZE_UNITS
+            .iter()
+            .find(|(_, scale)| self.0 > 0 && self.0.is_multiple_of(*scale));
         let (unit, scale) = exact.copied().unwrap_or(("B", 1));
         write!(f, "{}{unit}", self.0 / scale)
     }
