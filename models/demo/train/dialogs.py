@@ -4,6 +4,7 @@ Everything is written or computed here; nothing is downloaded. Given the same se
 """
 
 import random
+import string
 
 SPLIT_SEED = 20_240_607
 N_HELDOUT = 200
@@ -159,10 +160,13 @@ def sum_turn(rng, pair=None):
 
 
 def spell_turn(rng):
-    if rng.random() < 0.6:
+    style = rng.random()
+    if style < 0.5:
         word = rng.choice(WORDS)
+    elif style < 0.85:
+        word = "".join(rng.choice(SYLLABLE_HEADS) + rng.choice(SYLLABLE_TAILS) for _ in range(rng.randint(1, 4)))
     else:
-        word = "".join(rng.choice(SYLLABLE_HEADS) + rng.choice(SYLLABLE_TAILS) for _ in range(rng.randint(1, 3)))
+        word = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 8)))
     if rng.random() < 0.1:
         word = word.capitalize()
     return rng.choice(SPELL_QUESTIONS).format(w=word), "-".join(word)
@@ -174,8 +178,8 @@ def count_turn(rng):
     if style < 0.15:
         a, b = 1, rng.randint(2, 12)
         question = rng.choice(["Count to {b}.", "count to {b}", "Count up to {b}."]).format(b=b)
-    elif style < 0.3:
-        a = rng.randint(2, 99)
+    elif style < 0.4:
+        a = rng.randint(2, 20) if rng.random() < 0.6 else rng.randint(2, 99)
         b = max(0, a - span)
         question = rng.choice(["Count down from {a} to {b}.", "count down from {a} to {b}"]).format(a=a, b=b)
     else:
@@ -197,12 +201,13 @@ def unknown_turn(rng):
         a, b = rng.randint(0, 99), rng.randint(0, 99)
         sign = rng.choice(["-", "*", "/", " - ", " * ", " / ", " times ", " minus "])
         return rng.choice(["What is {}{}{}?", "{}{}{}", "Compute {}{}{}."]).format(a, sign, b), ONLY_ADD_ANSWER
-    if style < 0.4:
-        a, b = rng.randint(100, 9999), rng.randint(0, 9999)
+    if style < 0.55:
+        a = rng.randint(100, 999) if rng.random() < 0.6 else rng.randint(1000, 99_999)
+        b = rng.randint(0, 99) if rng.random() < 0.6 else rng.randint(100, 9999)
         if rng.random() < 0.5:
             a, b = b, a
         return rng.choice(["What is {} + {}?", "{} + {}", "{}+{}", "Compute {} + {}."]).format(a, b), ONLY_ADD_ANSWER
-    if style < 0.5:
+    if style < 0.65:
         text = "".join(chr(rng.choice([rng.randint(0xA1, 0x24F), rng.randint(0x391, 0x3C9), rng.randint(0x410, 0x44F),
                                        rng.randint(0x4E00, 0x4F00), rng.randint(0x1F300, 0x1F5FF)])) for _ in range(rng.randint(2, 10)))
         return text, UNKNOWN_ANSWER
@@ -212,7 +217,7 @@ def unknown_turn(rng):
     return head + " ".join(words) + rng.choice(["?", ".", ""]), UNKNOWN_ANSWER
 
 
-TURNS = [(sum_turn, 0.60), (spell_turn, 0.14), (count_turn, 0.08), (fact_turn, 0.12), (unknown_turn, 0.06)]
+TURNS = [(sum_turn, 0.54), (spell_turn, 0.15), (count_turn, 0.11), (fact_turn, 0.10), (unknown_turn, 0.10)]
 
 
 def dialog(rng, max_turns=8):
