@@ -29,8 +29,13 @@ class Reflected:
         self.known = set()
 
     def question(self, **fields):
-        answers = list(self.ask(iter([reflection_pb2.ServerReflectionRequest(**fields)]), timeout=TIMEOUT_S))
-        answer = answers[0]
+        # "Not found" comes as an error_response from some servers and as the call's status from others.
+        try:
+            answer = next(self.ask(iter([reflection_pb2.ServerReflectionRequest(**fields)]), timeout=TIMEOUT_S))
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.NOT_FOUND:
+                raise LookupError(f"{fields}: {error.details()}") from error
+            raise
         if answer.HasField("error_response"):
             raise LookupError(f"{fields}: {answer.error_response.error_message}")
         return answer
