@@ -22,7 +22,10 @@ struct Labels {
 
 impl Labels {
     fn of(member: &Member) -> Labels {
-        Labels { instance: member.join.instance_id.clone(), role: member.join.role.clone() }
+        Labels {
+            instance: member.join.instance_id.clone(),
+            role: member.join.role.clone(),
+        }
     }
 }
 

@@ -93,14 +93,26 @@ impl From<InstanceStatus> for InstanceRow {
 /// `baton ctl instances`.
 pub async fn instances(config: &CtlConfig) -> anyhow::Result<()> {
     let rows = list(config).await?;
-    let text = if config.json { serde_json::to_string_pretty(&rows)? } else { table(&rows) };
+    let text = if config.json {
+        serde_json::to_string_pretty(&rows)?
+    } else {
+        table(&rows)
+    };
     announce::print(text.trim_end());
     Ok(())
 }
 
 async fn list(config: &CtlConfig) -> anyhow::Result<Vec<InstanceRow>> {
-    let secret = config.cluster_secret.as_ref().map(|secret| ClusterSecret::new(secret.expose())).transpose()?;
-    let link = LinkOptions { connect_timeout: config.timeout, secret, ..LinkOptions::default() };
+    let secret = config
+        .cluster_secret
+        .as_ref()
+        .map(|secret| ClusterSecret::new(secret.expose()))
+        .transpose()?;
+    let link = LinkOptions {
+        connect_timeout: config.timeout,
+        secret,
+        ..LinkOptions::default()
+    };
     let channel = link.channel(&config.server.to_string())?;
     let mut client = OperatorClient::with_interceptor(channel, link.present_secret());
     let mut request = tonic::Request::new(ListInstancesRequest {});
@@ -112,7 +124,11 @@ async fn list(config: &CtlConfig) -> anyhow::Result<Vec<InstanceRow>> {
     let within = tokio::time::timeout(config.timeout, client.list_instances(request)).await;
     let answer = match within {
         Err(_) => Err(anyhow::anyhow!("no answer within {:?}", config.timeout)),
-        Ok(Err(status)) => Err(anyhow::anyhow!("{:?}: {}", status.code(), status.message())),
+        // A connection that failed says why only in its innermost cause.
+        Ok(Err(status)) => match anyhow::Chain::new(&status).skip(1).last() {
+            Some(cause) => Err(anyhow::anyhow!("{:?}: {cause}", status.code())),
+            None => Err(anyhow::anyhow!("{:?}: {}", status.code(), status.message())),
+        },
         Ok(Ok(response)) => Ok(response.into_inner()),
     };
     let response = answer.with_context(|| format!("scheduler at {}", config.server))?;
@@ -122,7 +138,18 @@ async fn list(config: &CtlConfig) -> anyhow::Result<Vec<InstanceRow>> {
 }
 
 fn table(rows: &[InstanceRow]) -> String {
-    let header = ["INSTANCE", "ROLE", "STATE", "RUNNING", "WAITING", "BLOCKS USED", "STEPS", "UP", "PID", "ADDRESS"];
+    let header = [
+        "INSTANCE",
+        "ROLE",
+        "STATE",
+        "RUNNING",
+        "WAITING",
+        "BLOCKS USED",
+        "STEPS",
+        "UP",
+        "PID",
+        "ADDRESS",
+    ];
     let mut cells = vec![header.map(str::to_owned)];
     cells.extend(rows.iter().map(|row| {
         let state = match (row.healthy, row.ledger_whole) {
@@ -130,7 +157,10 @@ fn table(rows: &[InstanceRow]) -> String {
             (true, false) => "leaking",
             (true, true) => "ok",
         };
-        let n_used = row.n_blocks_total.saturating_sub(row.n_blocks_free).saturating_sub(row.n_blocks_cached);
+        let n_used = row
+            .n_blocks_total
+            .saturating_sub(row.n_blocks_free)
+            .saturating_sub(row.n_blocks_cached);
         [
             row.id.clone(),
             row.role.clone(),
@@ -204,7 +234,11 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = Address::parse(&listener.local_addr().expect("bound").to_string()).expect("an address");
         let secret = Some(ClusterSecret::new("s3cret").expect("printable"));
-        let guard = LinkOptions { secret, ..LinkOptions::default() }.require_secret();
+        let guard = LinkOptions {
+            secret,
+            ..LinkOptions::default()
+        }
+        .require_secret();
         let service = OperatorServer::with_interceptor(FakeOperator, guard);
         let server = tonic::transport::Server::builder().add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
@@ -213,31 +247,62 @@ mod tests {
 
     fn config(server: Address, secret: Option<&str>) -> CtlConfig {
         let cluster_secret = secret.and_then(Secret::parse);
-        CtlConfig { server, json: false, timeout: Duration::from_secs(20), api_key: None, cluster_secret }
+        CtlConfig {
+            server,
+            json: false,
+            timeout: Duration::from_secs(20),
+            api_key: None,
+            cluster_secret,
+        }
     }
 
     #[tokio::test]
     async fn instances_are_listed_by_name() {
-        let rows = list(&config(operator().await, Some("s3cret"))).await.expect("an answer");
-        assert_eq!(rows.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), ["decode-0", "prefill-0"]);
+        let rows = list(&config(operator().await, Some("s3cret")))
+            .await
+            .expect("an answer");
+        assert_eq!(
+            rows.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(),
+            ["decode-0", "prefill-0"]
+        );
         assert_eq!((rows[0].n_running, rows[0].up_seconds), (3, 12));
         assert_eq!(rows[0].incarnation, "00000000000000ab");
         let table = table(&rows);
         let line = table.lines().nth(1).expect("two lines");
         let cells: Vec<_> = line.split_whitespace().collect();
-        assert_eq!(cells, ["decode-0", "decode", "ok", "3", "0", "10/100", "0", "12s", "7", "unix:/run/x.sock"]);
+        assert_eq!(
+            cells,
+            [
+                "decode-0",
+                "decode",
+                "ok",
+                "3",
+                "0",
+                "10/100",
+                "0",
+                "12s",
+                "7",
+                "unix:/run/x.sock"
+            ]
+        );
     }
 
     #[tokio::test]
     async fn refusals_and_silence_are_one_line_with_the_address() {
         let server = operator().await;
         let message = format!("{:#}", list(&config(server.clone(), None)).await.expect_err("refused"));
-        assert!(message.starts_with(&format!("scheduler at {server}: ")) && message.contains("secret"), "{message}");
+        assert!(
+            message.starts_with(&format!("scheduler at {server}: ")) && message.contains("secret"),
+            "{message}"
+        );
 
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let closed = Address::parse(&listener.local_addr().expect("bound").to_string()).expect("an address");
         drop(listener);
-        let message = format!("{:#}", list(&config(closed.clone(), None)).await.expect_err("nobody there"));
+        let message = format!(
+            "{:#}",
+            list(&config(closed.clone(), None)).await.expect_err("nobody there")
+        );
         assert!(message.starts_with(&format!("scheduler at {closed}: ")), "{message}");
     }
 }

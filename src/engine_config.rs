@@ -106,8 +106,16 @@ impl LinkConfig {
     /// # Errors
     /// A secret that cannot travel.
     pub fn options(&self) -> Result<LinkOptions, LinkError> {
-        let secret = self.cluster_secret.as_ref().map(|secret| ClusterSecret::new(secret.expose())).transpose()?;
-        Ok(LinkOptions { keepalive: self.keepalive, secret, ..LinkOptions::default() })
+        let secret = self
+            .cluster_secret
+            .as_ref()
+            .map(|secret| ClusterSecret::new(secret.expose()))
+            .transpose()?;
+        Ok(LinkOptions {
+            keepalive: self.keepalive,
+            secret,
+            ..LinkOptions::default()
+        })
     }
 
     /// Drops a silent cut after this long.

@@ -11,9 +11,15 @@ use crate::engine_config::ModelSelection;
 /// The toy chat model of `models/demo`, trained from scratch by the script beside it.
 const DEMO_FILES: [(&str, &[u8]); 5] = [
     ("config.json", include_bytes!("../models/demo/config.json")),
-    ("generation_config.json", include_bytes!("../models/demo/generation_config.json")),
+    (
+        "generation_config.json",
+        include_bytes!("../models/demo/generation_config.json"),
+    ),
     ("tokenizer.json", include_bytes!("../models/demo/tokenizer.json")),
-    ("tokenizer_config.json", include_bytes!("../models/demo/tokenizer_config.json")),
+    (
+        "tokenizer_config.json",
+        include_bytes!("../models/demo/tokenizer_config.json"),
+    ),
     ("model.safetensors", include_bytes!("../models/demo/model.safetensors")),
 ];
 

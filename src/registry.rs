@@ -59,16 +59,29 @@ impl registry_server::Registry for RegistryService {
             .message()
             .await?
             .ok_or_else(|| Status::invalid_argument("the stream ended before its first report"))?;
-        let join = first.join.clone().ok_or_else(|| Status::invalid_argument("field join is missing in the first report"))?;
+        let join = first
+            .join
+            .clone()
+            .ok_or_else(|| Status::invalid_argument("field join is missing in the first report"))?;
         let (role, model) = (join.role.clone(), join.model.clone());
-        let (id, incarnation) =
-            self.cluster.join(join).map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let (id, incarnation) = self
+            .cluster
+            .join(join)
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
         tracing::info!(instance = %id, %incarnation, role, model, "instance joined");
-        let membership = Membership { cluster: Arc::clone(&self.cluster), id, incarnation };
+        let membership = Membership {
+            cluster: Arc::clone(&self.cluster),
+            id,
+            incarnation,
+        };
         membership.report(first)?;
         let (commands, receiver) = mpsc::channel(MAX_COMMANDS);
-        let welcome = cluster::RegistryCommand { command: Some(Command::Welcome(true)) };
-        commands.try_send(Ok(welcome)).expect("an empty channel takes a command");
+        let welcome = cluster::RegistryCommand {
+            command: Some(Command::Welcome(true)),
+        };
+        commands
+            .try_send(Ok(welcome))
+            .expect("an empty channel takes a command");
         let stopping = self.stopping.clone();
         tokio::spawn(async move {
             loop {
@@ -93,7 +106,6 @@ impl registry_server::Registry for RegistryService {
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
-
 }
 
 /// What operators ask, behind the API key.

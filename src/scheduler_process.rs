@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 
 use crate::api::metrics::MetricsRegistry;
-use crate::api::{self, grpc, ApiKey, ApiOptions, ApiState, ServeOptions};
+use crate::api::{self, ApiKey, ApiOptions, ApiState, ServeOptions, grpc};
 use crate::config::{ComputeDtype, PolicyKind, Secret};
 use crate::door::{Cluster, FrontDoor, FrontDoorOptions, Generator as _};
 use crate::engine_config::{LinkConfig, ModelSelection};
@@ -68,19 +68,34 @@ const READY_POLL: Duration = Duration::from_millis(20);
 /// A model that cannot be used, an address that cannot be listened on.
 pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     let folder = model_files::open(&config.model).await?;
-    let model = model_files::served_model(&config.model, &folder, config.max_model_len, config.dtype.map_or_else(|| "unknown".to_owned(), |dtype| dtype.to_string()))?;
+    let model = model_files::served_model(
+        &config.model,
+        &folder,
+        config.max_model_len,
+        config
+            .dtype
+            .map_or_else(|| "unknown".to_owned(), |dtype| dtype.to_string()),
+    )?;
     drop(folder);
     let link = config.links.options()?;
-    let disaggregation = config.disaggregation_threshold.map_or(Disaggregation::Auto, Disaggregation::Threshold);
+    let disaggregation = config
+        .disaggregation_threshold
+        .map_or(Disaggregation::Auto, Disaggregation::Threshold);
     let policy = policy(config.policy.as_str(), disaggregation).context("the policy has no implementation")?;
     let cluster = Arc::new(Cluster::new(policy, link.clone()));
-    let options = FrontDoorOptions { max_queue: config.max_queue, ..FrontDoorOptions::default() };
+    let options = FrontDoorOptions {
+        max_queue: config.max_queue,
+        ..FrontDoorOptions::default()
+    };
     let door = FrontDoor::new(Arc::clone(&cluster), options);
 
     let api_key = config.api_key.as_ref().map(|key| ApiKey::new(key.expose()));
     let metrics = MetricsRegistry::default();
     cluster_metrics::register(&metrics, &cluster);
-    let api_options = ApiOptions { api_key, ..ApiOptions::default() };
+    let api_options = ApiOptions {
+        api_key,
+        ..ApiOptions::default()
+    };
     let state = ApiState::new(Arc::new(door.clone()), model, api_options, metrics, shutdown.clone());
     let registry = RegistryService::new(Arc::clone(&cluster), shutdown.clone());
     let registry = RegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE_BYTES);
@@ -89,11 +104,16 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     let operator = grpc::add(axum::Router::new(), operator);
     let router = api::router(state.clone(), operator).merge(registry::route(registry.clone()));
 
-    let listener = TcpListener::bind(config.listen).await.with_context(|| format!("listening on {}", config.listen))?;
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("listening on {}", config.listen))?;
     let address = listener.local_addr()?;
     let socket = serve_socket(&config, &link, registry, shutdown.clone())?;
     let announced = announce_when_ready(&door, address, &shutdown);
-    let serve_options = ServeOptions { drain_timeout: config.drain_timeout, ..ServeOptions::default() };
+    let serve_options = ServeOptions {
+        drain_timeout: config.drain_timeout,
+        ..ServeOptions::default()
+    };
     let (served, ()) = tokio::join!(api::serve(listener, router, &state, serve_options), announced);
     served?;
     // Open requests have ended or were cut with their connections, which ends their tasks.
@@ -111,12 +131,17 @@ fn serve_socket(
     registry: registry::Guarded,
     shutdown: CancellationToken,
 ) -> anyhow::Result<Option<JoinHandle<anyhow::Result<()>>>> {
-    let Some(path) = &config.cluster_socket else { return Ok(None) };
+    let Some(path) = &config.cluster_socket else {
+        return Ok(None);
+    };
     let socket = UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
-    let serving = link
-        .server()
-        .add_service(registry)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(socket), async move { shutdown.cancelled().await });
+    let serving =
+        link.server()
+            .add_service(registry)
+            .serve_with_incoming_shutdown(
+                UnixListenerStream::new(socket),
+                async move { shutdown.cancelled().await },
+            );
     Ok(Some(tokio::spawn(async move { Ok(serving.await?) })))
 }
 

@@ -71,7 +71,10 @@ impl WorkerConfig {
         flag("--max-num-seqs", self.engine.max_num_seqs.to_string().into());
         flag("--max-batch-tokens", self.engine.max_batch_tokens.to_string().into());
         flag("--keepalive", Span(self.links.keepalive).to_string().into());
-        flag("--progress-deadline", Span(self.links.progress_deadline).to_string().into());
+        flag(
+            "--progress-deadline",
+            Span(self.links.progress_deadline).to_string().into(),
+        );
         arguments
     }
 }
@@ -109,7 +112,10 @@ pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> an
     tracing::info!(instance = %config.id, address = advertise, "serving");
     let membership = Membership {
         scheduler: config.scheduler.to_string(),
-        advertise: config.advertise.as_ref().map_or(advertise, |address| address.to_string()),
+        advertise: config
+            .advertise
+            .as_ref()
+            .map_or(advertise, |address| address.to_string()),
         role: config.role,
         model: config.model.served_name.clone(),
     };
@@ -132,13 +138,19 @@ fn load(folder: &ModelFolder, selection: &ModelSelection, limits: &Limits) -> an
     let n_kv_blocks = limits.kv_memory.0 as usize / block_bytes;
     let n_tokens = n_kv_blocks * block_size;
     if n_kv_blocks < 2 {
-        let message = format!("kv_memory: {} holds {n_kv_blocks} blocks of {block_bytes} bytes, expected at least 2", limits.kv_memory);
+        let message = format!(
+            "kv_memory: {} holds {n_kv_blocks} blocks of {block_bytes} bytes, expected at least 2",
+            limits.kv_memory
+        );
         return Err(ConfigError::Impossible(message).into());
     }
     let longest = folder.config.max_position_embeddings;
     let max_model_len = match limits.max_model_len {
         Some(wanted) if wanted as usize > n_tokens => {
-            let message = format!("max_model_len: found {wanted}, expected at most the {n_tokens} tokens that kv_memory {} holds", limits.kv_memory);
+            let message = format!(
+                "max_model_len: found {wanted}, expected at most the {n_tokens} tokens that kv_memory {} holds",
+                limits.kv_memory
+            );
             return Err(ConfigError::Impossible(message).into());
         }
         Some(wanted) => wanted as usize,
@@ -150,7 +162,10 @@ fn load(folder: &ModelFolder, selection: &ModelSelection, limits: &Limits) -> an
         isa: limits.isa.isa(),
         n_kv_blocks,
         block_size,
-        limits: DecoderLimits { max_batch_tokens: limits.max_batch_tokens as usize, max_model_len },
+        limits: DecoderLimits {
+            max_batch_tokens: limits.max_batch_tokens as usize,
+            max_model_len,
+        },
         packed_dir: Some(selection.packed_dir.clone()),
         load_format: selection.load_format.into(),
     };
@@ -200,7 +215,11 @@ async fn listen(
         Address::Tcp { host, port } => {
             let listener = TcpListener::bind((host.as_str(), *port)).await.with_context(cannot)?;
             let port = listener.local_addr()?.port();
-            let advertise = Address::Tcp { host: host.clone(), port }.to_string();
+            let advertise = Address::Tcp {
+                host: host.clone(),
+                port,
+            }
+            .to_string();
             let incoming = TcpListenerStream::new(listener).map(|stream| {
                 let stream = stream?;
                 stream.set_nodelay(true)?;

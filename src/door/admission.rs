@@ -30,7 +30,11 @@ impl Drop for QueuePlace {
 
 impl Admission {
     pub(super) fn new(limit: usize) -> Arc<Admission> {
-        Arc::new(Admission { limit, n_queued: AtomicUsize::new(0), head: Mutex::new(()) })
+        Arc::new(Admission {
+            limit,
+            n_queued: AtomicUsize::new(0),
+            head: Mutex::new(()),
+        })
     }
 
     pub(super) fn n_queued(&self) -> usize {
@@ -40,7 +44,10 @@ impl Admission {
     /// A place at the end of the queue.
     pub(super) fn enter(self: &Arc<Self>) -> Result<QueuePlace, Rejection> {
         let more = |n_queued| (n_queued < self.limit).then_some(n_queued + 1);
-        match self.n_queued.fetch_update(AcqRel, std::sync::atomic::Ordering::Acquire, more) {
+        match self
+            .n_queued
+            .fetch_update(AcqRel, std::sync::atomic::Ordering::Acquire, more)
+        {
             Ok(_) => Ok(QueuePlace(Arc::clone(self))),
             Err(n_queued) => Err(Rejection::OverCapacity {
                 n_queued,

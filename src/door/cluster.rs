@@ -83,8 +83,17 @@ pub(super) struct Reachable {
 impl Cluster {
     /// An empty cluster.
     pub fn new(policy: Box<dyn Policy>, link: LinkOptions) -> Cluster {
-        let state = State { view: ClusterView::new(), policy, members: BTreeMap::new() };
-        Cluster { state: Mutex::new(state), changed: watch::channel(0).0, link, started_at: Instant::now() }
+        let state = State {
+            view: ClusterView::new(),
+            policy,
+            members: BTreeMap::new(),
+        };
+        Cluster {
+            state: Mutex::new(state),
+            changed: watch::channel(0).0,
+            link,
+            started_at: Instant::now(),
+        }
     }
 
     /// The front door's clock.
@@ -116,8 +125,12 @@ impl Cluster {
         let info = instance_info_from_wire(&join)?;
         let channel = self.link.channel(&join.address)?;
         let (id, incarnation) = (info.id.clone(), info.incarnation);
-        let member =
-            Member { join, load: cluster::WorkerLoad::default(), joined_at: Instant::now(), channel };
+        let member = Member {
+            join,
+            load: cluster::WorkerLoad::default(),
+            joined_at: Instant::now(),
+            channel,
+        };
         let mut state = self.state.lock();
         state.members.insert(id.clone(), member);
         state.view.apply(ViewEvent::Joined(info));
@@ -142,8 +155,13 @@ impl Cluster {
             state.view.apply(ViewEvent::Prefix(id.clone(), incarnation, events));
         }
         if let Some(load) = report.load {
-            state.view.apply(ViewEvent::Load(id.clone(), incarnation, InstanceLoad::from(&load)));
-            let current = state.members.get_mut(id).filter(|member| member.join.incarnation == incarnation.0);
+            state
+                .view
+                .apply(ViewEvent::Load(id.clone(), incarnation, InstanceLoad::from(&load)));
+            let current = state
+                .members
+                .get_mut(id)
+                .filter(|member| member.join.incarnation == incarnation.0);
             if let Some(member) = current {
                 member.load = load;
             }
@@ -157,7 +175,11 @@ impl Cluster {
     pub fn leave(&self, id: &InstanceId, incarnation: Incarnation) {
         let mut state = self.state.lock();
         state.view.apply(ViewEvent::Left(id.clone(), incarnation));
-        if state.members.get(id).is_some_and(|member| member.join.incarnation == incarnation.0) {
+        if state
+            .members
+            .get(id)
+            .is_some_and(|member| member.join.incarnation == incarnation.0)
+        {
             state.members.remove(id);
         }
         drop(state);
@@ -208,7 +230,11 @@ impl Cluster {
     pub fn check_fits(&self, request: &Request) -> Result<(), Rejection> {
         let state = self.state.lock();
         let n_prompt = request.prompt_ids.len() as u64;
-        let generating = state.view.instances().values().filter(|instance| instance.info.role != Role::Prefill);
+        let generating = state
+            .view
+            .instances()
+            .values()
+            .filter(|instance| instance.info.role != Role::Prefill);
         let longest = generating.map(|instance| {
             let info = &instance.info;
             let n_held = u64::from(info.n_blocks_total) * u64::from(info.block_size);
@@ -240,7 +266,12 @@ impl Cluster {
             None => PrefixHasher::new(info.fingerprint, info.block_size as usize).keys(request.cache_salt, &tokens),
         };
         let block_size = info.block_size;
-        let asked = PlacementRequest { request, prefix_keys: &prefix_keys, n_tokens, avoided };
+        let asked = PlacementRequest {
+            request,
+            prefix_keys: &prefix_keys,
+            n_tokens,
+            avoided,
+        };
         let placement = state.policy.place(self.now(), asked, &state.view)?;
         let computing = placement.prefill.as_ref().unwrap_or(&placement.decode);
         let n_cached = state.view.n_cached_tokens(computing, &prefix_keys, n_tokens);

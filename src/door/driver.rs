@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use baton_proto::cluster::{self, ended::How, generate_event::Event};
 use baton_proto::PROTOCOL_VERSION;
+use baton_proto::cluster::{self, ended::How, generate_event::Event};
 use baton_scheduler::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
 use baton_scheduler::ids::{Epoch, InstanceId, Nanos, TokenId};
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token, TokenLogprobs};
@@ -53,7 +53,10 @@ impl RequestDriver {
         submission: Submission,
         events: mpsc::Sender<DoorEvent>,
     ) -> RequestDriver {
-        let usage = Usage { n_prompt_tokens: submission.request.prompt_ids.len() as u32, ..Usage::default() };
+        let usage = Usage {
+            n_prompt_tokens: submission.request.prompt_ids.len() as u32,
+            ..Usage::default()
+        };
         let timeline = submission.timeline.clone();
         let deadline = submission.deadline.map(|left| Instant::now() + left);
         RequestDriver {
@@ -145,7 +148,8 @@ impl RequestDriver {
                     Woken::Fact(fact) => Some(fact),
                     Woken::Event(event) => {
                         let stream = stream.as_ref().expect("an event comes from an open stream");
-                        self.take_event(stream.epoch, stream.opened_at, stream.decode.clone(), event).await
+                        self.take_event(stream.epoch, stream.opened_at, stream.decode.clone(), event)
+                            .await
                     }
                 },
             };
@@ -169,7 +173,9 @@ impl RequestDriver {
     }
 
     async fn wait(&self, stream: &mut Option<OpenStream>) -> Woken {
-        let Some(open) = stream else { return Woken::Fact(self.interrupted().await) };
+        let Some(open) = stream else {
+            return Woken::Fact(self.interrupted().await);
+        };
         tokio::select! {
             fact = self.interrupted() => Woken::Fact(fact),
             message = open.events.message() => match message {
@@ -184,7 +190,13 @@ impl RequestDriver {
     }
 
     async fn open(&mut self, epoch: Epoch, placed: Reachable) -> Result<OpenStream, ArbiterFact> {
-        let Reachable { placement, mut decode, decode_incarnation, fingerprint, prefill } = placed;
+        let Reachable {
+            placement,
+            mut decode,
+            decode_incarnation,
+            fingerprint,
+            prefill,
+        } = placed;
         tracing::debug!(
             request_id = %self.submission.request.id,
             label = %self.submission.label,
@@ -195,7 +207,10 @@ impl RequestDriver {
         );
         let state = PortableState {
             request: self.submission.request.clone(),
-            choices: vec![ChoiceState { output: self.output.clone(), finish: None }],
+            choices: vec![ChoiceState {
+                output: self.output.clone(),
+                finish: None,
+            }],
             epoch,
         };
         let request = cluster::GenerateRequest {
@@ -215,9 +230,12 @@ impl RequestDriver {
             fact = self.interrupted() => return Err(fact),
         };
         match opened {
-            Ok(Ok(response)) => {
-                Ok(OpenStream { epoch, events: response.into_inner(), decode: placement.decode, opened_at })
-            }
+            Ok(Ok(response)) => Ok(OpenStream {
+                epoch,
+                events: response.into_inner(),
+                decode: placement.decode,
+                opened_at,
+            }),
             Ok(Err(status)) => {
                 let reason = format!("{}: {}", status.code(), status.message());
                 Err(lost(epoch, &placement.decode, &reason))
@@ -257,7 +275,10 @@ impl RequestDriver {
 
     async fn take_token(&mut self, epoch: Epoch, token: Token) -> Option<ArbiterFact> {
         let mut unsettled = None;
-        for action in self.arbiter.apply(ArbiterFact::Token { epoch, index: token.index }) {
+        for action in self.arbiter.apply(ArbiterFact::Token {
+            epoch,
+            index: token.index,
+        }) {
             match action {
                 ArbiterAction::Deliver => {
                     if self.output.is_empty() {
@@ -269,17 +290,18 @@ impl RequestDriver {
                 }
                 ArbiterAction::Fail(failure) => self.end(DoorEvent::Failed(failure)).await,
                 ArbiterAction::Close => self.cluster.close(self.submission.request.id),
-                ArbiterAction::Discard
-                | ArbiterAction::Place
-                | ArbiterAction::Open(_)
-                | ArbiterAction::Finish(_) => {}
+                ArbiterAction::Discard | ArbiterAction::Place | ArbiterAction::Open(_) | ArbiterAction::Finish(_) => {}
             }
         }
         unsettled
     }
 
     fn ended(&self, epoch: Epoch, decode: InstanceId, ended: cluster::Ended) -> ArbiterFact {
-        let failed = |failure: Failure, blamed: InstanceId| ArbiterFact::Failed { epoch, failure, blamed: Some(blamed) };
+        let failed = |failure: Failure, blamed: InstanceId| ArbiterFact::Failed {
+            epoch,
+            failure,
+            blamed: Some(blamed),
+        };
         match ended.how {
             Some(How::Finish(finish)) => match Finish::try_from(finish) {
                 Ok(finish) => ArbiterFact::Finished { epoch, finish },
@@ -308,7 +330,9 @@ impl RequestDriver {
     fn mark(&mut self, moment: cluster::MomentReached, opened_at: Nanos) {
         if let Some(&known) = Moment::ALL.get(moment.moment as usize) {
             // A peer's clock counts from its own receipt: never past our now.
-            let at = opened_at.saturating_add(Nanos(moment.elapsed_ns)).min(self.cluster.now());
+            let at = opened_at
+                .saturating_add(Nanos(moment.elapsed_ns))
+                .min(self.cluster.now());
             self.timeline.mark(known, at);
         }
     }
@@ -324,7 +348,11 @@ impl RequestDriver {
     async fn finish(&mut self, finish: Finish) {
         self.timeline.mark(Moment::Finished, self.cluster.now());
         self.usage.n_completion_tokens = self.output.len() as u32;
-        let event = DoorEvent::Ended { finish, usage: self.usage, timeline: self.timeline.clone() };
+        let event = DoorEvent::Ended {
+            finish,
+            usage: self.usage,
+            timeline: self.timeline.clone(),
+        };
         self.end(event).await;
     }
 

@@ -51,7 +51,13 @@ impl FrontDoor {
     /// A front door of `cluster`.
     pub fn new(cluster: Arc<Cluster>, options: FrontDoorOptions) -> FrontDoor {
         let admission = Admission::new(options.max_queue);
-        FrontDoor { cluster, admission, options, tasks: TaskTracker::new(), n_running: Arc::default() }
+        FrontDoor {
+            cluster,
+            admission,
+            options,
+            tasks: TaskTracker::new(),
+            n_running: Arc::default(),
+        }
     }
 
     /// Waits until every request has ended; no further ones may be submitted.

@@ -102,10 +102,17 @@ impl DestinationDriver {
     }
 
     async fn open(&self) -> Result<Streaming<cluster::PrefillFrame>, Status> {
-        let mut client =
-            self.worker.peers.client(&self.source).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let mut client = self
+            .worker
+            .peers
+            .client(&self.source)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
         let request = cluster::PrefillRequest {
-            handshake: Some(self.worker.identity.handshake(baton_scheduler::ids::Incarnation(self.source.incarnation))),
+            handshake: Some(
+                self.worker
+                    .identity
+                    .handshake(baton_scheduler::ids::Incarnation(self.source.incarnation)),
+            ),
             state: Some((&self.state).into()),
             transfer_id: self.transfer.0,
             first_block: self.first_block,
@@ -135,7 +142,10 @@ impl DestinationDriver {
             if self.machine.is_closed() {
                 stream = None;
             }
-            let tick_at = self.machine.next_tick().map(|at| self.opened_at + std::time::Duration::from_nanos(at.0));
+            let tick_at = self
+                .machine
+                .next_tick()
+                .map(|at| self.opened_at + std::time::Duration::from_nanos(at.0));
             tokio::select! {
                 () = self.outlet.closed(), if !self.is_over => self.apply(DestinationFact::Cancelled).await?,
                 message = next(&mut stream), if stream.is_some() => match message {
@@ -180,10 +190,16 @@ impl DestinationDriver {
                 }
                 Err(failure) => DestinationFact::Ended { failure: Some(failure) },
             },
-            Some(Frame::Progress(progress)) => DestinationFact::Progress { n_steps: progress.n_steps },
+            Some(Frame::Progress(progress)) => DestinationFact::Progress {
+                n_steps: progress.n_steps,
+            },
             Some(Frame::Kv(kv)) => {
                 let transfer = TransferId(kv.transfer_id);
-                let range = KvRange { layer: kv.layer, first_block: kv.first_block, n_blocks: kv.n_blocks };
+                let range = KvRange {
+                    layer: kv.layer,
+                    first_block: kv.first_block,
+                    n_blocks: kv.n_blocks,
+                };
                 self.frame = Some(kv);
                 DestinationFact::Kv { transfer, range }
             }
@@ -199,9 +215,14 @@ impl DestinationDriver {
             Some(Frame::Moment(moment)) => {
                 // The source's clock starts when it hears of the request, which is when our call was answered.
                 let elapsed_ns = moment.elapsed_ns + opened_after.as_nanos() as u64;
-                return self.outlet.send(Event::Moment(cluster::MomentReached { elapsed_ns, ..moment })).await;
+                return self
+                    .outlet
+                    .send(Event::Moment(cluster::MomentReached { elapsed_ns, ..moment }))
+                    .await;
             }
-            Some(Frame::Ended(ended)) => DestinationFact::Ended { failure: ended.failure.map(Into::into) },
+            Some(Frame::Ended(ended)) => DestinationFact::Ended {
+                failure: ended.failure.map(Into::into),
+            },
             // A frame of a newer protocol that this one does not know cannot be owed to us.
             None => return Ok(()),
         };
@@ -219,14 +240,19 @@ impl DestinationDriver {
                     self.frame = None;
                 }
                 DestinationAction::Deliver => {
-                    let (token, _) = self.token.as_ref().expect("the machine delivers a token it was told of");
+                    let (token, _) = self
+                        .token
+                        .as_ref()
+                        .expect("the machine delivers a token it was told of");
                     self.outlet.send(Event::Token(token.into())).await?;
                 }
                 DestinationAction::Join => self.join().await?,
                 DestinationAction::Finish => {
                     let (_, finish) = self.token.as_ref().expect("a token ended the request");
                     self.reservation = None;
-                    self.outlet.finish(finish.expect("the machine finishes on a final token"), self.used).await;
+                    self.outlet
+                        .finish(finish.expect("the machine finishes on a final token"), self.used)
+                        .await;
                     self.is_over = true;
                 }
                 DestinationAction::Fail(failure) => self.fail(&failure).await,
@@ -238,7 +264,10 @@ impl DestinationDriver {
     }
 
     async fn write(&mut self, range: KvRange) -> Result<(), Gone> {
-        let frame = self.frame.take().expect("a frame's fact is applied with the frame at hand");
+        let frame = self
+            .frame
+            .take()
+            .expect("a frame's fact is applied with the frame at hand");
         let reservation = self.reservation.as_mut().expect("blocks are reserved until the join");
         let first = (range.first_block - self.first_block) as usize;
         let writers = &mut reservation.writers[first..first + range.n_blocks as usize];
@@ -251,7 +280,8 @@ impl DestinationDriver {
             Err(error) => {
                 // The frame counts as landed in the machine, so the transfer must not go on.
                 self.fail(&Failure::InstanceLost(error.to_string())).await;
-                self.machine.apply(nanos(self.opened_at.elapsed()), DestinationFact::Cancelled);
+                self.machine
+                    .apply(nanos(self.opened_at.elapsed()), DestinationFact::Cancelled);
             }
         }
         Ok(())
@@ -259,7 +289,9 @@ impl DestinationDriver {
 
     async fn join(&mut self) -> Result<(), Gone> {
         // A failed write closed the request already.
-        let Some(reservation) = self.reservation.take() else { return Ok(()) };
+        let Some(reservation) = self.reservation.take() else {
+            return Ok(());
+        };
         self.outlet.moment(Moment::TransferFinished).await?;
         let (token, _) = self.token.clone().expect("a sequence joins with its token");
         match reservation.join(token, self.numerics) {
@@ -288,7 +320,9 @@ impl DestinationDriver {
 }
 
 fn first_token(wire: cluster::FirstToken) -> Result<(Token, Option<Finish>, u32), Failure> {
-    let token = wire.token.ok_or_else(|| Failure::InstanceLost("a first token without a token".into()))?;
+    let token = wire
+        .token
+        .ok_or_else(|| Failure::InstanceLost("a first token without a token".into()))?;
     let finish = wire.finish.map(Finish::try_from).transpose();
     let finish = finish.map_err(|error| Failure::InstanceLost(error.to_string()))?;
     Ok((token.into(), finish, wire.n_cached_tokens))

@@ -8,7 +8,9 @@ use super::outlet::{Gone, Outlet, Used};
 use crate::engine::{EngineEvent, Timed};
 
 pub(super) fn prompt_logprobs(logprobs: &[TokenLogprobs]) -> cluster::PromptLogprobs {
-    cluster::PromptLogprobs { tokens: logprobs.iter().map(Into::into).collect() }
+    cluster::PromptLogprobs {
+        tokens: logprobs.iter().map(Into::into).collect(),
+    }
 }
 
 /// Passes one event on. `Ok(true)` after the last.

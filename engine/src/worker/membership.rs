@@ -4,9 +4,9 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::{self, registry_client::RegistryClient, registry_command::Command};
 use baton_proto::link::LinkError;
-use baton_proto::PROTOCOL_VERSION;
 use baton_scheduler::ids::Role;
 use baton_scheduler::prefix_cache::PrefixEvent;
 use tokio::sync::mpsc;
@@ -68,7 +68,11 @@ pub async fn join_registry(
             },
             () = shutdown.cancelled() => return Ok(()),
         }
-        backoff = if began.elapsed() > MAX_BACKOFF { FIRST_BACKOFF } else { (backoff * 2).min(MAX_BACKOFF) };
+        backoff = if began.elapsed() > MAX_BACKOFF {
+            FIRST_BACKOFF
+        } else {
+            (backoff * 2).min(MAX_BACKOFF)
+        };
         tokio::select! {
             () = sleep(backoff) => {}
             () = shutdown.cancelled() => return Ok(()),
@@ -81,8 +85,9 @@ enum Ended {
     Closed,
 }
 
-type Client =
-    RegistryClient<tonic::service::interceptor::InterceptedService<tonic::transport::Channel, baton_proto::link::PresentSecret>>;
+type Client = RegistryClient<
+    tonic::service::interceptor::InterceptedService<tonic::transport::Channel, baton_proto::link::PresentSecret>,
+>;
 
 async fn stay(
     service: &WorkerService,
@@ -92,7 +97,12 @@ async fn stay(
 ) -> Result<Ended, Status> {
     let (reports, receiver) = mpsc::channel(MAX_REPORTS_WAITING);
     let snapshot = service.engine().prefix_snapshot().await.unwrap_or_default();
-    let mut reporter = Reporter { service, previous: service.engine().load(), sent: None, sent_at: Instant::now() };
+    let mut reporter = Reporter {
+        service,
+        previous: service.engine().load(),
+        sent: None,
+        sent_at: Instant::now(),
+    };
     let first = cluster::WorkerReport {
         join: Some(worker_join(service, membership)),
         load: Some(reporter.load(service.engine().load())),
@@ -163,9 +173,16 @@ impl Reporter<'_> {
             return None;
         }
         self.sent_at = Instant::now();
-        self.sent = Some(cluster::WorkerLoad { step_times: Vec::new(), ..load.clone() });
+        self.sent = Some(cluster::WorkerLoad {
+            step_times: Vec::new(),
+            ..load.clone()
+        });
         let prefix = (!events.is_empty()).then(|| prefix_to_wire(&events));
-        Some(cluster::WorkerReport { join: None, load: Some(load), prefix })
+        Some(cluster::WorkerReport {
+            join: None,
+            load: Some(load),
+            prefix,
+        })
     }
 
     fn load(&mut self, report: LoadReport) -> cluster::WorkerLoad {
@@ -189,7 +206,11 @@ impl Reporter<'_> {
 
 /// The mean step between two reports: what the cost model is fitted to.
 fn mean_step(before: &LoadReport, after: &LoadReport) -> Option<cluster::StepTime> {
-    let n_steps = after.engine.n_steps.checked_sub(before.engine.n_steps).filter(|&n| n > 0)?;
+    let n_steps = after
+        .engine
+        .n_steps
+        .checked_sub(before.engine.n_steps)
+        .filter(|&n| n > 0)?;
     let mean = |after: u64, before: u64| (after - before) / n_steps;
     Some(cluster::StepTime {
         n_prefill_tokens: mean(after.scheduler.n_prefill_tokens, before.scheduler.n_prefill_tokens) as u32,

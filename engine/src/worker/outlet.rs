@@ -37,7 +37,15 @@ impl Outlet {
         stall_deadline: Duration,
     ) -> (Outlet, mpsc::Receiver<Result<cluster::GenerateEvent, Status>>) {
         let (events, receiver) = mpsc::channel(CAPACITY);
-        (Outlet { events, epoch, opened_at: Instant::now(), stall_deadline }, receiver)
+        (
+            Outlet {
+                events,
+                epoch,
+                opened_at: Instant::now(),
+                stall_deadline,
+            },
+            receiver,
+        )
     }
 
     /// Ends when the front door closes the stream.
@@ -46,8 +54,14 @@ impl Outlet {
     }
 
     pub(super) async fn send(&self, event: Event) -> Result<(), Gone> {
-        let event = cluster::GenerateEvent { epoch: self.epoch.0, event: Some(event) };
-        self.events.send_timeout(Ok(event), self.stall_deadline).await.map_err(|_| Gone)
+        let event = cluster::GenerateEvent {
+            epoch: self.epoch.0,
+            event: Some(event),
+        };
+        self.events
+            .send_timeout(Ok(event), self.stall_deadline)
+            .await
+            .map_err(|_| Gone)
     }
 
     /// Reports a moment that is now.
@@ -57,8 +71,11 @@ impl Outlet {
 
     pub(super) async fn moment_at(&self, moment: Moment, at: Instant) -> Result<(), Gone> {
         let elapsed = at.saturating_duration_since(self.opened_at);
-        self.send(Event::Moment(cluster::MomentReached { moment: moment as u32, elapsed_ns: elapsed.as_nanos() as u64 }))
-            .await
+        self.send(Event::Moment(cluster::MomentReached {
+            moment: moment as u32,
+            elapsed_ns: elapsed.as_nanos() as u64,
+        }))
+        .await
     }
 
     pub(super) async fn finish(&self, finish: Finish, used: Used) {
@@ -67,7 +84,10 @@ impl Outlet {
 
     /// Ends the stream badly; `blamed` is the instance at fault when it is not this one.
     pub(super) async fn fail(&self, failure: &Failure, blamed: &str, used: Used) {
-        let failure = cluster::Failure { instance_id: blamed.to_owned(), ..failure.into() };
+        let failure = cluster::Failure {
+            instance_id: blamed.to_owned(),
+            ..failure.into()
+        };
         self.end(cluster::ended::How::Failure(failure), used).await;
     }
 

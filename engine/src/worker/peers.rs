@@ -25,7 +25,10 @@ pub(super) struct Peers {
 
 impl Peers {
     pub(super) fn new(link: LinkOptions) -> Peers {
-        Peers { link, channels: Arc::default() }
+        Peers {
+            link,
+            channels: Arc::default(),
+        }
     }
 
     pub(super) fn client(&self, peer: &cluster::Peer) -> Result<PeerClient, LinkError> {

@@ -4,9 +4,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_proto::cluster;
 use baton_proto::cluster::generate_event::Event;
 use baton_proto::cluster::worker_server::{self, WorkerServer};
-use baton_proto::cluster;
 use baton_proto::link::MAX_MESSAGE_BYTES;
 use baton_scheduler::request::{Failure, PortableState};
 use futures::Stream;
@@ -60,7 +60,9 @@ impl WorkerService {
             counters: TransferCounters::default(),
             tasks: TaskTracker::new(),
         };
-        WorkerService { worker: Arc::new(worker) }
+        WorkerService {
+            worker: Arc::new(worker),
+        }
     }
 
     /// What was moved and refused so far.
@@ -97,18 +99,25 @@ impl worker_server::Worker for WorkerService {
         let stall_deadline = self.worker.options.stall_deadline;
         let (outlet, events) = Outlet::new(baton_scheduler::ids::Epoch(epoch), stall_deadline);
         let worker = Arc::clone(&self.worker);
-        self.worker.tasks.spawn(async move { generate(&worker, request, outlet).await });
+        self.worker
+            .tasks
+            .spawn(async move { generate(&worker, request, outlet).await });
         Ok(Response::new(Box::pin(ReceiverStream::new(events))))
     }
 
     async fn prefill(&self, request: Request<cluster::PrefillRequest>) -> Result<Response<FrameStream>, Status> {
-        Ok(Response::new(Box::pin(source::serve_prefill(&self.worker, request.into_inner()))))
+        Ok(Response::new(Box::pin(source::serve_prefill(
+            &self.worker,
+            request.into_inner(),
+        ))))
     }
 }
 
 async fn generate(worker: &Arc<Worker>, request: cluster::GenerateRequest, outlet: Outlet) {
     let state = worker.identity.check_caller(request.handshake.as_ref()).and_then(|()| {
-        let state = request.state.ok_or_else(|| Failure::Invalid("field state is missing".into()))?;
+        let state = request
+            .state
+            .ok_or_else(|| Failure::Invalid("field state is missing".into()))?;
         PortableState::try_from(state).map_err(|error| Failure::Invalid(error.to_string()))
     });
     match (state, request.prefill) {

@@ -39,11 +39,17 @@ struct Taken {
 
 /// Whether the machine counts a frame as in flight.
 fn is_metered(frame: &cluster::PrefillFrame) -> bool {
-    matches!(frame.frame, Some(Frame::Kv(_) | Frame::FirstToken(_) | Frame::Progress(_)))
+    matches!(
+        frame.frame,
+        Some(Frame::Kv(_) | Frame::FirstToken(_) | Frame::Progress(_))
+    )
 }
 
 /// Starts the prefill of a request from another instance; the stream's drop ends it.
-pub(super) fn serve_prefill(worker: &Arc<Worker>, request: cluster::PrefillRequest) -> impl Stream<Item = FrameResult> + use<> {
+pub(super) fn serve_prefill(
+    worker: &Arc<Worker>,
+    request: cluster::PrefillRequest,
+) -> impl Stream<Item = FrameResult> + use<> {
     let (frames, receiver) = mpsc::channel(MAX_IN_FLIGHT as usize + N_EXTRA_FRAMES);
     let taken = Arc::new(Taken::default());
     let driver = Arc::clone(worker);
@@ -69,8 +75,12 @@ pub(super) fn serve_prefill(worker: &Arc<Worker>, request: cluster::PrefillReque
 }
 
 fn ended(failure: Option<&Failure>) -> cluster::PrefillFrame {
-    let ended = cluster::PrefillEnded { failure: failure.map(Into::into) };
-    cluster::PrefillFrame { frame: Some(Frame::Ended(ended)) }
+    let ended = cluster::PrefillEnded {
+        failure: failure.map(Into::into),
+    };
+    cluster::PrefillFrame {
+        frame: Some(Frame::Ended(ended)),
+    }
 }
 
 struct SourceDriver {
@@ -94,7 +104,9 @@ impl SourceDriver {
         frames: mpsc::Sender<FrameResult>,
     ) -> Result<SourceDriver, Failure> {
         worker.identity.check_caller(request.handshake.as_ref())?;
-        let state = request.state.ok_or_else(|| Failure::Invalid("field state is missing".into()))?;
+        let state = request
+            .state
+            .ok_or_else(|| Failure::Invalid("field state is missing".into()))?;
         let state = PortableState::try_from(state).map_err(|error| Failure::Invalid(error.to_string()))?;
         let layout = worker.engine.layout();
         let job = worker.engine.prefill(state, request.first_block as usize)?;
@@ -103,12 +115,6 @@ impl SourceDriver {
             first_block: request.first_block,
             n_blocks: job.n_blocks() as u32,
         };
-        if plan.first_block >= plan.n_blocks {
-            return Err(Failure::Invalid(format!(
-                "first_block is {}, expected less than the {} blocks of the context",
-                plan.first_block, plan.n_blocks
-            )));
-        }
         let per_frame = (KV_FRAME_BYTES / layout.layer_block_bytes()).max(1) as u32;
         let stall_deadline = nanos(worker.options.stall_deadline);
         let driver = SourceDriver {
@@ -128,7 +134,10 @@ impl SourceDriver {
     }
 
     async fn run(mut self, taken: &Taken) {
-        let mut heartbeat = interval_at(Instant::now() + self.worker.options.heartbeat, self.worker.options.heartbeat);
+        let mut heartbeat = interval_at(
+            Instant::now() + self.worker.options.heartbeat,
+            self.worker.options.heartbeat,
+        );
         heartbeat.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let frames = self.frames.clone();
         while !self.machine.is_closed() {
@@ -190,7 +199,14 @@ impl SourceDriver {
                 })),
                 SourceAction::SendEnd(failure) => {
                     let counters = &self.worker.counters;
-                    add(if failure.is_none() { &counters.n_sent } else { &counters.n_failed }, 1);
+                    add(
+                        if failure.is_none() {
+                            &counters.n_sent
+                        } else {
+                            &counters.n_failed
+                        },
+                        1,
+                    );
                     let _ = self.frames.try_send(Ok(ended(failure.as_ref())));
                 }
                 // Everything held is in `self`, which the closed machine ends.
@@ -200,7 +216,9 @@ impl SourceDriver {
     }
 
     fn send_kv(&mut self, range: KvRange) {
-        let reads: Vec<KvRead> = self.pinned[range.layer as usize].drain(..range.n_blocks as usize).collect();
+        let reads: Vec<KvRead> = self.pinned[range.layer as usize]
+            .drain(..range.n_blocks as usize)
+            .collect();
         let frame = self.worker.transport.pack(self.transfer, range, reads);
         let counters = &self.worker.counters;
         add(&counters.bytes_sent, frame.data.len() as u64);

@@ -75,10 +75,18 @@ impl KvTransport for GrpcTransport {
         let part = self.layout.part_bytes();
         let expected = writers.len() * 2 * part;
         if frame.data.len() != expected {
-            return Err(TransportError::Size { layer: frame.layer, found: frame.data.len(), expected });
+            return Err(TransportError::Size {
+                layer: frame.layer,
+                found: frame.data.len(),
+                expected,
+            });
         }
         let (keys, values) = frame.data.split_at(writers.len() * part);
-        for ((writer, key), value) in writers.iter_mut().zip(keys.chunks_exact(part)).zip(values.chunks_exact(part)) {
+        for ((writer, key), value) in writers
+            .iter_mut()
+            .zip(keys.chunks_exact(part))
+            .zip(values.chunks_exact(part))
+        {
             writer.write(frame.layer as usize, key, value)?;
         }
         Ok(expected as u64)

@@ -102,7 +102,10 @@ pub struct Destination {
 impl Destination {
     /// A transfer whose stream is being opened at `now`. It fails when nothing moves for `progress_deadline`.
     pub fn new(transfer: TransferId, plan: TransferPlan, progress_deadline: Nanos, now: Nanos) -> Destination {
-        assert!(plan.first_block < plan.n_blocks, "a transfer without blocks: {plan:?}");
+        assert!(
+            plan.first_block <= plan.n_blocks,
+            "more blocks held than there are: {plan:?}"
+        );
         Destination {
             transfer,
             plan,

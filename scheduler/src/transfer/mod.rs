@@ -33,7 +33,8 @@ impl KvRange {
     }
 }
 
-/// What travels: in each layer the blocks from `first_block` up to `n_blocks`.
+/// What travels: in each layer the blocks from `first_block` up to `n_blocks`; none when the destination holds them all,
+/// and then only the token is owed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TransferPlan {
     /// Layers of the model.

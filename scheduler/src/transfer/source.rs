@@ -69,7 +69,10 @@ impl Source {
     /// A transfer that may have `max_in_flight` messages on the link, frames of at most `max_blocks_per_frame` blocks, and
     /// that is given up when the link takes nothing for `stall_deadline` while something waits.
     pub fn new(plan: TransferPlan, max_in_flight: u32, max_blocks_per_frame: u32, stall_deadline: Nanos) -> Source {
-        assert!(plan.first_block < plan.n_blocks, "a transfer without blocks: {plan:?}");
+        assert!(
+            plan.first_block <= plan.n_blocks,
+            "more blocks held than there are: {plan:?}"
+        );
         assert!(
             max_in_flight > 0 && max_blocks_per_frame > 0,
             "a link that takes nothing"

@@ -1,0 +1,11 @@
+//! The product as its users run it: real processes, real sockets. One binary, one file a story.
+
+mod clients;
+mod cluster;
+mod equality;
+mod faults;
+mod goldens;
+mod layerwise;
+mod purity;
+mod soak;
+mod throttle;
