@@ -28,9 +28,25 @@ async fn slow_cluster(pools: &[&str]) -> Cluster {
     Cluster::serve(&[&base[..], pools].concat()).await
 }
 
+/// Waits until an instance of `role` is in the middle of a request; answers its name and process id.
+async fn busy_instance(cluster: &Cluster, role: &str) -> (String, u32) {
+    let mut found = None;
+    cluster
+        .until(&format!("a {role} instance is in the middle of it"), |instances| {
+            found = instances.iter().find_map(|status| {
+                let (join, load) = (status.join.as_ref()?, status.load.as_ref()?);
+                let is_busy = join.role == role && load.n_running == 1;
+                is_busy.then(|| (join.instance_id.clone(), join.pid))
+            });
+            found.is_some()
+        })
+        .await;
+    found.expect("the wait ended with one")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prefill_instance_that_dies_in_the_middle_costs_only_time() {
-    let cluster = slow_cluster(&["--prefill", "1", "--decode", "1"]).await;
+    let cluster = slow_cluster(&["--prefill", "2", "--decode", "1"]).await;
     let ids = prompt(11, 3000);
     let options = |salt: &str| json!({ "max_tokens": 16, "temperature": 0.8, "seed": 5, "cache_salt": salt });
     let undisturbed = cluster.complete(&ids, &options("a")).await;
@@ -38,17 +54,18 @@ async fn a_prefill_instance_that_dies_in_the_middle_costs_only_time() {
         .until_counter("decode-0", "handoffs_received_total", |n| n == 1)
         .await;
     let full_bytes = cluster.counter("decode-0", "kv_bytes_received_total").await;
-    let victim = cluster.pid("prefill-0").await;
 
     let options = options("b");
     let asked = cluster.complete(&ids, &options);
     let killed = async {
+        let (name, victim) = busy_instance(&cluster, "prefill").await;
         cluster
             .until_counter("decode-0", "kv_bytes_received_total", |n| n > full_bytes)
             .await;
         signal(victim, Signal::KILL);
+        (name, victim)
     };
-    let (disturbed, ()) = tokio::join!(asked, killed);
+    let (disturbed, (name, victim)) = tokio::join!(asked, killed);
     assert_eq!(disturbed, undisturbed);
 
     // The kill lay between the first and the last frame: some bytes came, the handoff failed, and all came again.
@@ -61,8 +78,9 @@ async fn a_prefill_instance_that_dies_in_the_middle_costs_only_time() {
         received > 2 * full_bytes && received < 3 * full_bytes,
         "{received} of {full_bytes} bytes a transfer"
     );
+    cluster.until("all are back", |instances| instances.len() == 3).await;
     assert_ne!(
-        cluster.pid("prefill-0").await,
+        cluster.pid(&name).await,
         victim,
         "serve started it again, as a new incarnation"
     );
@@ -78,19 +96,7 @@ async fn a_decode_instance_that_dies_costs_only_time() {
     let options = options("b");
     let asked = cluster.complete(&ids, &options);
     let killed = async {
-        let mut victim = 0;
-        cluster
-            .until("a decode instance is in the middle of it", |instances| {
-                let busy = instances.iter().find(|status| {
-                    let (Some(join), Some(load)) = (&status.join, &status.load) else {
-                        return false;
-                    };
-                    join.role == "decode" && load.n_running == 1
-                });
-                victim = busy.and_then(|status| status.join.as_ref()).map_or(0, |join| join.pid);
-                busy.is_some()
-            })
-            .await;
+        let (_, victim) = busy_instance(&cluster, "decode").await;
         signal(victim, Signal::KILL);
     };
     let (disturbed, ()) = tokio::join!(asked, killed);
@@ -119,19 +125,7 @@ async fn a_silent_instance_is_given_up_after_the_keepalive() {
     let full_bytes = cluster.counter("decode-0", "kv_bytes_received_total").await;
     let asked = cluster.complete(&ids, &options);
     let stopped = async {
-        let mut victim = 0;
-        cluster
-            .until("a prefill instance computes", |instances| {
-                let busy = instances.iter().find(|status| {
-                    let (Some(join), Some(load)) = (&status.join, &status.load) else {
-                        return false;
-                    };
-                    join.role == "prefill" && load.n_running == 1
-                });
-                victim = busy.and_then(|status| status.join.as_ref()).map_or(0, |join| join.pid);
-                busy.is_some()
-            })
-            .await;
+        let (_, victim) = busy_instance(&cluster, "prefill").await;
         cluster
             .until_counter("decode-0", "kv_bytes_received_total", |n| n > full_bytes)
             .await;
