@@ -47,6 +47,8 @@ pub struct SchedulerConfig {
     pub api_key: Option<Secret>,
     /// Links to workers.
     pub links: LinkConfig,
+    /// Instances that must have joined before the ready line, besides one that can generate.
+    pub n_awaited_instances: usize,
     /// How long open requests may take to end once the process is told to stop.
     pub drain_timeout: Duration,
 }
@@ -109,7 +111,7 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
         .with_context(|| format!("listening on {}", config.listen))?;
     let address = listener.local_addr()?;
     let socket = serve_socket(&config, &link, registry, shutdown.clone())?;
-    let announced = announce_when_ready(&door, address, &shutdown);
+    let announced = announce_when_ready(&door, config.n_awaited_instances, address, &shutdown);
     let serve_options = ServeOptions {
         drain_timeout: config.drain_timeout,
         ..ServeOptions::default()
@@ -145,9 +147,18 @@ fn serve_socket(
     Ok(Some(tokio::spawn(async move { Ok(serving.await?) })))
 }
 
-async fn announce_when_ready(door: &FrontDoor, address: SocketAddr, shutdown: &CancellationToken) {
+async fn announce_when_ready(
+    door: &FrontDoor,
+    n_awaited_instances: usize,
+    address: SocketAddr,
+    shutdown: &CancellationToken,
+) {
     let mut ticks = tokio::time::interval(READY_POLL);
-    while door.load().not_ready.is_some() {
+    let is_ready = || {
+        let load = door.load();
+        load.not_ready.is_none() && load.instances.len() >= n_awaited_instances
+    };
+    while !is_ready() {
         tokio::select! {
             _ = ticks.tick() => {}
             () = shutdown.cancelled() => return,

@@ -242,6 +242,7 @@ impl FrontDoorFlags {
             max_queue: max_queue.map_or(SchedulerConfig::DEFAULT_MAX_QUEUE, NonZeroUsize::get),
             api_key: layers.pick("api_key", self.api_key)?,
             links,
+            n_awaited_instances: 0,
             drain_timeout: SchedulerConfig::DEFAULT_DRAIN_TIMEOUT,
         })
     }

@@ -73,6 +73,7 @@ impl ServeFlags {
             .resolve(layers, model.clone(), max_model_len, links.clone())?;
         let scheduler = SchedulerConfig {
             dtype: Some(engine.dtype),
+            n_awaited_instances: instances.len(),
             ..front_door
         };
         let unset = Address::Unix("/unset".into());

@@ -69,11 +69,6 @@ impl Process {
         self.child.id().expect("the process runs")
     }
 
-    /// `host:port` of the URL.
-    pub fn address(&self) -> &str {
-        self.url.trim_start_matches("http://")
-    }
-
     /// Waits for the process's end.
     pub async fn wait(&mut self) -> std::process::ExitStatus {
         tokio::time::timeout(PATIENCE, self.child.wait())
