@@ -27,7 +27,7 @@ fn patience(i: u32) -> Patience {
 async fn ask(cluster: &Cluster, i: u32) -> bool {
     let n_prompt = 1 + (i.wrapping_mul(7919) % 150) as usize;
     let shared = prompt(i % 5, 64);
-    let ids = if i % 2 == 0 {
+    let ids = if i.is_multiple_of(2) {
         [&shared[..], &prompt(i, n_prompt)].concat()
     } else {
         prompt(i, n_prompt)
