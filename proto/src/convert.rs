@@ -383,20 +383,21 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn token() -> impl Strategy<Value = (u32, Option<(f32, u32, Vec<(u32, f32)>)>)> {
-        let logprobs = (
-            -50f32..0.0,
-            1u32..100,
-            prop::collection::vec((0u32..9999, -50f32..0.0), 0..4),
-        );
-        (0u32..200_000, prop::option::of(logprobs))
+    prop_compose! {
+        fn logprobs()(
+            logprob in -50f32..0.0,
+            rank in 1u32..100,
+            top in prop::collection::vec((0u32..9999, -50f32..0.0), 0..4),
+        ) -> TokenLogprobs {
+            TokenLogprobs { logprob, rank, top }
+        }
     }
 
     prop_compose! {
         fn state()(
             id in any::<u128>(),
             prompt in prop::collection::vec(0u32..200_000, 1..50),
-            output in prop::collection::vec(token(), 0..20),
+            output in prop::collection::vec((0u32..200_000, prop::option::of(logprobs())), 0..20),
             (max_tokens, temperature, top_k, top_p, seed) in (1u32..1000, 0f32..2.0, 0u32..100, 0.01f32..1.0, any::<u64>()),
             stop in prop::collection::vec(any::<u32>(), 0..3),
             (logprobs, prompt_logprobs) in (prop::option::of(0u8..=20), prop::option::of(0u8..=20)),
@@ -406,7 +407,7 @@ mod tests {
             let output = output.into_iter().enumerate().map(|(index, (id, logprobs))| Token {
                 index: index as u32,
                 id,
-                logprobs: logprobs.map(|(logprob, rank, top)| TokenLogprobs { logprob, rank, top }),
+                logprobs,
             }).collect();
             PortableState {
                 request: Request {
