@@ -112,8 +112,11 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     let address = listener.local_addr()?;
     let socket = serve_socket(&config, &link, registry, shutdown.clone())?;
     let announced = announce_when_ready(&door, config.n_awaited_instances, address, &shutdown);
+    let half_keepalive = config.links.keepalive / 2;
     let serve_options = ServeOptions {
         drain_timeout: config.drain_timeout,
+        keepalive_interval: half_keepalive,
+        keepalive_timeout: half_keepalive,
         ..ServeOptions::default()
     };
     let (served, ()) = tokio::join!(api::serve(listener, router, &state, serve_options), announced);

@@ -231,19 +231,15 @@ async fn listen(
     }
 }
 
-/// Ends with an error when the step thread has died: a process that cannot compute is better replaced.
+/// Ends with an error when the step thread has died or comes round no more: its streams break, its requests are placed
+/// again, and a process that cannot compute is replaced.
 async fn watch(service: &WorkerService, stop: CancellationToken) -> anyhow::Result<()> {
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
-    let mut was_stuck = false;
     loop {
         tokio::select! {
             _ = ticks.tick() => match service.engine().health() {
-                Health::Well => was_stuck = false,
-                Health::Stuck(since) => {
-                    if !std::mem::replace(&mut was_stuck, true) {
-                        tracing::error!(seconds = since.as_secs_f64(), "no step although work is pending");
-                    }
-                }
+                Health::Well => {}
+                Health::Stuck(since) => anyhow::bail!("no step for {:.1} s although work is pending", since.as_secs_f64()),
                 Health::Dead(words) => anyhow::bail!("the step thread has ended: {words}"),
             },
             () = stop.cancelled() => return Ok(()),

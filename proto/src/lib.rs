@@ -24,5 +24,6 @@ pub const PROTOCOL_VERSION: u32 = 1;
 
 /// Whether this build can speak with a peer of `version`.
 pub const fn speaks(version: u32) -> bool {
-    version == PROTOCOL_VERSION || version + 1 == PROTOCOL_VERSION
+    // An absent field reads as 0, which is no version.
+    version != 0 && (version == PROTOCOL_VERSION || version + 1 == PROTOCOL_VERSION)
 }

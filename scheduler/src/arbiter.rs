@@ -4,7 +4,7 @@
 use crate::ids::{Epoch, InstanceId};
 use crate::request::{Failure, Finish};
 
-/// Placements without a new token before the request is given up (DESIGN: three).
+/// Placements without a new token before the request is given up.
 pub const MAX_ATTEMPTS: u32 = 3;
 
 /// What the front door learns about a request.
@@ -35,6 +35,8 @@ pub enum ArbiterFact {
         /// The instance that is to blame, if one is.
         blamed: Option<InstanceId>,
     },
+    /// No instance had room within the bound of the wait.
+    NoRoom,
     /// The client closed its stream or aborted.
     ClientGone,
     /// The request's deadline passed.
@@ -127,6 +129,15 @@ impl Arbiter {
                 vec![ArbiterAction::Open(self.epoch)]
             }
             (Stage::Streaming, ArbiterFact::Placed) => unreachable!("placed while a stream is open"),
+            (Stage::Placing, ArbiterFact::NoRoom) if self.epoch == Epoch(0) => {
+                let failure = Failure::Busy("no instance had room in time".into());
+                self.end(Stage::Placing, ArbiterAction::Fail(failure))
+            }
+            (Stage::Placing, ArbiterFact::NoRoom) => {
+                let failure = Failure::InstanceLost("no instance could take the request over in time".into());
+                self.end(Stage::Placing, ArbiterAction::Fail(failure))
+            }
+            (Stage::Streaming, ArbiterFact::NoRoom) => unreachable!("placed while a stream is open"),
             (stage, ArbiterFact::ClientGone) => self.end(stage, ArbiterAction::Fail(Failure::Cancelled)),
             (stage, ArbiterFact::DeadlinePassed) => self.end(stage, ArbiterAction::Fail(Failure::DeadlineExceeded)),
             (Stage::Streaming, ArbiterFact::Token { epoch, index }) if epoch == self.epoch => self.take_token(index),
@@ -242,6 +253,24 @@ mod tests {
             });
             assert_eq!(actions, [ArbiterAction::Close, ArbiterAction::Fail(failure)]);
         }
+    }
+
+    #[test]
+    fn without_room_the_end_says_whether_it_had_begun() {
+        let mut arbiter = Arbiter::new();
+        let actions = arbiter.apply(ArbiterFact::NoRoom);
+        assert!(
+            matches!(&actions[..], [ArbiterAction::Fail(Failure::Busy(_))]),
+            "{actions:?}"
+        );
+        let mut arbiter = Arbiter::new();
+        arbiter.apply(ArbiterFact::Placed);
+        arbiter.apply(lost(Epoch(1)));
+        let actions = arbiter.apply(ArbiterFact::NoRoom);
+        assert!(
+            matches!(&actions[..], [ArbiterAction::Fail(Failure::InstanceLost(_))]),
+            "{actions:?}"
+        );
     }
 
     proptest! {

@@ -99,7 +99,7 @@ pub enum Failure {
     /// An instance died, was cut off, or gave up; placed again where attempts are left.
     #[error("instance lost: {0}")]
     InstanceLost(String),
-    /// The peer is of another protocol version, model, dtype or layout. Not retried with the same pair.
+    /// The peer is of another protocol version, model, dtype or layout. Another pair may agree.
     #[error("incompatible peer: {0}")]
     Incompatible(String),
     /// The request's own deadline passed.

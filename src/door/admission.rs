@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
 use std::time::Duration;
 
-use baton_scheduler::ids::{InstanceId, TokenId};
-use baton_scheduler::request::Request;
+use baton_scheduler::ids::{InstanceId, Nanos, TokenId};
+use baton_scheduler::prefix_cache::{PrefixHasher, PrefixKey};
+use baton_scheduler::request::{Request, Token};
 use tokio::sync::Mutex;
 
 use super::Rejection;
-use super::cluster::{Cluster, Reachable};
+use super::cluster::{Cluster, KeySpace, Reachable};
 
 /// Bound of the queue and its head.
 pub(super) struct Admission {
@@ -58,27 +59,77 @@ impl Admission {
         }
     }
 
-    /// Waits for its turn, then for room; gives the place in the queue back once placed.
-    pub(super) async fn place_in_turn(&self, place: QueuePlace, cluster: &Cluster, request: &Request) -> Reachable {
+    /// Waits for its turn, then for room; gives the place in the queue back once placed. Answers when its turn came, too.
+    pub(super) async fn place_in_turn(
+        &self,
+        place: QueuePlace,
+        cluster: &Cluster,
+        wanted: &mut Wanted,
+    ) -> (Reachable, Nanos) {
         let turn = self.head.lock().await;
-        let reachable = place_when_possible(cluster, request, &[], &[]).await;
+        let admitted_at = cluster.now();
+        let reachable = place_when_possible(cluster, wanted).await;
         drop(turn);
         drop(place);
-        reachable
+        (reachable, admitted_at)
     }
 }
 
-/// Waits for room, without a turn: for requests that were admitted before and must be placed again.
-pub(super) async fn place_when_possible(
-    cluster: &Cluster,
-    request: &Request,
-    output_ids: &[TokenId],
-    avoided: &[InstanceId],
-) -> Reachable {
+/// A request to be placed. Its prefix keys are worked out once, outside of the cluster's lock.
+pub(super) struct Wanted {
+    pub(super) request: Request,
+    pub(super) avoided: Vec<InstanceId>,
+    /// Prompt, and what was generated so far.
+    tokens: Vec<TokenId>,
+    /// Of these tokens, and for whom they are valid.
+    keys: Option<(KeySpace, Vec<PrefixKey>)>,
+}
+
+impl Wanted {
+    pub(super) fn new(request: Request) -> Wanted {
+        let tokens = request.prompt_ids.to_vec();
+        Wanted {
+            request,
+            avoided: Vec::new(),
+            tokens,
+            keys: None,
+        }
+    }
+
+    /// The same request again, elsewhere, with the tokens generated so far.
+    pub(super) fn go_on_after(&mut self, output: &[Token], avoided: &[InstanceId]) {
+        self.tokens.truncate(self.request.prompt_ids.len());
+        self.tokens.extend(output.iter().map(|token| token.id));
+        self.avoided = avoided.to_vec();
+        self.keys = None;
+    }
+
+    pub(super) fn n_tokens(&self) -> u32 {
+        self.tokens.len() as u32
+    }
+
+    fn prefix_keys(&mut self, space: KeySpace) -> &[PrefixKey] {
+        // A request that reports on every prompt token takes no hits.
+        if self.request.sampling.prompt_logprobs.is_some() {
+            return &[];
+        }
+        if self.keys.as_ref().is_none_or(|(of, _)| *of != space) {
+            let hasher = PrefixHasher::new(space.fingerprint, space.block_size as usize);
+            self.keys = Some((space, hasher.keys(self.request.cache_salt, &self.tokens)));
+        }
+        self.keys.as_ref().map_or(&[], |(_, keys)| keys)
+    }
+}
+
+/// Waits for room, without a turn: for requests that were admitted before and must be placed again, too.
+pub(super) async fn place_when_possible(cluster: &Cluster, wanted: &mut Wanted) -> Reachable {
     let mut changes = cluster.changes();
     loop {
-        if let Some(reachable) = cluster.try_place(request, output_ids, avoided) {
-            return reachable;
+        if let Some(space) = cluster.key_space() {
+            let keys = wanted.prefix_keys(space).to_vec();
+            if let Some(reachable) = cluster.try_place(wanted, keys) {
+                return reachable;
+            }
         }
         // The cluster holds the sender and outlives this borrow of it.
         let _ = changes.changed().await;

@@ -7,17 +7,18 @@ use baton_proto::cluster::worker_client::WorkerClient;
 use baton_proto::convert::{WireError, instance_info_from_wire, prefix_events_from_wire};
 use baton_proto::link::{LinkError, LinkOptions, MAX_MESSAGE_BYTES, PresentSecret};
 use baton_proto::{cluster, speaks};
-use baton_scheduler::ids::{Incarnation, InstanceId, Nanos, RequestId, Role, TokenId};
+use baton_scheduler::ids::{Fingerprint, Incarnation, InstanceId, Nanos, RequestId, Role};
 use baton_scheduler::placement::{
     ClusterView, InstanceLoad, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent,
 };
-use baton_scheduler::prefix_cache::PrefixHasher;
+use baton_scheduler::prefix_cache::PrefixKey;
 use baton_scheduler::request::Request;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
+use super::admission::Wanted;
 use super::{InstanceView, Rejection};
 
 /// A client of an instance's worker service.
@@ -60,6 +61,13 @@ struct State {
     view: ClusterView,
     policy: Box<dyn Policy>,
     members: BTreeMap<InstanceId, Member>,
+}
+
+/// Whose prefix keys are equal.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct KeySpace {
+    pub(super) fingerprint: Fingerprint,
+    pub(super) block_size: u32,
 }
 
 /// The cluster as one front door knows it.
@@ -248,24 +256,21 @@ impl Cluster {
         }
     }
 
+    /// What prefix keys are made of here. Instances that disagree cannot exchange KV, and their hits are not counted.
+    pub(super) fn key_space(&self) -> Option<KeySpace> {
+        let state = self.state.lock();
+        let info = &state.view.instances().values().next()?.info;
+        Some(KeySpace {
+            fingerprint: info.fingerprint,
+            block_size: info.block_size,
+        })
+    }
+
     /// Places a request now, if there is room, and counts it until [`Cluster::close`].
-    pub(super) fn try_place(
-        &self,
-        request: &Request,
-        output_ids: &[TokenId],
-        avoided: &[InstanceId],
-    ) -> Option<Reachable> {
+    pub(super) fn try_place(&self, wanted: &Wanted, prefix_keys: Vec<PrefixKey>) -> Option<Reachable> {
         let mut state = self.state.lock();
         let state = &mut *state;
-        let info = &state.view.instances().values().next()?.info;
-        let n_tokens = (request.prompt_ids.len() + output_ids.len()) as u32;
-        let mut tokens = request.prompt_ids.to_vec();
-        tokens.extend_from_slice(output_ids);
-        let prefix_keys = match request.sampling.prompt_logprobs {
-            Some(_) => Vec::new(),
-            None => PrefixHasher::new(info.fingerprint, info.block_size as usize).keys(request.cache_salt, &tokens),
-        };
-        let block_size = info.block_size;
+        let (request, avoided, n_tokens) = (&wanted.request, &wanted.avoided, wanted.n_tokens());
         let asked = PlacementRequest {
             request,
             prefix_keys: &prefix_keys,
@@ -284,6 +289,7 @@ impl Cluster {
             })
         };
         let member = state.members.get(&placement.decode)?;
+        let block_size = member.join.block_size;
         let decode = WorkerClient::with_interceptor(member.channel.clone(), self.link.present_secret())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::{self, ended::How, generate_event::Event};
 use baton_scheduler::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
-use baton_scheduler::ids::{Epoch, InstanceId, Nanos, TokenId};
+use baton_scheduler::ids::{Epoch, InstanceId, Nanos};
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token, TokenLogprobs};
 use baton_scheduler::timeline::{Moment, Timeline};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tonic::Streaming;
 
-use super::admission::{Admission, QueuePlace, place_when_possible};
+use super::admission::{Admission, QueuePlace, Wanted, place_when_possible};
 use super::cluster::{Cluster, Reachable};
 use super::front_door::FrontDoorOptions;
 use super::{DoorEvent, Submission, Usage};
@@ -28,6 +28,8 @@ pub(super) struct RequestDriver {
     output: Vec<Token>,
     usage: Usage,
     has_prompt_logprobs: bool,
+    /// The last epoch in which a token came, so that its prompt is computed.
+    prefilled_in: Option<Epoch>,
     timeline: Timeline,
 }
 
@@ -70,6 +72,7 @@ impl RequestDriver {
             output: Vec::new(),
             usage,
             has_prompt_logprobs: false,
+            prefilled_in: None,
             timeline,
         }
     }
@@ -79,22 +82,18 @@ impl RequestDriver {
         let admission = Arc::clone(&self.admission);
         let cluster = Arc::clone(&self.cluster);
         let request = self.submission.request.clone();
-        let first = self.placed(admission.place_in_turn(place, &cluster, &request)).await;
-        self.timeline.mark(Moment::Admitted, self.cluster.now());
+        let mut wanted = Wanted::new(request);
+        let first = self.placed(admission.place_in_turn(place, &cluster, &mut wanted)).await;
         let mut stream = None;
         let mut reachable = None;
-        let mut fact = match first {
-            Ok(placed) => {
+        let mut fact = Some(match first {
+            Ok((placed, admitted_at)) => {
+                self.timeline.mark(Moment::Admitted, admitted_at);
                 reachable = Some(placed);
-                Some(ArbiterFact::Placed)
+                ArbiterFact::Placed
             }
-            Err(Unplaced::Fact(fact)) => Some(fact),
-            Err(Unplaced::TimedOut) => {
-                let failure = Failure::Busy("no instance had room in time".into());
-                self.end(DoorEvent::Failed(failure)).await;
-                return;
-            }
-        };
+            Err(fact) => fact,
+        });
         loop {
             let mut next = None;
             for action in fact.take().map(|fact| self.arbiter.apply(fact)).unwrap_or_default() {
@@ -112,21 +111,14 @@ impl RequestDriver {
                         self.cluster.close(self.submission.request.id);
                     }
                     ArbiterAction::Place => {
-                        let output_ids: Vec<TokenId> = self.output.iter().map(|token| token.id).collect();
-                        let avoided = self.arbiter.avoided().to_vec();
-                        let placing = place_when_possible(&cluster, &request, &output_ids, &avoided);
-                        match self.placed(placing).await {
+                        wanted.go_on_after(&self.output, self.arbiter.avoided());
+                        next = Some(match self.placed(place_when_possible(&cluster, &mut wanted)).await {
                             Ok(placed) => {
                                 reachable = Some(placed);
-                                next = Some(ArbiterFact::Placed);
+                                ArbiterFact::Placed
                             }
-                            Err(Unplaced::Fact(fact)) => next = Some(fact),
-                            Err(Unplaced::TimedOut) => {
-                                let failure = Failure::InstanceLost("no instance could take the request over".into());
-                                self.end(DoorEvent::Failed(failure)).await;
-                                return;
-                            }
-                        }
+                            Err(fact) => fact,
+                        });
                     }
                     ArbiterAction::Deliver | ArbiterAction::Discard => unreachable!("tokens are applied as they come"),
                     ArbiterAction::Finish(finish) => {
@@ -157,11 +149,11 @@ impl RequestDriver {
     }
 
     /// A placement, unless the client, the deadline or the bound of the wait comes first.
-    async fn placed(&self, placing: impl Future<Output = Reachable>) -> Result<Reachable, Unplaced> {
+    async fn placed<T>(&self, placing: impl Future<Output = T>) -> Result<T, ArbiterFact> {
         tokio::select! {
             placed = placing => Ok(placed),
-            fact = self.interrupted() => Err(Unplaced::Fact(fact)),
-            () = tokio::time::sleep(self.options.max_queue_wait) => Err(Unplaced::TimedOut),
+            fact = self.interrupted() => Err(fact),
+            () = tokio::time::sleep(self.options.max_queue_wait) => Err(ArbiterFact::NoRoom),
         }
     }
 
@@ -221,7 +213,6 @@ impl RequestDriver {
             }),
             state: Some((&state).into()),
             prefill,
-            deadline_ms: 0,
         };
         let opened_at = self.cluster.now();
         let opening = tokio::time::timeout(self.cluster.call_timeout(), decode.generate(request));
@@ -281,8 +272,11 @@ impl RequestDriver {
         }) {
             match action {
                 ArbiterAction::Deliver => {
-                    if self.output.is_empty() {
+                    if self.prefilled_in != Some(epoch) {
+                        self.prefilled_in = Some(epoch);
                         self.cluster.prefill_done(self.submission.request.id);
+                    }
+                    if self.output.is_empty() {
                         self.timeline.mark(Moment::FirstToken, self.cluster.now());
                     }
                     self.output.push(token.clone());
@@ -369,11 +363,6 @@ impl RequestDriver {
         }
         let _ = self.deliver(event).await;
     }
-}
-
-enum Unplaced {
-    Fact(ArbiterFact),
-    TimedOut,
 }
 
 fn lost(epoch: Epoch, instance: &InstanceId, reason: &str) -> ArbiterFact {

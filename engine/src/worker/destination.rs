@@ -116,7 +116,6 @@ impl DestinationDriver {
             state: Some((&self.state).into()),
             transfer_id: self.transfer.0,
             first_block: self.first_block,
-            deadline_ms: 0,
         };
         Ok(client.prefill(request).await?.into_inner())
     }
@@ -137,7 +136,7 @@ impl DestinationDriver {
             },
             () = self.outlet.closed() => return Err(Gone),
         };
-        let opened_after = self.opened_at.elapsed();
+        let opened_after = self.outlet.elapsed();
         while !(self.is_over && self.machine.is_closed()) {
             if self.machine.is_closed() {
                 stream = None;
@@ -244,6 +243,7 @@ impl DestinationDriver {
                         .token
                         .as_ref()
                         .expect("the machine delivers a token it was told of");
+                    self.used.has_token = true;
                     self.outlet.send(Event::Token(token.into())).await?;
                 }
                 DestinationAction::Join => self.join().await?,
@@ -255,7 +255,10 @@ impl DestinationDriver {
                         .await;
                     self.is_over = true;
                 }
-                DestinationAction::Fail(failure) => self.fail(&failure).await,
+                DestinationAction::Fail(failure) => {
+                    let source = self.source.instance_id.clone();
+                    self.fail(&failure, &source).await;
+                }
                 // The stream goes when the machine is closed.
                 DestinationAction::Close => {}
             }
@@ -279,7 +282,8 @@ impl DestinationDriver {
             }
             Err(error) => {
                 // The frame counts as landed in the machine, so the transfer must not go on.
-                self.fail(&Failure::InstanceLost(error.to_string())).await;
+                let source = self.source.instance_id.clone();
+                self.fail(&Failure::InstanceLost(error.to_string()), &source).await;
                 self.machine
                     .apply(nanos(self.opened_at.elapsed()), DestinationFact::Cancelled);
             }
@@ -301,13 +305,15 @@ impl DestinationDriver {
                 self.outlet.moment(Moment::Joined).await
             }
             Err(failure) => {
-                self.fail(&failure).await;
+                // Our own step loop refused it.
+                self.fail(&failure, "").await;
                 Ok(())
             }
         }
     }
 
-    async fn fail(&mut self, failure: &Failure) {
+    /// Ends the request badly; `blamed` is empty when this instance is at fault.
+    async fn fail(&mut self, failure: &Failure, blamed: &str) {
         if self.is_over {
             return;
         }
@@ -315,7 +321,7 @@ impl DestinationDriver {
         self.reservation = None;
         add(&self.worker.counters.n_failed, 1);
         tracing::info!(request_id = %self.state.request.id, source = %self.source.instance_id, %failure, "handoff failed");
-        self.outlet.fail(failure, &self.source.instance_id, self.used).await;
+        self.outlet.fail(failure, blamed, self.used).await;
     }
 }
 

@@ -54,11 +54,7 @@ pub async fn join_registry(
         let began = Instant::now();
         tokio::select! {
             ended = stay(service, membership, client, &mut on_welcome) => match ended {
-                Ok(Ended::Shutdown) => {
-                    shutdown.cancel();
-                    return Ok(());
-                }
-                Ok(Ended::Closed) => tracing::warn!(scheduler = membership.scheduler, "the scheduler closed the membership"),
+                Ok(()) => tracing::warn!(scheduler = membership.scheduler, "the scheduler closed the membership"),
                 Err(status) => tracing::warn!(
                     scheduler = membership.scheduler,
                     code = %status.code(),
@@ -80,11 +76,6 @@ pub async fn join_registry(
     }
 }
 
-enum Ended {
-    Shutdown,
-    Closed,
-}
-
 type Client = RegistryClient<
     tonic::service::interceptor::InterceptedService<tonic::transport::Channel, baton_proto::link::PresentSecret>,
 >;
@@ -94,7 +85,7 @@ async fn stay(
     membership: &Membership,
     mut client: Client,
     on_welcome: &mut impl FnMut(),
-) -> Result<Ended, Status> {
+) -> Result<(), Status> {
     let (reports, receiver) = mpsc::channel(MAX_REPORTS_WAITING);
     let snapshot = service.engine().prefix_snapshot().await.unwrap_or_default();
     let mut reporter = Reporter {
@@ -115,18 +106,17 @@ async fn stay(
     loop {
         tokio::select! {
             command = commands.message() => match command?.map(|command| command.command) {
-                Some(Some(Command::Shutdown(_))) => return Ok(Ended::Shutdown),
                 Some(Some(Command::Welcome(_))) => {
                     tracing::info!(scheduler = membership.scheduler, "joined the cluster");
                     on_welcome();
                 }
                 Some(None) => {}
-                None => return Ok(Ended::Closed),
+                None => return Ok(()),
             },
             _ = ticks.tick() => {
                 let Some(report) = reporter.report().await else { continue };
                 if reports.send(report).await.is_err() {
-                    return Ok(Ended::Closed);
+                    return Ok(());
                 }
             }
         }
@@ -186,7 +176,9 @@ impl Reporter<'_> {
     }
 
     fn load(&mut self, report: LoadReport) -> cluster::WorkerLoad {
-        let ledger = report.batch.ledger;
+        let batch = report.batch;
+        let ledger = batch.ledger;
+        let is_idle = batch.n_running + batch.n_waiting + batch.n_reserved + batch.n_handing_over == 0;
         let step_times = mean_step(&self.previous, &report).into_iter().collect();
         self.previous = report;
         cluster::WorkerLoad {
@@ -198,7 +190,11 @@ impl Reporter<'_> {
             n_steps: report.engine.n_steps,
             healthy: matches!(self.service.engine().health(), Health::Well),
             counters: counters(&report, self.service),
-            ledger_whole: ledger.is_balanced(),
+            ledger_whole: if is_idle {
+                ledger.is_whole()
+            } else {
+                ledger.is_balanced()
+            },
             step_times,
         }
     }

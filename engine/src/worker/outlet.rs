@@ -22,6 +22,8 @@ pub(super) struct Gone;
 pub(super) struct Used {
     pub(super) n_cached_tokens: u32,
     pub(super) kv_bytes_received: u64,
+    /// Whether its first token is out.
+    pub(super) has_token: bool,
 }
 
 pub(super) struct Outlet {
@@ -62,6 +64,11 @@ impl Outlet {
             .send_timeout(Ok(event), self.stall_deadline)
             .await
             .map_err(|_| Gone)
+    }
+
+    /// Time since the request came.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.opened_at.elapsed()
     }
 
     /// Reports a moment that is now.

@@ -9,6 +9,7 @@ use baton_proto::cluster::generate_event::Event;
 use baton_proto::cluster::worker_server::{self, WorkerServer};
 use baton_proto::link::MAX_MESSAGE_BYTES;
 use baton_scheduler::request::{Failure, PortableState};
+use baton_scheduler::timeline::Moment;
 use futures::Stream;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_stream::wrappers::ReceiverStream;
@@ -132,7 +133,11 @@ async fn generate_here(worker: &Arc<Worker>, state: PortableState, outlet: Outle
         Ok(generation) => generation,
         Err(failure) => return outlet.fail(&failure, "", Used::default()).await,
     };
-    if outlet.send(Event::Accepted(worker.identity.accepted())).await.is_err() {
+    let answered = async {
+        outlet.send(Event::Accepted(worker.identity.accepted())).await?;
+        outlet.moment(Moment::Reserved).await
+    };
+    if answered.await.is_err() {
         return;
     }
     let mut used = Used::default();

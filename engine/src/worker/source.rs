@@ -25,10 +25,10 @@ use crate::engine::{PrefillEvent, PrefillJob, Timed};
 
 type FrameResult = Result<cluster::PrefillFrame, Status>;
 
-/// KV frames and tokens on the link at once (DESIGN: at most two).
+/// KV frames and tokens on the link at once: one on its way while the next is packed.
 const MAX_IN_FLIGHT: u32 = 2;
-/// Besides those: the answer, two moments, prompt log-probabilities, and the typed end.
-const N_EXTRA_FRAMES: usize = 5;
+/// Besides those: the answer, three moments, prompt log-probabilities, and the typed end.
+const N_EXTRA_FRAMES: usize = 6;
 
 /// Counts what the connection has taken.
 #[derive(Default)]
@@ -195,7 +195,6 @@ impl SourceDriver {
                 }
                 SourceAction::SendProgress => self.push(Frame::Progress(cluster::Progress {
                     n_steps: self.worker.engine.n_beats(),
-                    n_tokens_computed: 0,
                 })),
                 SourceAction::SendEnd(failure) => {
                     let counters = &self.worker.counters;
