@@ -1,5 +1,7 @@
 //! The files of the selected model: built in, in a folder, or downloaded from the hub. Loads no weights.
 
+use std::path::PathBuf;
+
 use anyhow::Context as _;
 use baton_engine::model::hub::{HubOptions, download};
 use baton_engine::model::{ModelError, ModelFolder};
@@ -28,14 +30,14 @@ pub fn model_error(error: ModelError) -> ConfigError {
     ConfigError::Impossible(error.to_string())
 }
 
-/// Opens the selected model, downloading it first when it is a hub id.
+/// The folder of the selected model, downloading it first when it is a hub id; `None` for the demo, which is in the binary.
 ///
 /// # Errors
-/// Whatever is missing, misshapen or unsupported, in one line.
-pub async fn open(selection: &ModelSelection) -> anyhow::Result<ModelFolder> {
-    let opened = match &selection.source {
-        ModelSource::Demo => ModelFolder::from_embedded(&DEMO_FILES),
-        ModelSource::Folder(path) => ModelFolder::open(path),
+/// A download that fails, in one line.
+pub async fn folder(selection: &ModelSelection) -> anyhow::Result<Option<PathBuf>> {
+    match &selection.source {
+        ModelSource::Demo => Ok(None),
+        ModelSource::Folder(path) => Ok(Some(path.clone())),
         ModelSource::Hub(id) => {
             let options = HubOptions {
                 endpoint: selection.hub.endpoint.clone(),
@@ -43,11 +45,19 @@ pub async fn open(selection: &ModelSelection) -> anyhow::Result<ModelFolder> {
                 token: selection.hub.token.as_ref().map(|token| token.expose().to_owned()),
                 revision: None,
             };
-            match download(id, &options).await {
-                Ok(path) => ModelFolder::open(path),
-                Err(error) => Err(error),
-            }
+            Ok(Some(download(id, &options).await.map_err(model_error)?))
         }
+    }
+}
+
+/// Opens the selected model, downloading it first when it is a hub id.
+///
+/// # Errors
+/// Whatever is missing, misshapen or unsupported, in one line.
+pub async fn open(selection: &ModelSelection) -> anyhow::Result<ModelFolder> {
+    let opened = match folder(selection).await? {
+        Some(path) => ModelFolder::open(path),
+        None => ModelFolder::from_embedded(&DEMO_FILES),
     };
     Ok(opened.map_err(model_error)?)
 }

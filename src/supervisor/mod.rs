@@ -15,8 +15,9 @@ use baton_scheduler::ids::{InstanceId, Role};
 use futures::future::try_join_all;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Address, ConfigError, UNIX_PATH_LIMIT};
+use crate::config::{Address, ConfigError, ModelSource, UNIX_PATH_LIMIT};
 use crate::logging::LogConfig;
+use crate::model_files;
 use crate::scheduler_process::{SchedulerConfig, run_scheduler};
 use crate::worker_process::WorkerConfig;
 use child::ChildCommand;
@@ -55,6 +56,11 @@ pub struct ServeConfig {
 
 /// Serves until `shutdown`, or until an instance cannot be kept alive.
 pub async fn run_serve(mut config: ServeConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    // Once here, with one progress bar, rather than by every process at the same time.
+    if let Some(path) = model_files::folder(&config.worker.model).await? {
+        config.scheduler.model.source = ModelSource::Folder(path.clone());
+        config.worker.model.source = ModelSource::Folder(path);
+    }
     let sockets = private_dir(&config.runtime_dir, &config.instances)?;
     let scheduler_socket = sockets.path().join("scheduler.sock");
     config.scheduler.cluster_socket = Some(scheduler_socket.clone());

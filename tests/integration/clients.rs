@@ -26,7 +26,7 @@ fn python() -> Option<String> {
 async fn run(script: &'static str) {
     let Some(python) = python() else { return };
     let cluster = Cluster::serve(&["--disaggregation-threshold", "0"]).await;
-    let url = cluster.door.url.clone();
+    let url = cluster.door_url.clone();
     let output = tokio::task::spawn_blocking(move || {
         Command::new(python)
             .arg(repository("tests/clients").join(script))

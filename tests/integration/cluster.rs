@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use baton_proto::cluster::operator_client::OperatorClient;
@@ -34,9 +35,11 @@ fn command(arguments: &[&str]) -> Command {
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("BATON_")) {
         command.env_remove(name);
     }
+    if matches!(arguments.first(), Some(&("serve" | "scheduler" | "worker"))) {
+        command.env("BATON_LOG_LEVEL", "warn");
+    }
     command
         .args(arguments)
-        .args(["--log-level", "warn"])
         .env("XDG_CACHE_HOME", cache_dir())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -91,7 +94,9 @@ pub async fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
 
 /// A server under test: `baton serve`, or a scheduler whose workers are started one by one.
 pub struct Cluster {
-    pub door: Process,
+    pub door_url: String,
+    /// The process behind the URL, when the cluster is its owner.
+    pub door: Option<Process>,
     pub http: reqwest::Client,
 }
 
@@ -103,16 +108,26 @@ impl Cluster {
     pub async fn serve(arguments: &[&str]) -> Cluster {
         let mut all = vec!["serve", "--port", "0", "--threads", "1"];
         all.extend(arguments);
-        Cluster::of(Process::start(&all).await)
+        let door = Process::start(&all).await;
+        let cluster = Cluster::of(door.url.clone());
+        Cluster {
+            door: Some(door),
+            ..cluster
+        }
     }
 
-    pub fn of(door: Process) -> Cluster {
+    /// A cluster whose processes others hold.
+    pub fn of(door_url: String) -> Cluster {
         let http = reqwest::Client::builder().timeout(PATIENCE).build().expect("a client");
-        Cluster { door, http }
+        Cluster {
+            door_url,
+            door: None,
+            http,
+        }
     }
 
     pub fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.door.url)
+        format!("{}{path}", self.door_url)
     }
 
     /// Posts JSON; answers status and JSON.
@@ -149,7 +164,7 @@ impl Cluster {
 
     /// The instances as operators see them.
     pub async fn instances(&self) -> Vec<InstanceStatus> {
-        let channel = tonic::transport::Endpoint::from_shared(self.door.url.clone())
+        let channel = tonic::transport::Endpoint::from_shared(self.door_url.clone())
             .expect("a URL")
             .connect_lazy();
         let mut client = OperatorClient::new(channel);
@@ -252,7 +267,9 @@ pub fn dummy_model(name: &str, n_layers: u32, hidden: u32) -> PathBuf {
         "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2
     });
     // Tests of one run may write it at the same time: the same bytes, put in place in one move.
-    let temporary = folder.join(format!("config.{}.tmp", std::process::id()));
+    static N_WRITTEN: AtomicU32 = AtomicU32::new(0);
+    let unique = (std::process::id(), N_WRITTEN.fetch_add(1, Ordering::Relaxed));
+    let temporary = folder.join(format!("config.{}.{}.tmp", unique.0, unique.1));
     std::fs::write(&temporary, config.to_string()).expect("written");
     std::fs::rename(&temporary, folder.join("config.json")).expect("moved");
     folder

@@ -83,7 +83,7 @@ async fn transfer_hides_behind_the_prefill() {
         Process::start(&prefill),
         Process::start(&decode)
     );
-    let cluster = Cluster::of(door);
+    let cluster = Cluster::of(door.url.clone());
 
     let n_tokens = 2048;
     let ids = prompt(3, n_tokens);

@@ -6,6 +6,7 @@ mod equality;
 mod faults;
 mod goldens;
 mod layerwise;
+mod operations;
 mod purity;
 mod soak;
 mod throttle;
