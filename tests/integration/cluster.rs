@@ -50,7 +50,12 @@ fn command(arguments: &[&str]) -> Command {
 impl Process {
     /// Starts `baton` with `arguments` and waits for its ready line.
     pub async fn start(arguments: &[&str]) -> Process {
-        let mut child = command(arguments).spawn().expect("baton starts");
+        Process::start_logging(arguments, Stdio::inherit()).await
+    }
+
+    /// The same, with its log going to `stderr`.
+    pub async fn start_logging(arguments: &[&str], stderr: Stdio) -> Process {
+        let mut child = command(arguments).stderr(stderr).spawn().expect("baton starts");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         let waiting = async {
             loop {

@@ -63,10 +63,19 @@ async fn a_prefill_instance_that_dies_in_the_middle_costs_only_time() {
             .until_counter("decode-0", "kv_bytes_received_total", |n| n > full_bytes)
             .await;
         signal(victim, Signal::KILL);
-        (name, victim)
+        let killed_at = Instant::now();
+        cluster
+            .until_counter("decode-0", "handoffs_failed_total", |n| n == 1)
+            .await;
+        (name, victim, killed_at.elapsed())
     };
-    let (disturbed, (name, victim)) = tokio::join!(asked, killed);
+    let (disturbed, (name, victim, noticed_after)) = tokio::join!(asked, killed);
     assert_eq!(disturbed, undisturbed);
+    println!("a killed instance was noticed after {noticed_after:?}");
+    assert!(
+        noticed_after < Duration::from_secs(1),
+        "noticed after {noticed_after:?}"
+    );
 
     // The kill lay between the first and the last frame: some bytes came, the handoff failed, and all came again.
     cluster

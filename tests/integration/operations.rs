@@ -159,6 +159,50 @@ async fn deadlines_and_aborts_reach_every_process() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn prompts_and_answers_are_in_no_log() {
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let stderr = log.reopen().expect("the same file").into();
+    let arguments = [
+        "serve",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--disaggregation-threshold",
+        "0",
+        "--log-level",
+        "trace",
+    ];
+    let door = Process::start_logging(&arguments, stderr).await;
+    let cluster = Cluster::of(door.url.clone());
+    let message = json!([{ "role": "user", "content": "What is 37 + 58? Xylophone." }]);
+    let (status, answer) = cluster
+        .post(
+            "/v1/chat/completions",
+            &json!({ "messages": message, "max_tokens": 20 }),
+        )
+        .await;
+    assert_eq!(status, 200, "{answer}");
+    let refused = json!({ "messages": message, "max_tokens": 20, "logit_bias": { "1": 1 } });
+    assert_eq!(cluster.post("/v1/chat/completions", &refused).await.0, 400);
+    cluster.until_idle_and_whole().await;
+    let text = std::fs::read_to_string(log.path()).expect("UTF-8");
+    let id = answer["id"]
+        .as_str()
+        .expect("an id")
+        .trim_start_matches("chatcmpl-")
+        .to_owned();
+    assert!(text.contains(&id), "the log knows the request by its id");
+    let answered = answer["choices"][0]["message"]["content"]
+        .as_str()
+        .expect("text")
+        .to_owned();
+    for secret in ["Xylophone", "37 + 58", answered.as_str()] {
+        assert!(!text.contains(secret), "the log holds {secret:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_work_is_one_line_and_exit_code_2() {
     let empty = tempfile::tempdir().expect("a folder");
     let folder = empty.path().to_str().expect("UTF-8");
