@@ -1,0 +1,129 @@
+//! Every domain type survives the wire; what a message lacks or overdoes is named.
+
+use super::*;
+use proptest::prelude::*;
+
+prop_compose! {
+    fn logprobs()(
+        logprob in -50f32..0.0,
+        rank in 1u32..100,
+        top in prop::collection::vec((0u32..9999, -50f32..0.0), 0..4),
+    ) -> TokenLogprobs {
+        TokenLogprobs { logprob, rank, top }
+    }
+}
+
+prop_compose! {
+    fn state()(
+        id in any::<u128>(),
+        prompt in prop::collection::vec(0u32..200_000, 1..50),
+        output in prop::collection::vec((0u32..200_000, prop::option::of(logprobs())), 0..20),
+        (max_tokens, temperature, top_k, top_p, seed) in (1u32..1000, 0f32..2.0, 0u32..100, 0.01f32..1.0, any::<u64>()),
+        stop in prop::collection::vec(any::<u32>(), 0..3),
+        (logprobs, prompt_logprobs) in (prop::option::of(0u8..=20), prop::option::of(0u8..=20)),
+        (salt, epoch) in (any::<u64>(), any::<u32>()),
+        finish in prop::option::of(prop_oneof![any::<u32>().prop_map(Finish::Stop), Just(Finish::Length)]),
+    ) -> PortableState {
+        let output = output.into_iter().enumerate().map(|(index, (id, logprobs))| Token {
+            index: index as u32,
+            id,
+            logprobs,
+        }).collect();
+        PortableState {
+            request: Request {
+                id: RequestId(id),
+                prompt_ids: Arc::from(prompt),
+                sampling: SamplingParams {
+                    max_tokens, temperature, top_k, top_p, seed, stop_token_ids: stop, logprobs, prompt_logprobs,
+                },
+                cache_salt: salt,
+            },
+            choices: vec![ChoiceState { output, finish }],
+            epoch: Epoch(epoch),
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn portable_state_survives_the_wire(state in state()) {
+        let bytes = prost::Message::encode_to_vec(&cluster::PortableState::from(&state));
+        let wire = <cluster::PortableState as prost::Message>::decode(bytes.as_slice()).unwrap();
+        prop_assert_eq!(PortableState::try_from(wire).unwrap(), state);
+    }
+}
+
+proptest! {
+    /// A mirror fed by messages holds what a mirror fed by events holds.
+    #[test]
+    fn prefix_events_survive_the_wire(events in prop::collection::vec((0u8..9, 0u128..6), 0..40), cut in 0usize..40) {
+        let events: Vec<PrefixEvent> = events.into_iter().map(|(kind, key)| match kind {
+            0..=4 => PrefixEvent::Stored(PrefixKey(key)),
+            5..=7 => PrefixEvent::Removed(PrefixKey(key)),
+            _ => PrefixEvent::Cleared,
+        }).collect();
+        let mirror = |events: &[PrefixEvent]| {
+            let mut keys = std::collections::BTreeSet::new();
+            for event in events {
+                match *event {
+                    PrefixEvent::Stored(key) => drop(keys.insert(key)),
+                    PrefixEvent::Removed(key) => drop(keys.remove(&key)),
+                    PrefixEvent::Cleared => keys.clear(),
+                }
+            }
+            keys
+        };
+        let (first, second) = events.split_at(cut.min(events.len()));
+        let mut carried = prefix_events_from_wire(&prefix_events_to_wire(first)).unwrap();
+        carried.extend(prefix_events_from_wire(&prefix_events_to_wire(second)).unwrap());
+        prop_assert_eq!(mirror(&carried), mirror(&events));
+    }
+}
+
+#[test]
+fn failures_survive_the_wire() {
+    for failure in [
+        Failure::Invalid("a".into()),
+        Failure::Busy("b".into()),
+        Failure::InstanceLost("c".into()),
+        Failure::Incompatible("d".into()),
+        Failure::DeadlineExceeded,
+        Failure::Cancelled,
+        Failure::Internal("e".into()),
+    ] {
+        assert_eq!(Failure::from(cluster::Failure::from(&failure)), failure);
+    }
+    let newer = cluster::Failure {
+        kind: 99,
+        message: "x".into(),
+        instance_id: String::new(),
+    };
+    assert_eq!(Failure::from(newer), Failure::Internal("x".into()));
+}
+
+#[test]
+fn bad_fields_are_named() {
+    let good = cluster::SamplingParams {
+        max_tokens: 1,
+        temperature: 1.0,
+        top_p: 1.0,
+        ..Default::default()
+    };
+    let error = SamplingParams::try_from(cluster::SamplingParams {
+        top_p: f32::NAN,
+        ..good.clone()
+    })
+    .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "field sampling.top_p is NaN, expected above 0, at most 1"
+    );
+    let error = SamplingParams::try_from(cluster::SamplingParams {
+        logprobs: Some(21),
+        ..good
+    })
+    .unwrap_err();
+    assert_eq!(error.to_string(), "field sampling.logprobs is 21, expected 0 to 20");
+    assert!(fingerprint_from_wire(&[0; 31]).is_err());
+    assert!(role_from_wire("Prefill").is_err());
+}
