@@ -145,3 +145,6 @@ pub trait Generator: Send + Sync + 'static {
     /// The front door's clock, for timelines.
     fn now(&self) -> Nanos;
 }
+
+#[cfg(test)]
+mod tests;
