@@ -146,7 +146,11 @@ impl DestinationDriver {
                 .next_tick()
                 .map(|at| self.opened_at + std::time::Duration::from_nanos(at.0));
             tokio::select! {
-                () = self.outlet.closed(), if !self.is_over => self.apply(DestinationFact::Cancelled).await?,
+                () = self.outlet.closed(), if !self.is_over => {
+                    self.apply(DestinationFact::Cancelled).await?;
+                    // Whatever is held, the generation included, goes with the driver.
+                    return Err(Gone);
+                }
                 message = next(&mut stream), if stream.is_some() => match message {
                     Ok(Some(frame)) => self.take_frame(frame, opened_after).await?,
                     Ok(None) => self.apply(DestinationFact::Dropped { reason: "no typed end".into() }).await?,
@@ -319,7 +323,9 @@ impl DestinationDriver {
         }
         self.is_over = true;
         self.reservation = None;
-        add(&self.worker.counters.n_failed, 1);
+        if *failure != Failure::Cancelled {
+            add(&self.worker.counters.n_failed, 1);
+        }
         tracing::info!(request_id = %self.state.request.id, source = %self.source.instance_id, %failure, "handoff failed");
         self.outlet.fail(failure, blamed, self.used).await;
     }
