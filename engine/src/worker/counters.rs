@@ -25,7 +25,7 @@ pub struct TransferTotals {
     pub n_received: u64,
     /// Handoffs sent to their typed end from here.
     pub n_sent: u64,
-    /// Handoffs that failed here, on either end.
+    /// Handoffs that failed here, on either end, without those that nobody wanted any more.
     pub n_failed: u64,
     /// KV bytes written into reserved blocks.
     pub bytes_received: u64,

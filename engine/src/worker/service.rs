@@ -40,7 +40,7 @@ pub(super) struct Worker {
 /// The worker service of one instance.
 #[derive(Clone)]
 pub struct WorkerService {
-    worker: Arc<Worker>,
+    pub(super) worker: Arc<Worker>,
 }
 
 impl WorkerService {

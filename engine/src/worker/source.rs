@@ -181,6 +181,7 @@ impl SourceDriver {
 
     fn apply(&mut self, fact: SourceFact) {
         let now = nanos(self.opened_at.elapsed());
+        let is_tick = fact == SourceFact::Tick;
         for action in self.machine.apply(now, fact) {
             match action {
                 SourceAction::SendKv(range) => self.send_kv(range),
@@ -209,7 +210,12 @@ impl SourceDriver {
                     let _ = self.frames.try_send(Ok(ended(failure.as_ref())));
                 }
                 // Everything held is in `self`, which the closed machine ends.
-                SourceAction::Release => {}
+                SourceAction::Release => {
+                    // A tick gives up a destination that takes nothing; one that closes the stream counts that itself.
+                    if is_tick {
+                        add(&self.worker.counters.n_failed, 1);
+                    }
+                }
             }
         }
     }

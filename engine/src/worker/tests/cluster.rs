@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
 use baton_proto::cluster::worker_client::WorkerClient;
@@ -149,7 +149,6 @@ impl Instance {
             handshake: Some(self.handshake()),
             state: Some(state.into()),
             prefill: source,
-            deadline_ms: 0,
         }
     }
 
@@ -159,7 +158,6 @@ impl Instance {
             state: Some(state.into()),
             transfer_id: 3,
             first_block: 0,
-            deadline_ms: 0,
         }
     }
 
@@ -207,8 +205,19 @@ impl Instance {
         }
     }
 
-    /// Until nobody holds a block and nothing is open.
+    /// Whether no stream is served any more.
+    pub(super) fn is_idle(&self) -> bool {
+        self.service.worker.tasks.is_empty()
+    }
+
+    /// Until no stream is served and nobody holds a block.
     pub(super) async fn settle(&self) {
+        self.until("idle", Instance::is_idle).await;
+        // What its streams dropped is seen by the round that answers next; the round after it has published that.
+        for _ in 0..2 {
+            let answer = timeout(PATIENCE, self.service.engine().take_prefix_events()).await;
+            answer.expect("the step loop comes round").unwrap();
+        }
         self.until("whole", |instance| {
             let batch = instance.load().batch;
             let n_open = batch.n_running + batch.n_waiting + batch.n_reserved + batch.n_handing_over;
@@ -352,9 +361,13 @@ pub(super) type FrameResult = Result<cluster::PrefillFrame, Status>;
 type FrameStream = Pin<Box<dyn Stream<Item = FrameResult> + Send>>;
 type Script = Box<dyn Fn(cluster::PrefillRequest) -> FrameStream + Send + Sync>;
 
+static NEXT_INCARNATION: AtomicU64 = AtomicU64::new(100);
+
 /// A prefill service that answers each call with what its script makes of it.
 pub(super) struct FakeSource {
-    pub(super) address: String,
+    address: String,
+    /// Each is another life, so that no connection outlives its test.
+    incarnation: u64,
     pub(super) n_calls: Arc<AtomicUsize>,
     /// Streams that the destination still holds.
     pub(super) n_open: Arc<AtomicUsize>,
@@ -432,6 +445,7 @@ impl FakeSource {
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
         FakeSource {
             address,
+            incarnation: NEXT_INCARNATION.fetch_add(1, SeqCst),
             n_calls,
             n_open,
         }
@@ -440,7 +454,7 @@ impl FakeSource {
     pub(super) fn peer(&self) -> cluster::Peer {
         cluster::Peer {
             instance_id: "fake-0".to_owned(),
-            incarnation: 99,
+            incarnation: self.incarnation,
             address: self.address.clone(),
         }
     }
@@ -451,9 +465,9 @@ pub(super) fn frame(frame: Frame) -> FrameResult {
 }
 
 /// The answer of a source that agrees in everything.
-pub(super) fn accepted() -> cluster::Accepted {
+pub(super) fn accepted(request: &cluster::PrefillRequest) -> cluster::Accepted {
     cluster::Accepted {
-        incarnation: 99,
+        incarnation: request.handshake.as_ref().unwrap().callee_incarnation,
         protocol_version: baton_proto::PROTOCOL_VERSION,
         fingerprint: FINGERPRINT.to_vec(),
         numerics_class: "hash".to_owned(),
