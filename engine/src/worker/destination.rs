@@ -206,7 +206,7 @@ impl DestinationDriver {
                 self.frame = Some(kv);
                 DestinationFact::Kv { transfer, range }
             }
-            Some(Frame::FirstToken(first)) => match first_token(first) {
+            Some(Frame::FirstToken(first)) => match self.first_token(first) {
                 Ok((token, finish, n_cached_tokens)) => {
                     self.used.n_cached_tokens = n_cached_tokens;
                     self.token = Some((token, finish));
@@ -230,6 +230,22 @@ impl DestinationDriver {
             None => return Ok(()),
         };
         self.apply(fact).await
+    }
+
+    /// The first token, refused before anybody hears of it unless it is the one that is owed.
+    fn first_token(&self, wire: cluster::FirstToken) -> Result<(Token, Option<Finish>, u32), Failure> {
+        let lost = |message: String| Failure::InstanceLost(message);
+        let token = wire.token.ok_or_else(|| lost("a first token without a token".into()))?;
+        let (index, n_vocab) = (self.state.choices[0].output.len(), self.worker.engine.vocab_size());
+        if token.index as usize != index || token.id as usize >= n_vocab {
+            return Err(lost(format!(
+                "the first token is id {} with index {}, expected an id less than {n_vocab} with index {index}",
+                token.id, token.index
+            )));
+        }
+        let finish = wire.finish.map(Finish::try_from).transpose();
+        let finish = finish.map_err(|error| lost(error.to_string()))?;
+        Ok((token.into(), finish, wire.n_cached_tokens))
     }
 
     async fn apply(&mut self, fact: DestinationFact) -> Result<(), Gone> {
@@ -329,15 +345,6 @@ impl DestinationDriver {
         tracing::info!(request_id = %self.state.request.id, source = %self.source.instance_id, %failure, "handoff failed");
         self.outlet.fail(failure, blamed, self.used).await;
     }
-}
-
-fn first_token(wire: cluster::FirstToken) -> Result<(Token, Option<Finish>, u32), Failure> {
-    let token = wire
-        .token
-        .ok_or_else(|| Failure::InstanceLost("a first token without a token".into()))?;
-    let finish = wire.finish.map(Finish::try_from).transpose();
-    let finish = finish.map_err(|error| Failure::InstanceLost(error.to_string()))?;
-    Ok((token.into(), finish, wire.n_cached_tokens))
 }
 
 async fn next(stream: &mut Option<Streaming<cluster::PrefillFrame>>) -> Result<Option<cluster::PrefillFrame>, Status> {

@@ -51,7 +51,7 @@ async fn assert_lost(decode: &Instance, source: &FakeSource, words: &str) -> Sai
 /// The answer and layer 0, then what the test makes of it, then silence.
 fn opening(request: &cluster::PrefillRequest) -> Vec<FrameResult> {
     vec![
-        frame(Frame::Accepted(accepted())),
+        frame(Frame::Accepted(accepted(request))),
         frame(Frame::Kv(kv(request, 0, 0, N_PROMPT_BLOCKS as u32))),
     ]
 }
@@ -308,7 +308,7 @@ async fn a_frame_of_a_newer_protocol_is_ignored() {
     let state = greedy(&prompt(1, 16), 2);
     let source = FakeSource::start(|request| {
         let mut frames = vec![
-            frame(Frame::Accepted(accepted())),
+            frame(Frame::Accepted(accepted(&request))),
             Ok(cluster::PrefillFrame { frame: None }),
             frame(first_token(5, None)),
         ];
@@ -327,7 +327,7 @@ async fn a_frame_of_a_newer_protocol_is_ignored() {
 async fn a_source_that_breaks_after_the_join_is_not_missed() {
     let decode = decode(PATIENCE).await;
     let source = FakeSource::start(|request| {
-        let mut frames = vec![frame(Frame::Accepted(accepted())), frame(first_token(5, None))];
+        let mut frames = vec![frame(Frame::Accepted(accepted(&request))), frame(first_token(5, None))];
         frames.extend((0..3).map(|layer| frame(Frame::Kv(kv(&request, layer, 0, 2)))));
         frames.push(Err(Status::aborted("pulled the plug")));
         stream::iter(frames)
@@ -350,12 +350,8 @@ async fn silence_is_lost_at_the_progress_deadline() {
     // It lives, and its step loop hangs.
     let hung = FakeSource::start(|request| {
         let mut ticks = tokio::time::interval(DEADLINE / 20);
-        let heartbeats = stream::poll_fn(move |context| ticks.poll_tick(context).map(Some)).map(|_| {
-            frame(Frame::Progress(cluster::Progress {
-                n_steps: 7,
-                n_tokens_computed: 0,
-            }))
-        });
+        let heartbeats = stream::poll_fn(move |context| ticks.poll_tick(context).map(Some))
+            .map(|_| frame(Frame::Progress(cluster::Progress { n_steps: 7 })));
         stream::iter(opening(&request)).chain(heartbeats)
     })
     .await;
@@ -382,10 +378,7 @@ async fn steps_of_the_source_hold_the_deadline_off() {
             .enumerate()
             .map(|(i, _)| {
                 let n_steps = 1 + i as u64;
-                frame(Frame::Progress(cluster::Progress {
-                    n_steps,
-                    n_tokens_computed: 0,
-                }))
+                frame(Frame::Progress(cluster::Progress { n_steps }))
             });
         let last = stream::iter([Err(Status::aborted("at last"))]);
         stream::iter(opening(&request)).chain(heartbeats).chain(last)
