@@ -91,7 +91,7 @@ async fn next(members: &mut mpsc::Receiver<Member>) -> Member {
 }
 
 #[tokio::test]
-async fn a_worker_presents_itself_reports_changes_and_obeys() {
+async fn a_worker_presents_itself_reports_changes_and_leaves() {
     let (address, mut members) = registry().await;
     let worker = quick("decode-0").start().await;
     let n_welcomes = Arc::new(AtomicUsize::new(0));
@@ -99,7 +99,9 @@ async fn a_worker_presents_itself_reports_changes_and_obeys() {
     let joined = {
         let (service, shutdown, n_welcomes) = (worker.service.clone(), shutdown.clone(), Arc::clone(&n_welcomes));
         tokio::spawn(async move {
-            let count = || drop(n_welcomes.fetch_add(1, SeqCst));
+            let count = || {
+                n_welcomes.fetch_add(1, SeqCst);
+            };
             join_registry(&service, &membership(&address), shutdown, count).await
         })
     };
@@ -146,10 +148,11 @@ async fn a_worker_presents_itself_reports_changes_and_obeys() {
     let heartbeat = member.report().await;
     assert!(heartbeat.prefix.is_none() && heartbeat.load.is_some());
 
-    member.say(Command::Shutdown(true)).await;
+    // A worker that stops leaves by closing its stream.
+    shutdown.cancel();
     timeout(PATIENCE, joined).await.unwrap().unwrap().unwrap();
-    assert!(shutdown.is_cancelled());
-    drop(member);
+    let left = async { while let Ok(Some(_)) = member.reports.message().await {} };
+    timeout(PATIENCE, left).await.expect("the membership ends");
     worker.stop().await;
 }
 
@@ -164,7 +167,9 @@ async fn a_worker_comes_back_with_all_it_holds() {
     let joined = {
         let (service, shutdown, n_welcomes) = (worker.service.clone(), shutdown.clone(), Arc::clone(&n_welcomes));
         tokio::spawn(async move {
-            let count = || drop(n_welcomes.fetch_add(1, SeqCst));
+            let count = || {
+                n_welcomes.fetch_add(1, SeqCst);
+            };
             join_registry(&service, &membership(&address), shutdown, count).await
         })
     };
