@@ -10,7 +10,7 @@ use baton_proto::link::LinkError;
 use baton_scheduler::ids::Role;
 use baton_scheduler::prefix_cache::PrefixEvent;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -100,7 +100,14 @@ async fn stay(
         prefix: Some(prefix_to_wire(&snapshot)),
     };
     reports.try_send(first).expect("an empty channel takes a report");
-    let mut commands = client.join(ReceiverStream::new(receiver)).await?.into_inner();
+    let link = &service.options().link;
+    // Keepalive tells a scheduler process that was cut off, not one that hangs.
+    let joining = timeout(
+        link.connect_timeout + link.keepalive,
+        client.join(ReceiverStream::new(receiver)),
+    );
+    let unanswered = |_| Status::deadline_exceeded("no answer to the call");
+    let mut commands = joining.await.map_err(unanswered)??.into_inner();
     let mut ticks = interval(service.options().report_interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -41,6 +41,8 @@ impl Member {
 /// Gives each membership to the test.
 struct Registry {
     members: mpsc::Sender<Member>,
+    /// Calls that are never answered, before those that are.
+    n_unanswered: AtomicUsize,
 }
 
 #[tonic::async_trait]
@@ -48,6 +50,10 @@ impl registry_server::Registry for Registry {
     type JoinStream = Pin<Box<dyn Stream<Item = Result<cluster::RegistryCommand, Status>> + Send>>;
 
     async fn join(&self, request: Request<Streaming<WorkerReport>>) -> Result<Response<Self::JoinStream>, Status> {
+        let count_down = |n: usize| n.checked_sub(1);
+        if self.n_unanswered.fetch_update(SeqCst, SeqCst, count_down).is_ok() {
+            std::future::pending::<()>().await;
+        }
         let (commands, receiver) = mpsc::channel(4);
         let reports = request.into_inner();
         self.members.send(Member { reports, commands }).await.unwrap();
@@ -56,10 +62,17 @@ impl registry_server::Registry for Registry {
 }
 
 async fn registry() -> (String, mpsc::Receiver<Member>) {
+    hanging_registry(0).await
+}
+
+async fn hanging_registry(n_unanswered: usize) -> (String, mpsc::Receiver<Member>) {
     let (members, receiver) = mpsc::channel(4);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let server = tonic::transport::Server::builder().add_service(RegistryServer::new(Registry { members }));
+    let server = tonic::transport::Server::builder().add_service(RegistryServer::new(Registry {
+        members,
+        n_unanswered: AtomicUsize::new(n_unanswered),
+    }));
     tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
     (address, receiver)
 }
@@ -196,6 +209,24 @@ async fn a_worker_comes_back_with_all_it_holds() {
             close(member).await;
         }
     }
+    shutdown.cancel();
+    timeout(PATIENCE, joined).await.unwrap().unwrap().unwrap();
+    worker.stop().await;
+}
+
+#[tokio::test]
+async fn a_registry_that_does_not_answer_is_asked_again() {
+    let (address, mut members) = hanging_registry(1).await;
+    let mut setup = quick("decode-0");
+    setup.options.link.connect_timeout = Duration::from_millis(100);
+    setup.options.link.keepalive = Duration::from_millis(400);
+    let worker = setup.start().await;
+    let shutdown = CancellationToken::new();
+    let joined = {
+        let (service, shutdown) = (worker.service.clone(), shutdown.clone());
+        tokio::spawn(async move { join_registry(&service, &membership(&address), shutdown, || {}).await })
+    };
+    assert!(next(&mut members).await.report().await.join.is_some());
     shutdown.cancel();
     timeout(PATIENCE, joined).await.unwrap().unwrap().unwrap();
     worker.stop().await;
