@@ -50,12 +50,14 @@ fn command(arguments: &[&str]) -> Command {
 impl Process {
     /// Starts `baton` with `arguments` and waits for its ready line.
     pub async fn start(arguments: &[&str]) -> Process {
-        Process::start_logging(arguments, Stdio::inherit()).await
+        Process::start_with(arguments, &[], Stdio::inherit()).await
     }
 
-    /// The same, with its log going to `stderr`.
-    pub async fn start_logging(arguments: &[&str], stderr: Stdio) -> Process {
-        let mut child = command(arguments).stderr(stderr).spawn().expect("baton starts");
+    /// The same, with more in its environment and with its log going to `stderr`.
+    pub async fn start_with(arguments: &[&str], variables: &[(&str, &str)], stderr: Stdio) -> Process {
+        let mut command = command(arguments);
+        command.envs(variables.iter().copied());
+        let mut child = command.stderr(stderr).spawn().expect("baton starts");
         let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
         let waiting = async {
             loop {

@@ -5,6 +5,7 @@ mod cluster;
 mod equality;
 mod faults;
 mod goldens;
+mod hub;
 mod layerwise;
 mod operations;
 mod purity;

@@ -173,7 +173,7 @@ async fn prompts_and_answers_are_in_no_log() {
         "--log-level",
         "trace",
     ];
-    let door = Process::start_logging(&arguments, stderr).await;
+    let door = Process::start_with(&arguments, &[], stderr).await;
     let cluster = Cluster::of(door.url.clone());
     let message = json!([{ "role": "user", "content": "What is 37 + 58? Xylophone." }]);
     let (status, answer) = cluster
