@@ -1,6 +1,6 @@
 //! The rate of the KV stream over loopback, as a handoff sends it, against plain blocking sockets in the same run.
 //!
-//! `cargo bench --bench kv_stream -- [--rounds N] [--output FILE]`. Two processes: this one pulls, its child sends. A transfer
+//! `cargo bench --bench kv_stream -- [--rounds N] [--frame-bytes N] [--output FILE]`. Two processes: this one pulls, its child sends. A transfer
 //! is the KV of 16,384 tokens of Llama-3.2-1B, 512 MiB in frames of 1 MiB, packed from a real cache and landed in the
 //! reserved blocks of another. Not measured: the computing, and the state machines around the frames.
 
@@ -45,20 +45,21 @@ const SEND: &str = "--send-from";
 const PATHS: [&str; 4] = ["raw tcp", "grpc tcp", "raw unix", "grpc unix"];
 
 fn main() -> anyhow::Result<()> {
-    let (mut n_rounds, mut output) = (9, None::<PathBuf>);
+    let (mut n_rounds, mut frame_bytes, mut output) = (9, KV_FRAME_BYTES, None::<PathBuf>);
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         let mut value = || arguments.next().with_context(|| format!("{name}: a value is missing"));
         match name.as_str() {
             SEND => return send_from(Path::new(&value()?)),
+            "--frame-bytes" => frame_bytes = value()?.parse().context("--frame-bytes")?,
             "--rounds" => n_rounds = value()?.parse().context("--rounds")?,
             "--output" => output = Some(value()?.into()),
             // Cargo says so to every bench.
             "--bench" => {}
-            other => bail!("unknown argument {other:?}, expected --rounds or --output"),
+            other => bail!("unknown argument {other:?}, expected --rounds, --frame-bytes or --output"),
         }
     }
-    let mut puller = Puller::start()?;
+    let mut puller = Puller::start(frame_bytes)?;
     puller.verify()?;
     let mut rates: [Vec<f64>; PATHS.len()] = Default::default();
     for round in 0..=n_rounds {
@@ -70,7 +71,7 @@ fn main() -> anyhow::Result<()> {
             }
         }
     }
-    let report = report(&rates);
+    let report = report(frame_bytes, &rates);
     println!("{}", serde_json::to_string_pretty(&report["summary"])?);
     if let Some(path) = output {
         std::fs::write(&path, serde_json::to_vec_pretty(&report)?).with_context(|| path.display().to_string())?;
@@ -78,13 +79,13 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn report(rates: &[Vec<f64>; PATHS.len()]) -> Value {
+fn report(frame_bytes: usize, rates: &[Vec<f64>; PATHS.len()]) -> Value {
     let ratio = |over: usize, under: usize| median(rates[over].iter().zip(&rates[under]).map(|(a, b)| a / b).collect());
     let medians: Vec<f64> = rates.iter().map(|rates| median(rates.clone())).collect();
     json!({
         "bench": "kv_stream",
         "bytes_per_transfer": N_BYTES,
-        "frame_bytes": KV_FRAME_BYTES,
+        "frame_bytes": frame_bytes,
         "load_average": std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim(),
         "summary": {
             "gb_per_s": PATHS.into_iter().zip(&medians).map(|(path, rate)| (path.to_owned(), json!(rate)))
@@ -109,12 +110,18 @@ struct Puller {
     kv: KvCache,
     writers: Vec<KvWrite>,
     buffer: Vec<u8>,
+    blocks_per_frame: u32,
     sender: Child,
     _folder: tempfile::TempDir,
 }
 
 impl Puller {
-    fn start() -> anyhow::Result<Puller> {
+    fn start(frame_bytes: usize) -> anyhow::Result<Puller> {
+        let blocks_per_frame = u32::try_from((frame_bytes / LAYOUT.layer_block_bytes()).max(1))?;
+        ensure!(
+            N_BLOCKS.is_multiple_of(blocks_per_frame),
+            "frame-bytes: found {frame_bytes}, expected a power of two"
+        );
         let folder = tempfile::tempdir()?;
         // Its standard input stays open as long as we live, and ends it with us.
         let mut sender = Command::new(std::env::current_exe()?)
@@ -146,6 +153,7 @@ impl Puller {
             kv,
             writers,
             buffer: vec![0; RAW_WRITE_BYTES],
+            blocks_per_frame,
             sender,
             _folder: folder,
         })
@@ -157,12 +165,18 @@ impl Puller {
         match path {
             "raw tcp" => pull_raw(&mut self.raw_tcp, &mut self.buffer)?,
             "raw unix" => pull_raw(&mut self.raw_unix, &mut self.buffer)?,
-            "grpc tcp" => self
-                .runtime
-                .block_on(pull_kv(&mut self.tcp, self.transport, &mut self.writers))?,
-            "grpc unix" => self
-                .runtime
-                .block_on(pull_kv(&mut self.unix, self.transport, &mut self.writers))?,
+            "grpc tcp" => self.runtime.block_on(pull_kv(
+                &mut self.tcp,
+                self.blocks_per_frame,
+                self.transport,
+                &mut self.writers,
+            ))?,
+            "grpc unix" => self.runtime.block_on(pull_kv(
+                &mut self.unix,
+                self.blocks_per_frame,
+                self.transport,
+                &mut self.writers,
+            ))?,
             other => bail!("no path {other:?}"),
         }
         Ok(N_BYTES as f64 / started.elapsed().as_secs_f64() / 1e9)
@@ -211,10 +225,16 @@ fn pull_raw(socket: &mut (impl Read + Write), buffer: &mut [u8]) -> anyhow::Resu
 
 async fn pull_kv(
     client: &mut WorkerClient<tonic::transport::Channel>,
+    blocks_per_frame: u32,
     transport: GrpcTransport,
     writers: &mut [KvWrite],
 ) -> anyhow::Result<()> {
-    let mut frames = client.prefill(PrefillRequest::default()).await?.into_inner();
+    // Nothing precedes the blocks sent, so the field is free to say how many go into a frame.
+    let request = PrefillRequest {
+        first_block: blocks_per_frame,
+        ..PrefillRequest::default()
+    };
+    let mut frames = client.prefill(request).await?.into_inner();
     let mut n_bytes = 0;
     while let Some(frame) = frames.message().await? {
         match frame.frame {
@@ -310,11 +330,11 @@ impl Worker for Sender {
     }
 
     async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        let transfer = TransferId(request.into_inner().transfer_id);
+        let request = request.into_inner();
+        let (transfer, per_frame) = (TransferId(request.transfer_id), request.first_block);
         let (frames, receiver) = mpsc::channel(MAX_IN_FLIGHT);
         let (kv, transport) = (std::sync::Arc::clone(&self.kv), self.transport);
         tokio::spawn(async move {
-            let per_frame = (KV_FRAME_BYTES / LAYOUT.layer_block_bytes()) as u32;
             for layer in 0..LAYOUT.n_layers {
                 for first_block in (0..N_BLOCKS).step_by(per_frame as usize) {
                     // A frame is packed when there is room for it, as a handoff's source does.

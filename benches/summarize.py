@@ -9,8 +9,8 @@ import statistics
 import sys
 from collections import defaultdict
 
-MODES = ["disaggregated", "mixed", "auto"]
-COLORS = {"disaggregated": "#c2571a", "mixed": "#3b6ea5", "auto": "#6b8e4e"}
+MODES = ["disaggregated", "balanced", "mixed", "auto"]
+COLORS = {"disaggregated": "#c2571a", "balanced": "#8a63a8", "mixed": "#3b6ea5", "auto": "#6b8e4e"}
 METRICS = [
     ("p50_ttft_ms", "TTFT p50, ms"),
     ("p99_ttft_ms", "TTFT p99, ms"),
@@ -73,23 +73,25 @@ def serving(folder, out):
             runs[load][mode][round_] = json.load(file)
     if not runs:
         return None
-    out.append("## Serving: disaggregated, mixed, automatic\n")
-    out.append("Medians over the rounds; in brackets the median of the ratios to mixed within a round.\n")
+    out.append("## Serving: disaggregated, balanced, mixed, automatic\n")
+    out.append("Medians over the rounds; in brackets the median of the ratios to balanced within a round, where both ran.\n")
     out.append("| load | mode | " + " | ".join(title for _, title in METRICS) + " | done / sent |")
     out.append("| --- | --- | " + "--- | " * (len(METRICS) + 1))
     for load, modes in runs.items():
         for mode in MODES:
             rounds = modes[mode]
+            if not rounds:
+                continue
             cells = []
             for key, _ in METRICS:
                 value = statistics.median(run[key] for run in rounds.values())
                 cell = f"{value:.1f}"
                 ratios = [
-                    run[key] / modes["mixed"][r][key]
+                    run[key] / modes["balanced"][r][key]
                     for r, run in rounds.items()
-                    if r in modes["mixed"] and modes["mixed"][r][key]
+                    if r in modes["balanced"] and modes["balanced"][r][key]
                 ]
-                if mode != "mixed" and ratios:
+                if mode != "balanced" and ratios:
                     cell += f" ({statistics.median(ratios):.2f})"
                 cells.append(cell)
             done = sum(run["completed"] for run in rounds.values())
@@ -169,6 +171,7 @@ def main():
             (f"{load}, {mode}", value, COLORS[mode], f"{value:.0f}")
             for load, modes in runs.items()
             for mode in MODES
+            if modes[mode]
             for value in [statistics.median(run["p99_itl_ms"] for run in modes[mode].values())]
         ]
         bars(os.path.join(folder, "serving.svg"), "Time between two tokens, p99", rows, " ms")
