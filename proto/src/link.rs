@@ -10,9 +10,9 @@ use tonic::service::Interceptor;
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Request, Status};
 
-/// HTTP/2 frames as large as ours: at gRPC's default of 16 KiB the receiver spends about twice the CPU per byte of KV.
+/// HTTP/2 frames as large as ours with its header: at gRPC's default of 16 KiB the receiver spends about twice the CPU per byte of KV.
 /// The setting is the receiver's, so both ends make it.
-const MAX_FRAME_BYTES: u32 = 1 << 20;
+const MAX_FRAME_BYTES: u32 = KV_FRAME_BYTES as u32 + (4 << 10);
 /// Room for two KV frames and their headers on the way, per stream and per connection.
 const WINDOW_BYTES: u32 = 8 << 20;
 /// Largest message: a KV frame (about 1 MiB, or one block of one layer), or the state of the longest request.
