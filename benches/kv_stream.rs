@@ -45,6 +45,8 @@ const SEND: &str = "--send-from";
 const PATHS: [&str; 4] = ["raw tcp", "grpc tcp", "raw unix", "grpc unix"];
 
 fn main() -> anyhow::Result<()> {
+    // Both ends, as a worker does.
+    baton_kernels::keep_freed_memory();
     let (mut n_rounds, mut frame_bytes, mut output) = (9, KV_FRAME_BYTES, None::<PathBuf>);
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {

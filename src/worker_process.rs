@@ -8,7 +8,7 @@ use baton_engine::engine::{EngineConfig, Health, start};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, ModelFolder, load_cpu};
 use baton_engine::worker::{GrpcTransport, Identity, Membership, WorkerOptions, WorkerService, join_registry, serve};
-use baton_engine::{Cpu, DType};
+use baton_engine::{Cpu, DType, keep_freed_memory};
 use baton_scheduler::batch::BatchConfig;
 use baton_scheduler::ids::{Incarnation, InstanceId, Role};
 use tokio::net::{TcpListener, UnixListener};
@@ -87,6 +87,7 @@ const STREAM_GRACE: Duration = Duration::from_secs(4);
 /// # Errors
 /// A model or limits that cannot work, an address that cannot be listened on.
 pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
+    keep_freed_memory();
     let folder = model_files::open(&config.model).await?;
     let limits = config.engine.clone();
     let selection = config.model.clone();

@@ -9,4 +9,4 @@ pub mod sampler;
 pub mod text;
 pub mod worker;
 
-pub use baton_kernels::{Cpu, DType, Isa};
+pub use baton_kernels::{Cpu, DType, Isa, keep_freed_memory};

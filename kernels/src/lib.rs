@@ -5,6 +5,7 @@
 #![deny(missing_docs)]
 
 mod aligned;
+mod allocator;
 pub mod backend;
 pub mod cpu;
 mod error;
@@ -15,6 +16,7 @@ mod mapped_file;
 pub mod packed;
 pub mod reference;
 
+pub use allocator::keep_freed_memory;
 pub use backend::{AttentionParams, Backend, RaggedBatch, RaggedSequence, RopeParams};
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::KernelError;

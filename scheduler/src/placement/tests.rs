@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cost::CostModel;
+use crate::cost::{CostModel, StepSample};
 use crate::ids::{Fingerprint, Incarnation, RequestId};
 use crate::prefix_cache::{PrefixEvent, PrefixHasher};
 use crate::request::SamplingParams;
@@ -236,6 +236,50 @@ fn a_short_prompt_stays_and_a_long_one_beside_decodes_goes() {
         let long = place(policy.as_mut(), &view, 600, &[]).unwrap();
         assert_eq!(long.prefill, Some(InstanceId::new("p0")), "{name}");
     }
+}
+
+/// Reports of steps that take `ns_per_token`, enough of them to be believed.
+fn measured(view: &mut ClusterView, instance: &str, ns_per_token: u64) {
+    let step = |i: u32| StepSample {
+        n_prefill_tokens: i % 64,
+        n_decode_tokens: 1 + i % 3,
+        n_context_tokens: 100,
+        duration: Nanos(1_000_000 + u64::from(i % 64 + 1 + i % 3) * ns_per_token),
+    };
+    let load = InstanceLoad {
+        n_blocks_free: 100,
+        healthy: true,
+        step_samples: (0..100).map(step).collect(),
+        ..InstanceLoad::default()
+    };
+    view.apply(ViewEvent::Load(InstanceId::new(instance), Incarnation(1), load));
+}
+
+#[test]
+fn an_instance_that_never_computed_is_judged_by_its_kin() {
+    // Quicker than the default: by that, p1 and what joins later would never be chosen, and so never be measured.
+    let mut view = cluster(&POOLS);
+    measured(&mut view, "p0", 20_000);
+    measured(&mut view, "d0", 20_000);
+    view.apply(ViewEvent::Joined(info("p2", Role::Prefill)));
+    let cost = |view: &ClusterView, id: &str| view.instances()[&InstanceId::new(id)].cost.prefill(400, 0);
+    for id in ["p1", "p2", "d1"] {
+        assert_eq!(cost(&view, id), cost(&view, "d0"), "{id}");
+    }
+    let mut policy = PrefixAware::new(Disaggregation::ALWAYS);
+    view.apply(ViewEvent::Placed(RequestId(9), open("d0", Some("p0"), 400)));
+    let placement = place(&mut policy, &view, 400, &[]).unwrap();
+    assert_eq!((&*placement.decode.0, &*placement.prefill.unwrap().0), ("d1", "p1"));
+
+    // What was measured itself keeps its own, and another class lends nothing.
+    measured(&mut view, "p1", 900_000);
+    measured(&mut view, "p0", 20_000);
+    assert!(cost(&view, "p1") > cost(&view, "p0"));
+    view.apply(ViewEvent::Joined(InstanceInfo {
+        numerics_class: "other".into(),
+        ..info("p3", Role::Prefill)
+    }));
+    assert_eq!(cost(&view, "p3"), CostModel::default().prefill(400, 0));
 }
 
 #[test]

@@ -98,6 +98,8 @@ pub struct InstanceState {
     /// Expected times, fitted to its reported steps.
     pub cost: CostModel,
     fit: CostFit,
+    /// Whether `cost` was fitted to steps of this incarnation.
+    is_measured: bool,
     is_busy: bool,
     cached: BTreeSet<PrefixKey>,
     /// Keys of own open placements, with how many hold each.
@@ -119,6 +121,7 @@ impl InstanceState {
             load,
             cost: CostModel::default(),
             fit: CostFit::default(),
+            is_measured: false,
             is_busy: false,
             cached: BTreeSet::new(),
             expected: BTreeMap::new(),
@@ -164,6 +167,11 @@ impl InstanceState {
             && self.n_sequences() < self.info.max_num_seqs
             && self.n_blocks_available() >= n_blocks
     }
+}
+
+/// Whether two instances compute the same model with the same instructions, so that one's speed is a guess at the other's.
+fn is_kin(a: &InstanceInfo, b: &InstanceInfo) -> bool {
+    a.fingerprint == b.fingerprint && a.numerics_class == b.numerics_class
 }
 
 /// The cluster as this front door sees it.
@@ -226,9 +234,11 @@ impl ClusterView {
                     }
                     if let Some(model) = state.fit.model(&state.cost) {
                         state.cost = model;
+                        state.is_measured = true;
                     }
                     state.is_busy = false;
                     state.load = load;
+                    self.share_cost(&id);
                 }
             }
             ViewEvent::Prefix(id, incarnation, events) => {
@@ -274,12 +284,36 @@ impl ClusterView {
             .filter(|state| state.info.incarnation == incarnation)
     }
 
+    /// Lends the measured cost of `id` to its kin that have not been measured themselves. Without it an instance that looks
+    /// slow by default would never be chosen, and so never be measured.
+    fn share_cost(&mut self, id: &InstanceId) {
+        let Some(lender) = self.instances.get(id).filter(|state| state.is_measured) else {
+            return;
+        };
+        let (cost, lender) = (lender.cost.clone(), lender.info.clone());
+        for state in self
+            .instances
+            .values_mut()
+            .filter(|state| !state.is_measured && is_kin(&state.info, &lender))
+        {
+            state.cost = cost.clone();
+        }
+    }
+
     fn join(&mut self, info: InstanceInfo) {
         let id = info.id.clone();
         let mut state = InstanceState::new(info);
         if let Some(previous) = self.instances.remove(&id) {
             // The same machine and model: its speed is still the best guess.
             state.cost = previous.cost;
+        } else {
+            let kin = self
+                .instances
+                .values()
+                .find(|other| other.is_measured && is_kin(&other.info, &state.info));
+            if let Some(kin) = kin {
+                state.cost = kin.cost.clone();
+            }
         }
         self.instances.insert(id.clone(), state);
         // Placements on an earlier incarnation are still open here; their ends will be counted down.
