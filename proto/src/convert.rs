@@ -31,6 +31,9 @@ pub enum WireError {
     },
 }
 
+/// Most choices of a request.
+pub const MAX_CHOICES: u32 = 128;
+
 fn bad(field: &'static str, found: impl ToString, expected: &'static str) -> WireError {
     WireError::Bad {
         field,
@@ -74,6 +77,10 @@ impl From<&SamplingParams> for cluster::SamplingParams {
             stop_token_ids: params.stop_token_ids.clone(),
             logprobs: params.logprobs.map(u32::from),
             prompt_logprobs: params.prompt_logprobs.map(u32::from),
+            presence_penalty: Some(params.presence_penalty).filter(|&penalty| penalty != 0.0),
+            frequency_penalty: Some(params.frequency_penalty).filter(|&penalty| penalty != 0.0),
+            repetition_penalty: Some(params.repetition_penalty).filter(|&penalty| penalty != 1.0),
+            n: params.n,
         }
     }
 }
@@ -95,6 +102,22 @@ impl TryFrom<cluster::SamplingParams> for SamplingParams {
         if !(wire.top_p > 0.0 && wire.top_p <= 1.0) {
             return Err(bad("sampling.top_p", wire.top_p, "above 0, at most 1"));
         }
+        if wire.n > MAX_CHOICES {
+            return Err(bad("sampling.n", wire.n, "1 to 128"));
+        }
+        let additive = |field: &'static str, value: Option<f32>| match value {
+            None => Ok(0.0),
+            Some(penalty) if (-2.0..=2.0).contains(&penalty) => Ok(penalty),
+            Some(penalty) => Err(bad(field, penalty, "-2 to 2")),
+        };
+        let repetition_penalty = wire.repetition_penalty.unwrap_or(1.0);
+        if !(repetition_penalty.is_finite() && repetition_penalty > 0.0) {
+            return Err(bad(
+                "sampling.repetition_penalty",
+                repetition_penalty,
+                "a finite number above 0",
+            ));
+        }
         Ok(SamplingParams {
             max_tokens: wire.max_tokens,
             temperature: wire.temperature,
@@ -104,6 +127,10 @@ impl TryFrom<cluster::SamplingParams> for SamplingParams {
             stop_token_ids: wire.stop_token_ids,
             logprobs: top_from_wire("sampling.logprobs", wire.logprobs)?,
             prompt_logprobs: top_from_wire("sampling.prompt_logprobs", wire.prompt_logprobs)?,
+            n: wire.n.max(1),
+            presence_penalty: additive("sampling.presence_penalty", wire.presence_penalty)?,
+            frequency_penalty: additive("sampling.frequency_penalty", wire.frequency_penalty)?,
+            repetition_penalty,
         })
     }
 }
@@ -132,24 +159,24 @@ impl From<cluster::TokenLogprobs> for TokenLogprobs {
     }
 }
 
-impl From<&Token> for cluster::Token {
-    fn from(token: &Token) -> Self {
-        cluster::Token {
-            index: token.index,
-            id: token.id,
-            logprobs: token.logprobs.as_ref().map(Into::into),
-        }
+/// A token as an event of `choice`.
+pub fn token_to_wire(choice: u32, token: &Token) -> cluster::Token {
+    cluster::Token {
+        index: token.index,
+        id: token.id,
+        logprobs: token.logprobs.as_ref().map(Into::into),
+        choice,
     }
 }
 
-impl From<cluster::Token> for Token {
-    fn from(wire: cluster::Token) -> Self {
-        Token {
-            index: wire.index,
-            id: wire.id,
-            logprobs: wire.logprobs.map(Into::into),
-        }
-    }
+/// A token and its choice.
+pub fn token_from_wire(wire: cluster::Token) -> (u32, Token) {
+    let token = Token {
+        index: wire.index,
+        id: wire.id,
+        logprobs: wire.logprobs.map(Into::into),
+    };
+    (wire.choice, token)
 }
 
 impl From<Finish> for cluster::Finish {
@@ -223,10 +250,8 @@ impl From<&PortableState> for cluster::PortableState {
             choices: state
                 .choices
                 .iter()
-                .map(|choice| cluster::Choice {
-                    output: choice.output.iter().map(Into::into).collect(),
-                    finish: choice.finish.map(Into::into),
-                })
+                .zip(0..)
+                .map(|(choice, number)| choice_to_wire(number, choice))
                 .collect(),
             epoch: state.epoch.0,
         }
@@ -237,29 +262,24 @@ impl TryFrom<cluster::PortableState> for PortableState {
     type Error = WireError;
 
     fn try_from(wire: cluster::PortableState) -> Result<Self, WireError> {
-        let id: [u8; 16] = wire.request_id.as_slice().try_into().map_err(|_| {
-            bad(
-                "state.request_id",
-                format!("{} bytes", wire.request_id.len()),
-                "16 bytes",
-            )
-        })?;
+        let id = request_id_from_wire("state.request_id", &wire.request_id)?;
         if wire.prompt_ids.is_empty() {
             return Err(bad("state.prompt_ids", "empty", "at least one token"));
         }
-        if wire.choices.len() != 1 {
-            return Err(bad("state.choices", wire.choices.len(), "exactly 1 choice"));
+        let sampling: SamplingParams = wire.sampling.ok_or(WireError::Missing("state.sampling"))?.try_into()?;
+        if wire.choices.len() != sampling.n as usize {
+            return Err(bad("state.choices", wire.choices.len(), "one for each of sampling.n"));
         }
         let choices = wire
             .choices
             .into_iter()
-            .map(choice_from_wire)
+            .map(|choice| choice_from_wire(choice, 0))
             .collect::<Result<_, _>>()?;
         Ok(PortableState {
             request: Request {
-                id: RequestId(u128::from_be_bytes(id)),
+                id,
                 prompt_ids: Arc::from(wire.prompt_ids),
-                sampling: wire.sampling.ok_or(WireError::Missing("state.sampling"))?.try_into()?,
+                sampling,
                 cache_salt: wire.cache_salt,
             },
             choices,
@@ -268,23 +288,39 @@ impl TryFrom<cluster::PortableState> for PortableState {
     }
 }
 
-fn choice_from_wire(wire: cluster::Choice) -> Result<ChoiceState, WireError> {
-    let output: Vec<Token> = wire.output.into_iter().map(Into::into).collect();
-    if let Some((position, token)) = output
-        .iter()
-        .enumerate()
-        .find(|(position, token)| *position != token.index as usize)
+/// What choice number `choice` has produced.
+pub fn choice_to_wire(choice: u32, state: &ChoiceState) -> cluster::Choice {
+    cluster::Choice {
+        output: state.output.iter().map(|token| token_to_wire(choice, token)).collect(),
+        finish: state.finish.map(Into::into),
+    }
+}
+
+/// What a choice has produced from its token number `first_index` on.
+pub fn choice_from_wire(wire: cluster::Choice, first_index: u32) -> Result<ChoiceState, WireError> {
+    let output: Vec<Token> = wire.output.into_iter().map(|token| token_from_wire(token).1).collect();
+    if let Some((expected, token)) = (first_index..)
+        .zip(&output)
+        .find(|(expected, token)| *expected != token.index)
     {
         return Err(bad(
-            "state.choices.output.index",
-            format!("{} at position {position}", token.index),
-            "indexes 0, 1, 2, ... in order",
+            "choices.output.index",
+            format!("{} where {expected} was due", token.index),
+            "indexes in order, without gaps",
         ));
     }
     Ok(ChoiceState {
         output,
         finish: wire.finish.map(TryInto::try_into).transpose()?,
     })
+}
+
+/// A request's identity.
+pub fn request_id_from_wire(field: &'static str, bytes: &[u8]) -> Result<RequestId, WireError> {
+    let id: [u8; 16] = bytes
+        .try_into()
+        .map_err(|_| bad(field, format!("{} bytes", bytes.len()), "16 bytes"))?;
+    Ok(RequestId(u128::from_be_bytes(id)))
 }
 
 /// Changes of a prefix cache, of which only the last `Cleared` and what follows it counts: removals of a key stored in the

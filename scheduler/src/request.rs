@@ -26,6 +26,14 @@ pub struct SamplingParams {
     pub logprobs: Option<u8>,
     /// The same for each prompt token after the first. Such a request takes no prefix-cache hit.
     pub prompt_logprobs: Option<u8>,
+    /// Choices to generate from the one prompt, at least 1. Their generators differ by the choice's number.
+    pub n: u32,
+    /// Subtracted from the logit of every token generated before; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted from a token's logit for each time it was generated before; 0 is off.
+    pub frequency_penalty: f32,
+    /// Divides the positive and multiplies the negative logits of tokens in the prompt or generated before; 1 is off.
+    pub repetition_penalty: f32,
 }
 
 impl Default for SamplingParams {
@@ -39,6 +47,10 @@ impl Default for SamplingParams {
             stop_token_ids: Vec::new(),
             logprobs: None,
             prompt_logprobs: None,
+            n: 1,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            repetition_penalty: 1.0,
         }
     }
 }
@@ -134,7 +146,7 @@ pub struct ChoiceState {
 pub struct PortableState {
     /// What was asked, with its resolved seed.
     pub request: Request,
-    /// One entry per choice.
+    /// One entry per choice, `sampling.n` of them.
     pub choices: Vec<ChoiceState>,
     /// The epoch in which the receiver may speak.
     pub epoch: Epoch,
@@ -143,10 +155,18 @@ pub struct PortableState {
 impl PortableState {
     /// A request that has produced nothing yet.
     pub fn fresh(request: Request, epoch: Epoch) -> PortableState {
+        let choices = vec![ChoiceState::default(); request.sampling.n as usize];
         PortableState {
             request,
-            choices: vec![ChoiceState::default()],
+            choices,
             epoch,
         }
+    }
+
+    /// Whether no choice has a token yet, so that all of them begin from one prefill.
+    pub fn is_fresh(&self) -> bool {
+        self.choices
+            .iter()
+            .all(|choice| choice.output.is_empty() && choice.finish.is_none())
     }
 }

@@ -90,6 +90,7 @@ impl CommonOptions {
             )?,
             logprobs: None,
             prompt_logprobs: None,
+            ..SamplingParams::default()
         };
         let stop = stop_strings(fields.take("stop"))?;
         check_stop_strings(&stop, model)?;

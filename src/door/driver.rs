@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use baton_proto::PROTOCOL_VERSION;
+use baton_proto::convert::token_from_wire;
 use baton_proto::cluster::{self, ended::How, generate_event::Event};
 use baton_scheduler::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
 use baton_scheduler::ids::{Epoch, InstanceId, Nanos};
@@ -256,7 +257,8 @@ impl RequestDriver {
                 let logprobs: Vec<TokenLogprobs> = logprobs.tokens.into_iter().map(Into::into).collect();
                 self.deliver(DoorEvent::PromptLogprobs(logprobs)).await
             }
-            Event::Token(token) => self.take_token(epoch, token.into()).await,
+            Event::Token(token) => self.take_token(epoch, token_from_wire(token).1).await,
+            Event::ChoiceFinished(_) | Event::Moving(_) | Event::MoveCancelled(_) => None,
             Event::Ended(ended) => {
                 self.usage.n_cached_tokens = self.usage.n_cached_tokens.max(ended.n_cached_tokens);
                 Some(self.ended(epoch, decode, ended))

@@ -31,7 +31,7 @@ struct Scripted {
 }
 
 type Events = Pin<Box<dyn Stream<Item = Result<cluster::GenerateEvent, Status>> + Send>>;
-type Frames = Pin<Box<dyn Stream<Item = Result<cluster::PrefillFrame, Status>> + Send>>;
+type Frames = Pin<Box<dyn Stream<Item = Result<cluster::TransferFrame, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl worker_server::Worker for Scripted {

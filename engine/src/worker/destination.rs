@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use baton_proto::cluster::{self, generate_event::Event, prefill_frame::Frame};
+use baton_proto::convert::{token_from_wire, token_to_wire};
+use baton_proto::cluster::{self, generate_event::Event, transfer_frame::Frame};
 use baton_scheduler::batch::Numerics;
 use baton_scheduler::request::{Failure, Finish, PortableState, Token};
 use baton_scheduler::timeline::Moment;
@@ -101,7 +102,7 @@ impl DestinationDriver {
         }
     }
 
-    async fn open(&self) -> Result<Streaming<cluster::PrefillFrame>, Status> {
+    async fn open(&self) -> Result<Streaming<cluster::TransferFrame>, Status> {
         let mut client = self
             .worker
             .peers
@@ -116,6 +117,7 @@ impl DestinationDriver {
             state: Some((&self.state).into()),
             transfer_id: self.transfer.0,
             first_block: self.first_block,
+            offer: None,
         };
         Ok(client.prefill(request).await?.into_inner())
     }
@@ -179,7 +181,7 @@ impl DestinationDriver {
 
     async fn take_frame(
         &mut self,
-        frame: cluster::PrefillFrame,
+        frame: cluster::TransferFrame,
         opened_after: std::time::Duration,
     ) -> Result<(), Gone> {
         let fact = match frame.frame {
@@ -227,7 +229,7 @@ impl DestinationDriver {
                 failure: ended.failure.map(Into::into),
             },
             // A frame of a newer protocol that this one does not know cannot be owed to us.
-            None => return Ok(()),
+            Some(Frame::MovedState(_)) | None => return Ok(()),
         };
         self.apply(fact).await
     }
@@ -245,7 +247,7 @@ impl DestinationDriver {
         }
         let finish = wire.finish.map(Finish::try_from).transpose();
         let finish = finish.map_err(|error| lost(error.to_string()))?;
-        Ok((token.into(), finish, wire.n_cached_tokens))
+        Ok((token_from_wire(token).1, finish, wire.n_cached_tokens))
     }
 
     async fn apply(&mut self, fact: DestinationFact) -> Result<(), Gone> {
@@ -264,7 +266,7 @@ impl DestinationDriver {
                         .as_ref()
                         .expect("the machine delivers a token it was told of");
                     self.used.has_token = true;
-                    self.outlet.send(Event::Token(token.into())).await?;
+                    self.outlet.send(Event::Token(token_to_wire(0, token))).await?;
                 }
                 DestinationAction::Join => self.join().await?,
                 DestinationAction::Finish => {
@@ -347,7 +349,7 @@ impl DestinationDriver {
     }
 }
 
-async fn next(stream: &mut Option<Streaming<cluster::PrefillFrame>>) -> Result<Option<cluster::PrefillFrame>, Status> {
+async fn next(stream: &mut Option<Streaming<cluster::TransferFrame>>) -> Result<Option<cluster::TransferFrame>, Status> {
     match stream {
         Some(stream) => stream.message().await,
         None => std::future::pending().await,

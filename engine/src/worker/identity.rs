@@ -34,6 +34,7 @@ impl Identity {
             protocol_version: PROTOCOL_VERSION,
             fingerprint: self.fingerprint.0.to_vec(),
             numerics_class: self.numerics_class.clone(),
+            transport: String::new(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! From a sequence's events in the engine to its front door: for prompts computed here, and for what follows a handoff.
 
+use baton_proto::convert::token_to_wire;
 use baton_proto::cluster::{self, generate_event::Event};
 use baton_scheduler::request::TokenLogprobs;
 use baton_scheduler::timeline::Moment;
@@ -26,7 +27,7 @@ pub(super) async fn forward(outlet: &Outlet, timed: Timed<EngineEvent>, used: &m
                 outlet.moment_at(Moment::PrefillFinished, timed.at.into()).await?;
                 outlet.moment_at(Moment::Joined, timed.at.into()).await?;
             }
-            outlet.send(Event::Token((&token).into())).await?;
+            outlet.send(Event::Token(token_to_wire(0, &token))).await?;
         }
         EngineEvent::Preempted => {}
         EngineEvent::Finished(finish) => {

@@ -117,7 +117,7 @@ async fn stay(
                     tracing::info!(scheduler = membership.scheduler, "joined the cluster");
                     on_welcome();
                 }
-                Some(None) => {}
+                Some(Some(Command::Role(_) | Command::Drained(_)) | None) => {}
                 None => return Ok(()),
             },
             _ = ticks.tick() => {
@@ -199,10 +199,12 @@ impl Reporter<'_> {
             counters: counters(&report, self.service),
             ledger_whole: if is_idle {
                 ledger.is_whole()
-            } else {
+        } else {
                 ledger.is_balanced()
             },
             step_times,
+            leaving: false,
+            n_open: 0,
         }
     }
 }

@@ -87,12 +87,30 @@ impl WorkerService {
 }
 
 type EventStream = Pin<Box<dyn Stream<Item = Result<cluster::GenerateEvent, Status>> + Send>>;
-type FrameStream = Pin<Box<dyn Stream<Item = Result<cluster::PrefillFrame, Status>> + Send>>;
+type FrameStream = Pin<Box<dyn Stream<Item = Result<cluster::TransferFrame, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl worker_server::Worker for WorkerService {
     type GenerateStream = EventStream;
     type PrefillStream = FrameStream;
+
+    type AttachStream = EventStream;
+    type MigrateStream = FrameStream;
+
+    async fn attach(&self, _request: Request<cluster::AttachRequest>) -> Result<Response<EventStream>, Status> {
+        Err(Status::unimplemented("attach"))
+    }
+
+    async fn migrate(&self, _request: Request<cluster::MigrateRequest>) -> Result<Response<FrameStream>, Status> {
+        Err(Status::unimplemented("migrate"))
+    }
+
+    async fn resume(
+        &self,
+        _request: Request<cluster::ResumeRequest>,
+    ) -> Result<Response<cluster::ResumeResponse>, Status> {
+        Err(Status::unimplemented("resume"))
+    }
 
     async fn generate(&self, request: Request<cluster::GenerateRequest>) -> Result<Response<EventStream>, Status> {
         let request = request.into_inner();

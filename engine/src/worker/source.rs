@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::AcqRel};
 
 use baton_kernels::KvRead;
-use baton_proto::cluster::{self, prefill_frame::Frame};
+use baton_proto::cluster::{self, transfer_frame::Frame};
+use baton_proto::convert::token_to_wire;
 use baton_proto::link::KV_FRAME_BYTES;
 use baton_scheduler::ids::Nanos;
 use baton_scheduler::request::{Failure, Finish, PortableState, Token};
@@ -23,7 +24,7 @@ use super::local::prompt_logprobs;
 use super::service::Worker;
 use crate::engine::{PrefillEvent, PrefillJob, Timed};
 
-type FrameResult = Result<cluster::PrefillFrame, Status>;
+type FrameResult = Result<cluster::TransferFrame, Status>;
 
 /// KV frames and tokens on the link at once: one on its way while the next is packed.
 const MAX_IN_FLIGHT: u32 = 2;
@@ -38,7 +39,7 @@ struct Taken {
 }
 
 /// Whether the machine counts a frame as in flight.
-fn is_metered(frame: &cluster::PrefillFrame) -> bool {
+fn is_metered(frame: &cluster::TransferFrame) -> bool {
     matches!(
         frame.frame,
         Some(Frame::Kv(_) | Frame::FirstToken(_) | Frame::Progress(_))
@@ -74,11 +75,11 @@ pub(super) fn serve_prefill(
     })
 }
 
-fn ended(failure: Option<&Failure>) -> cluster::PrefillFrame {
+fn ended(failure: Option<&Failure>) -> cluster::TransferFrame {
     let ended = cluster::PrefillEnded {
         failure: failure.map(Into::into),
     };
-    cluster::PrefillFrame {
+    cluster::TransferFrame {
         frame: Some(Frame::Ended(ended)),
     }
 }
@@ -188,9 +189,10 @@ impl SourceDriver {
                 SourceAction::SendToken => {
                     let (token, finish) = self.token.as_ref().expect("the machine sends a token it was told of");
                     let first_token = cluster::FirstToken {
-                        token: Some(token.into()),
+                        token: Some(token_to_wire(0, token)),
                         finish: finish.map(Into::into),
                         n_cached_tokens: self.n_cached_tokens,
+                        ..Default::default()
                     };
                     self.push(Frame::FirstToken(first_token));
                 }
@@ -248,7 +250,7 @@ impl SourceDriver {
     /// The channel has room for whatever the machine has in flight and for each frame that comes once; a receiver that
     /// has gone is told by `closed`.
     fn push(&self, frame: Frame) {
-        let frame = cluster::PrefillFrame { frame: Some(frame) };
+        let frame = cluster::TransferFrame { frame: Some(frame) };
         if let Err(mpsc::error::TrySendError::Full(_)) = self.frames.try_send(Ok(frame)) {
             unreachable!("more frames on the link than the machine allows");
         }

@@ -68,6 +68,7 @@ impl KvTransport for GrpcTransport {
             first_block: range.first_block,
             n_blocks: range.n_blocks,
             data: Bytes::from(data),
+            ..KvFrame::default()
         }
     }
 

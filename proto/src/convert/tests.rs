@@ -17,17 +17,17 @@ prop_compose! {
     fn state()(
         id in any::<u128>(),
         prompt in prop::collection::vec(0u32..200_000, 1..50),
-        output in prop::collection::vec((0u32..200_000, prop::option::of(logprobs())), 0..20),
+        outputs in prop::collection::vec(prop::collection::vec((0u32..200_000, prop::option::of(logprobs())), 0..20), 1..4),
+        penalties in (-2f32..2.0, -2f32..2.0, 0.5f32..2.0),
         (max_tokens, temperature, top_k, top_p, seed) in (1u32..1000, 0f32..2.0, 0u32..100, 0.01f32..1.0, any::<u64>()),
         stop in prop::collection::vec(any::<u32>(), 0..3),
         (logprobs, prompt_logprobs) in (prop::option::of(0u8..=20), prop::option::of(0u8..=20)),
         (salt, epoch) in (any::<u64>(), any::<u32>()),
         finish in prop::option::of(prop_oneof![any::<u32>().prop_map(Finish::Stop), Just(Finish::Length)]),
     ) -> PortableState {
-        let output = output.into_iter().enumerate().map(|(index, (id, logprobs))| Token {
-            index: index as u32,
-            id,
-            logprobs,
+        let choices: Vec<ChoiceState> = outputs.into_iter().map(|output| ChoiceState {
+            output: (0..).zip(output).map(|(index, (id, logprobs))| Token { index, id, logprobs }).collect(),
+            finish,
         }).collect();
         PortableState {
             request: Request {
@@ -35,10 +35,11 @@ prop_compose! {
                 prompt_ids: Arc::from(prompt),
                 sampling: SamplingParams {
                     max_tokens, temperature, top_k, top_p, seed, stop_token_ids: stop, logprobs, prompt_logprobs,
+                    n: choices.len() as u32, presence_penalty: penalties.0, frequency_penalty: penalties.1, repetition_penalty: penalties.2,
                 },
                 cache_salt: salt,
             },
-            choices: vec![ChoiceState { output, finish }],
+            choices,
             epoch: Epoch(epoch),
         }
     }

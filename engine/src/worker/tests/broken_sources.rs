@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use baton_proto::cluster::{self, prefill_frame::Frame};
+use baton_proto::cluster::{self, transfer_frame::Frame};
 use baton_scheduler::request::{Failure, Finish};
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
@@ -309,7 +309,7 @@ async fn a_frame_of_a_newer_protocol_is_ignored() {
     let source = FakeSource::start(|request| {
         let mut frames = vec![
             frame(Frame::Accepted(accepted(&request))),
-            Ok(cluster::PrefillFrame { frame: None }),
+            Ok(cluster::TransferFrame { frame: None }),
             frame(first_token(5, None)),
         ];
         frames.extend((0..3).map(|layer| frame(Frame::Kv(kv(&request, layer, 0, 1)))));

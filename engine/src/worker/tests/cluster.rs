@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
+use baton_proto::convert::token_from_wire;
 use baton_proto::cluster::worker_client::WorkerClient;
 use baton_proto::cluster::worker_server::{self, WorkerServer};
-use baton_proto::cluster::{self, ended::How, generate_event::Event, prefill_frame::Frame};
+use baton_proto::cluster::{self, ended::How, generate_event::Event, transfer_frame::Frame};
 use baton_scheduler::batch::BatchConfig;
 use baton_scheduler::ids::{Epoch, Fingerprint, Incarnation, InstanceId, RequestId, TokenId};
 use baton_scheduler::request::{Failure, Finish, PortableState, Request, SamplingParams, Token};
@@ -158,6 +159,7 @@ impl Instance {
             state: Some(state.into()),
             transfer_id: 3,
             first_block: 0,
+            offer: None,
         }
     }
 
@@ -306,8 +308,9 @@ impl Said {
                 );
                 self.prompt_logprobs = Some(logprobs.tokens.len());
             }
-            Event::Token(token) => self.tokens.push(token.into()),
+            Event::Token(token) => self.tokens.push(token_from_wire(token).1),
             Event::Ended(ended) => self.end = Some(ended),
+            Event::ChoiceFinished(_) | Event::Moving(_) | Event::MoveCancelled(_) => {}
         }
     }
 }
@@ -357,7 +360,7 @@ pub(super) fn kv_bytes(n_blocks: usize) -> u64 {
     (n_blocks * hash_model::N_LAYERS * 2 * BLOCK_SIZE * 8) as u64
 }
 
-pub(super) type FrameResult = Result<cluster::PrefillFrame, Status>;
+pub(super) type FrameResult = Result<cluster::TransferFrame, Status>;
 type FrameStream = Pin<Box<dyn Stream<Item = FrameResult> + Send>>;
 type Script = Box<dyn Fn(cluster::PrefillRequest) -> FrameStream + Send + Sync>;
 
@@ -399,6 +402,24 @@ impl worker_server::Worker for FakeService {
         &self,
         _: tonic::Request<cluster::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
+        Err(Status::unimplemented("a prefill service only"))
+    }
+
+    type AttachStream = Self::GenerateStream;
+    type MigrateStream = FrameStream;
+
+    async fn attach(&self, _: tonic::Request<cluster::AttachRequest>) -> Result<Response<Self::AttachStream>, Status> {
+        Err(Status::unimplemented("a prefill service only"))
+    }
+
+    async fn migrate(&self, _: tonic::Request<cluster::MigrateRequest>) -> Result<Response<FrameStream>, Status> {
+        Err(Status::unimplemented("a prefill service only"))
+    }
+
+    async fn resume(
+        &self,
+        _: tonic::Request<cluster::ResumeRequest>,
+    ) -> Result<Response<cluster::ResumeResponse>, Status> {
         Err(Status::unimplemented("a prefill service only"))
     }
 
@@ -461,7 +482,7 @@ impl FakeSource {
 }
 
 pub(super) fn frame(frame: Frame) -> FrameResult {
-    Ok(cluster::PrefillFrame { frame: Some(frame) })
+    Ok(cluster::TransferFrame { frame: Some(frame) })
 }
 
 /// The answer of a source that agrees in everything.
@@ -471,6 +492,7 @@ pub(super) fn accepted(request: &cluster::PrefillRequest) -> cluster::Accepted {
         protocol_version: baton_proto::PROTOCOL_VERSION,
         fingerprint: FINGERPRINT.to_vec(),
         numerics_class: "hash".to_owned(),
+        transport: String::new(),
     }
 }
 
@@ -481,6 +503,7 @@ pub(super) fn kv(request: &cluster::PrefillRequest, layer: u32, first_block: u32
         first_block,
         n_blocks,
         data: vec![0; kv_bytes(n_blocks as usize) as usize / hash_model::N_LAYERS].into(),
+        ..cluster::KvFrame::default()
     }
 }
 
@@ -489,11 +512,13 @@ pub(super) fn first_token(id: TokenId, finish: Option<Finish>) -> Frame {
         index: 0,
         id,
         logprobs: None,
+        choice: 0,
     };
     Frame::FirstToken(cluster::FirstToken {
         token: Some(token),
         finish: finish.map(Into::into),
         n_cached_tokens: 0,
+        ..cluster::FirstToken::default()
     })
 }
 

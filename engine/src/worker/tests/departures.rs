@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
-use baton_proto::cluster::{self, generate_event::Event, prefill_frame::Frame, worker_client::WorkerClient};
+use baton_proto::cluster::{self, generate_event::Event, transfer_frame::Frame, worker_client::WorkerClient};
 use baton_scheduler::timeline::Moment;
 use futures::StreamExt;
 use futures::stream;
@@ -14,10 +14,10 @@ use tonic::transport::{Channel, Endpoint};
 use super::super::WorkerOptions;
 use super::cluster::*;
 
-async fn prefill_frames(
+async fn transfer_frames(
     mut client: WorkerClient<Channel>,
     request: cluster::PrefillRequest,
-) -> Streaming<cluster::PrefillFrame> {
+) -> Streaming<cluster::TransferFrame> {
     client.prefill(request).await.unwrap().into_inner()
 }
 
@@ -44,7 +44,7 @@ async fn a_destination_that_goes_away_frees_the_source() {
     // Before the first step, and after some of the frames.
     for n_frames in [1, 3] {
         let state = greedy(&prompt(n_frames, 900), 9);
-        let mut stream = prefill_frames(prefill.client(), prefill.prefill_request(&state)).await;
+        let mut stream = transfer_frames(prefill.client(), prefill.prefill_request(&state)).await;
         let mut n_heard = 0;
         while n_heard < n_frames {
             if n_heard == 1 {
@@ -71,7 +71,7 @@ async fn a_destination_that_stops_reading_is_given_up() {
     let stall_deadline = Duration::from_millis(300);
     let prefill = with_stall_deadline("prefill-0", stall_deadline).start().await;
     let request = prefill.prefill_request(&greedy(&prompt(1, 500), 9));
-    let mut stream = prefill_frames(slow_reader(&prefill.address).await, request).await;
+    let mut stream = transfer_frames(slow_reader(&prefill.address).await, request).await;
     prefill.until("failed", |prefill| prefill.totals().n_failed == 1).await;
     prefill.settle().await;
     let totals = prefill.totals();

@@ -1,6 +1,6 @@
 //! Calls that are refused: by whom, as what, naming which field; and that nothing is held for them afterwards.
 
-use baton_proto::cluster::{self, prefill_frame::Frame};
+use baton_proto::cluster::{self, transfer_frame::Frame};
 use baton_proto::link::{ClusterSecret, LinkOptions};
 use baton_proto::{PROTOCOL_VERSION, speaks};
 use baton_scheduler::request::Failure;
@@ -79,10 +79,11 @@ const CASES: &[Case] = &[
                 index: 4,
                 id: 1,
                 logprobs: None,
+                choice: 0,
             });
         },
         "invalid",
-        "state.choices.output.index",
+        "choices.output.index",
     ),
     (
         |request| wire(request).prompt_ids[2] = 48,

@@ -1,6 +1,6 @@
 //! Handoffs that go well: the tokens are those of the request computed alone, and exactly the plan's bytes move.
 
-use baton_proto::cluster::prefill_frame::Frame;
+use baton_proto::cluster::transfer_frame::Frame;
 use baton_scheduler::prefix_cache::PrefixEvent;
 use baton_scheduler::request::{ChoiceState, Finish, PortableState, SamplingParams};
 use baton_scheduler::timeline::Moment;
