@@ -1,14 +1,17 @@
-//! The receiving end of a handoff: what may be written, when the sequence joins, when everything is given back.
+//! The receiving end of a transfer: what may be written, when the group joins, when everything is given back.
 
 use crate::ids::Nanos;
 use crate::request::Failure;
-use crate::transfer::{KvRange, TransferId, TransferPlan};
+use crate::transfer::{EndsBy, KvRange, TransferId, TransferPlan};
 
 /// What the destination learns.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum DestinationFact {
-    /// The source answered, and both agree on version and fingerprint.
-    Accepted,
+    /// The source answered, and both agree on version, fingerprint and transport.
+    Accepted {
+        /// Who ends the transfer when it goes well, which the transport decides.
+        ends_by: EndsBy,
+    },
     /// The source says how many steps it has made; only growth counts as progress.
     Progress {
         /// Steps of the source's engine.
@@ -21,10 +24,15 @@ pub enum DestinationFact {
         /// What it carries.
         range: KvRange,
     },
-    /// The first token is here; `ends` when it already ends the request, and then no KV is owed.
+    /// A handoff's first tokens are here; `ends` when they already end the request, and then no KV is owed.
     Token {
-        /// Whether the token ends the request.
+        /// Whether the tokens end the request.
         ends: bool,
+    },
+    /// A migration's state is here, and with it how much KV is owed.
+    State {
+        /// Blocks of each choice's context; nothing is owed of a choice that has finished (`None`).
+        n_blocks: Vec<Option<u32>>,
     },
     /// The source's typed end.
     Ended {
@@ -60,11 +68,12 @@ pub enum DestinationAction {
     Write(KvRange),
     /// Drop the frame's bytes.
     Refuse(RefusedFrame),
-    /// Send the first token up to the front door.
+    /// Send the first tokens of a handoff up to the front door.
     Deliver,
-    /// All KV and the token are in: the sequence enters the decode batch.
+    /// All KV and the tokens are in: the group enters the decode batch. After a migration the tokens that the front door
+    /// may lack go up now, and not sooner: they settle the move.
     Join,
-    /// The first token ended the request: report it, give the blocks back.
+    /// The first tokens of a handoff ended the request: report it, give the blocks back.
     Finish,
     /// Give the blocks back and report the failure.
     Fail(Failure),
@@ -90,29 +99,46 @@ pub struct Destination {
     transfer: TransferId,
     plan: TransferPlan,
     stage: Stage,
-    /// Per layer, the next block owed.
-    next_block: Vec<u32>,
-    n_layer_blocks_owed: u64,
-    has_token: bool,
+    /// Of each choice, per layer, the next block owed.
+    next_block: Vec<Vec<u32>>,
+    /// One past the last block owed of each choice. A migration learns it from the state.
+    ends: Option<Vec<u32>>,
+    has_tokens: bool,
+    ends_by: EndsBy,
     source_steps: u64,
     progress_at: Nanos,
     progress_deadline: Nanos,
 }
 
 impl Destination {
-    /// A transfer whose stream is being opened at `now`. It fails when nothing moves for `progress_deadline`.
-    pub fn new(transfer: TransferId, plan: TransferPlan, progress_deadline: Nanos, now: Nanos) -> Destination {
-        assert!(
-            plan.first_block <= plan.n_blocks,
-            "more blocks held than there are: {plan:?}"
-        );
+    /// A handoff whose stream is being opened at `now`. It fails when nothing moves for `progress_deadline`.
+    pub fn handoff(transfer: TransferId, plan: TransferPlan, progress_deadline: Nanos, now: Nanos) -> Destination {
+        let ends = plan.choices.iter().map(|choice| choice.n_blocks).collect();
+        Destination::new(transfer, plan, Some(ends), progress_deadline, now)
+    }
+
+    /// A migration whose stream is being opened at `now`: how much is owed comes with the state.
+    pub fn migration(transfer: TransferId, plan: TransferPlan, progress_deadline: Nanos, now: Nanos) -> Destination {
+        Destination::new(transfer, plan, None, progress_deadline, now)
+    }
+
+    fn new(
+        transfer: TransferId,
+        plan: TransferPlan,
+        ends: Option<Vec<u32>>,
+        progress_deadline: Nanos,
+        now: Nanos,
+    ) -> Destination {
+        plan.check();
+        let firsts = plan.firsts().into_iter();
         Destination {
             transfer,
+            next_block: firsts.map(|first| vec![first; plan.n_layers as usize]).collect(),
             plan,
             stage: Stage::Opening,
-            next_block: vec![plan.first_block; plan.n_layers as usize],
-            n_layer_blocks_owed: plan.n_layer_blocks(),
-            has_token: false,
+            ends,
+            has_tokens: false,
+            ends_by: EndsBy::Source,
             source_steps: 0,
             progress_at: now,
             progress_deadline,
@@ -148,7 +174,8 @@ impl Destination {
 
     fn apply_receiving(&mut self, now: Nanos, fact: DestinationFact) -> Vec<DestinationAction> {
         match fact {
-            DestinationFact::Accepted => {
+            DestinationFact::Accepted { ends_by } => {
+                self.ends_by = ends_by;
                 self.stage = Stage::Receiving;
                 self.progress_at = now;
                 Vec::new()
@@ -162,20 +189,20 @@ impl Destination {
             }
             DestinationFact::Kv { transfer, range } => self.take_kv(now, transfer, range),
             DestinationFact::Token { ends } => self.take_token(now, ends),
+            DestinationFact::State { n_blocks } => self.take_state(now, &n_blocks),
             DestinationFact::Ended { failure: Some(failure) } => self.fail(failure),
             DestinationFact::Ended { failure: None } => {
-                let owed = self.n_layer_blocks_owed;
+                let tokens = if self.has_tokens { "received" } else { "owed" };
                 self.fail(Failure::InstanceLost(format!(
-                    "the prefill instance ended the transfer with {owed} layer blocks owed, token {}",
-                    if self.has_token { "received" } else { "owed" }
+                    "the source ended the transfer too early, with the tokens {tokens}"
                 )))
             }
             DestinationFact::Dropped { reason } => {
-                self.fail(Failure::InstanceLost(format!("the prefill stream broke: {reason}")))
+                self.fail(Failure::InstanceLost(format!("the transfer's stream broke: {reason}")))
             }
             DestinationFact::Cancelled => self.fail(Failure::Cancelled),
             DestinationFact::Tick if self.is_overdue(now) => self.fail(Failure::InstanceLost(format!(
-                "no progress from the prefill instance for {:.1} s",
+                "no progress from the source for {:.1} s",
                 self.progress_deadline.as_secs_f64()
             ))),
             DestinationFact::Tick => Vec::new(),
@@ -190,9 +217,10 @@ impl Destination {
             }
             DestinationFact::Tick if self.is_overdue(now) => self.close(),
             DestinationFact::Tick
-            | DestinationFact::Accepted
+            | DestinationFact::Accepted { .. }
             | DestinationFact::Progress { .. }
-            | DestinationFact::Token { .. } => Vec::new(),
+            | DestinationFact::Token { .. }
+            | DestinationFact::State { .. } => Vec::new(),
         }
     }
 
@@ -200,24 +228,37 @@ impl Destination {
         if transfer != self.transfer {
             return vec![DestinationAction::Refuse(RefusedFrame::OtherTransfer)];
         }
-        let expected = self.next_block.get(range.layer as usize).copied();
+        let choice = self.plan.choices.get(range.choice as usize);
+        let next = self
+            .next_block
+            .get_mut(range.choice as usize)
+            .and_then(|layers| layers.get_mut(range.layer as usize));
+        let (expected, end) = match (choice, &next, &self.ends) {
+            (Some(choice), Some(next), ends) => {
+                let end = ends
+                    .as_ref()
+                    .map_or(choice.n_blocks, |ends| ends[range.choice as usize]);
+                (Some(**next), end)
+            }
+            _ => (None, 0),
+        };
         let fits = range.n_blocks > 0
             && range
                 .first_block
                 .checked_add(range.n_blocks)
-                .is_some_and(|end| end <= self.plan.n_blocks);
+                .is_some_and(|range_end| range_end <= end);
         if self.stage == Stage::Opening || expected != Some(range.first_block) || !fits {
             let mut actions = vec![DestinationAction::Refuse(RefusedFrame::OutOfOrder)];
             actions.extend(self.fail(Failure::InstanceLost(format!(
-                "KV frame out of order: layer {}, blocks {}..{}, expected {expected:?}",
+                "KV frame out of order: choice {}, layer {}, blocks {}..{}, expected {expected:?}",
+                range.choice,
                 range.layer,
                 range.first_block,
                 u64::from(range.first_block) + u64::from(range.n_blocks),
             ))));
             return actions;
         }
-        self.next_block[range.layer as usize] = range.end_block();
-        self.n_layer_blocks_owed -= u64::from(range.n_blocks);
+        *next.expect("an expected block has its place") = range.end_block();
         self.progress_at = now;
         let mut actions = vec![DestinationAction::Write(range)];
         self.join_if_complete(&mut actions);
@@ -225,27 +266,67 @@ impl Destination {
     }
 
     fn take_token(&mut self, now: Nanos, ends: bool) -> Vec<DestinationAction> {
-        if self.has_token || self.stage == Stage::Opening {
+        if self.has_tokens || self.ends.is_none() || self.stage == Stage::Opening {
             return self.fail(Failure::InstanceLost(
-                "a first token came twice or before the answer".into(),
+                "first tokens came twice, before the answer, or in a migration".into(),
             ));
         }
-        self.has_token = true;
+        self.has_tokens = true;
         self.progress_at = now;
         let mut actions = vec![DestinationAction::Deliver];
         if ends {
-            self.stage = Stage::Settled;
-            actions.push(DestinationAction::Finish);
+            self.settle(DestinationAction::Finish, &mut actions);
         } else {
             self.join_if_complete(&mut actions);
         }
         actions
     }
 
+    fn take_state(&mut self, now: Nanos, n_blocks: &[Option<u32>]) -> Vec<DestinationAction> {
+        if self.has_tokens || self.ends.is_some() || self.stage == Stage::Opening {
+            return self.fail(Failure::InstanceLost(
+                "a state came twice, before the answer, or in a handoff".into(),
+            ));
+        }
+        let fits = n_blocks.len() == self.plan.choices.len()
+            && n_blocks
+                .iter()
+                .zip(&self.plan.choices)
+                .zip(&self.next_block)
+                .all(|((&n_blocks, choice), next)| {
+                    n_blocks.is_none_or(|end| end <= choice.n_blocks && next.iter().all(|&next| next <= end))
+                });
+        if !fits {
+            return self.fail(Failure::InstanceLost(format!(
+                "the state has contexts of {n_blocks:?} blocks, which is not what was reserved or sent"
+            )));
+        }
+        let ends = n_blocks.iter().zip(&self.next_block);
+        // Nothing is owed of a finished choice, wherever its layers stand.
+        let ends = ends.map(|(&end, next)| end.unwrap_or_else(|| next.iter().copied().min().unwrap_or(0)));
+        self.ends = Some(ends.collect());
+        self.has_tokens = true;
+        self.progress_at = now;
+        let mut actions = Vec::new();
+        self.join_if_complete(&mut actions);
+        actions
+    }
+
     fn join_if_complete(&mut self, actions: &mut Vec<DestinationAction>) {
-        if self.has_token && self.n_layer_blocks_owed == 0 {
-            self.stage = Stage::Settled;
-            actions.push(DestinationAction::Join);
+        let Some(ends) = self.ends.as_ref().filter(|_| self.has_tokens) else {
+            return;
+        };
+        let mut layers = self.next_block.iter().zip(ends);
+        if layers.all(|(next, end)| next.iter().all(|next| next >= end)) {
+            self.settle(DestinationAction::Join, actions);
+        }
+    }
+
+    fn settle(&mut self, action: DestinationAction, actions: &mut Vec<DestinationAction>) {
+        actions.push(action);
+        match self.ends_by {
+            EndsBy::Source => self.stage = Stage::Settled,
+            EndsBy::Destination => actions.extend(self.close()),
         }
     }
 

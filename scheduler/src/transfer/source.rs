@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::link::Link;
 use crate::ids::Nanos;
 use crate::request::Failure;
 use crate::transfer::{KvRange, TransferPlan};
@@ -11,9 +12,9 @@ use crate::transfer::{KvRange, TransferPlan};
 pub enum SourceFact {
     /// These blocks of this layer are computed and pinned.
     Ready(KvRange),
-    /// The first token is sampled; `ends` when it already ends the request.
+    /// The first tokens are sampled, one for each choice; `ends` when they already end the request.
     Token {
-        /// Whether the token ends the request.
+        /// Whether the tokens end the request.
         ends: bool,
     },
     /// The link took a message off our hands.
@@ -31,7 +32,7 @@ pub enum SourceFact {
 pub enum SourceAction {
     /// Send these blocks, then unpin them.
     SendKv(KvRange),
-    /// Send the first token.
+    /// Send the first tokens.
     SendToken,
     /// Say how many steps the engine has made.
     SendProgress,
@@ -57,38 +58,52 @@ pub struct Source {
     queue: VecDeque<KvRange>,
     n_layer_blocks_owed: u64,
     token: TokenStage,
-    n_in_flight: u32,
-    max_in_flight: u32,
+    link: Link,
     max_blocks_per_frame: u32,
-    stalled_since: Option<Nanos>,
+    ends_by: EndsBy,
+    /// All is sent, and the destination's close is awaited until then.
+    awaits_close_until: Option<Nanos>,
     stall_deadline: Nanos,
     closed: bool,
 }
 
+/// Who ends a transfer that went well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EndsBy {
+    /// The source, once the last frame is on the link: the frames hold all that is needed.
+    Source,
+    /// The destination, by closing the stream: until then it may still read the source's blocks.
+    Destination,
+}
+
 impl Source {
-    /// A transfer that may have `max_in_flight` messages on the link, frames of at most `max_blocks_per_frame` blocks, and
-    /// that is given up when the link takes nothing for `stall_deadline` while something waits.
-    pub fn new(plan: TransferPlan, max_in_flight: u32, max_blocks_per_frame: u32, stall_deadline: Nanos) -> Source {
-        assert!(
-            plan.first_block <= plan.n_blocks,
-            "more blocks held than there are: {plan:?}"
-        );
-        assert!(
-            max_in_flight > 0 && max_blocks_per_frame > 0,
-            "a link that takes nothing"
-        );
+    /// A handoff (one context) that may have `max_in_flight` messages on the link, frames of at most
+    /// `max_blocks_per_frame` blocks, and that is given up when the link takes nothing for `stall_deadline` while
+    /// something waits.
+    pub fn new(
+        plan: TransferPlan,
+        max_in_flight: u32,
+        max_blocks_per_frame: u32,
+        ends_by: EndsBy,
+        stall_deadline: Nanos,
+    ) -> Source {
+        plan.check();
+        assert!(max_blocks_per_frame > 0, "frames of no blocks");
+        assert_eq!(plan.choices.len(), 1, "a handoff has one context");
+        let context = plan.choices[0];
+        let n_blocks = u64::from(context.n_blocks - context.first_block);
         Source {
-            plan,
-            next_ready: vec![plan.first_block; plan.n_layers as usize],
+            next_ready: vec![context.first_block; plan.n_layers as usize],
             queue: VecDeque::new(),
-            n_layer_blocks_owed: plan.n_layer_blocks(),
+            n_layer_blocks_owed: n_blocks * u64::from(plan.n_layers),
             token: TokenStage::Owed,
-            n_in_flight: 0,
-            max_in_flight,
+            link: Link::new(max_in_flight, stall_deadline),
             max_blocks_per_frame,
-            stalled_since: None,
+            ends_by,
+            awaits_close_until: None,
             stall_deadline,
             closed: false,
+            plan,
         }
     }
 
@@ -106,13 +121,11 @@ impl Source {
         match fact {
             SourceFact::Ready(range) => self.enqueue(range),
             SourceFact::Token { ends } => {
-                assert_eq!(self.token, TokenStage::Owed, "the first token was sampled twice");
+                assert_eq!(self.token, TokenStage::Owed, "the first tokens were sampled twice");
                 self.token = TokenStage::Ready { ends };
             }
             SourceFact::Sent => {
-                assert!(self.n_in_flight > 0, "the link took a message that was never sent");
-                self.n_in_flight -= 1;
-                self.stalled_since = None;
+                self.link.taken();
             }
             SourceFact::ComputeFailed(failure) => {
                 self.closed = true;
@@ -123,29 +136,24 @@ impl Source {
                 return vec![SourceAction::Release];
             }
             SourceFact::Tick => {
-                if self
-                    .stalled_since
-                    .is_some_and(|since| now >= since.saturating_add(self.stall_deadline))
-                {
+                if self.link.is_overdue(now) || self.awaits_close_until.is_some_and(|until| now >= until) {
                     self.closed = true;
                     return vec![SourceAction::Release];
                 }
-                if self.n_in_flight == 0 {
+                if self.link.is_empty() {
                     self.send(SourceAction::SendProgress, &mut actions);
                 }
             }
         }
-        self.fill_link(&mut actions);
-        if !self.closed && self.n_in_flight == self.max_in_flight && self.stalled_since.is_none() {
-            self.stalled_since = Some(now);
-        }
+        self.fill_link(now, &mut actions);
+        self.link.note_fullness(now);
         actions
     }
 
     fn enqueue(&mut self, range: KvRange) {
         let next = &mut self.next_ready[range.layer as usize];
         assert!(
-            range.first_block == *next && range.n_blocks > 0 && range.end_block() <= self.plan.n_blocks,
+            range.first_block == *next && range.n_blocks > 0 && range.end_block() <= self.plan.choices[0].n_blocks,
             "layer {} is ready at block {} for {} blocks, expected {next} of {:?}",
             range.layer,
             range.first_block,
@@ -157,6 +165,7 @@ impl Source {
         while first_block < range.end_block() {
             let n_blocks = (range.end_block() - first_block).min(self.max_blocks_per_frame);
             self.queue.push_back(KvRange {
+                choice: range.choice,
                 layer: range.layer,
                 first_block,
                 n_blocks,
@@ -165,15 +174,23 @@ impl Source {
         }
     }
 
-    fn fill_link(&mut self, actions: &mut Vec<SourceAction>) {
-        while self.n_in_flight < self.max_in_flight {
+    fn fill_link(&mut self, now: Nanos, actions: &mut Vec<SourceAction>) {
+        while self.link.has_room() {
             // The client waits for the token, so it overtakes the KV that is queued.
             if let TokenStage::Ready { ends } = self.token {
                 self.token = TokenStage::Sent { ends };
                 self.send(SourceAction::SendToken, actions);
             } else if self.owes_nothing() {
-                self.closed = true;
-                actions.extend([SourceAction::SendEnd(None), SourceAction::Release]);
+                match self.ends_by {
+                    EndsBy::Source => {
+                        self.closed = true;
+                        actions.extend([SourceAction::SendEnd(None), SourceAction::Release]);
+                    }
+                    EndsBy::Destination => {
+                        self.awaits_close_until
+                            .get_or_insert(now.saturating_add(self.stall_deadline));
+                    }
+                }
                 return;
             } else if let Some(range) = self.queue.pop_front() {
                 self.n_layer_blocks_owed -= u64::from(range.n_blocks);
@@ -185,7 +202,7 @@ impl Source {
     }
 
     fn send(&mut self, action: SourceAction, actions: &mut Vec<SourceAction>) {
-        self.n_in_flight += 1;
+        self.link.put();
         actions.push(action);
     }
 

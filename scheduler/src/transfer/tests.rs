@@ -11,13 +11,14 @@ use crate::request::Failure;
 const DEADLINE: Nanos = Nanos::from_secs(10);
 
 fn destination(plan: TransferPlan) -> Destination {
-    Destination::new(TransferId(7), plan, DEADLINE, Nanos::ZERO)
+    Destination::handoff(TransferId(7), plan, DEADLINE, Nanos::ZERO)
 }
 
 fn kv(layer: u32, first_block: u32, n_blocks: u32) -> DestinationFact {
     DestinationFact::Kv {
         transfer: TransferId(7),
         range: KvRange {
+            choice: 0,
             layer,
             first_block,
             n_blocks,
@@ -25,17 +26,24 @@ fn kv(layer: u32, first_block: u32, n_blocks: u32) -> DestinationFact {
     }
 }
 
-const PLAN: TransferPlan = TransferPlan {
-    n_layers: 2,
-    first_block: 1,
-    n_blocks: 3,
-};
+fn two_layers() -> TransferPlan {
+    TransferPlan::handoff(2, 1, 3)
+}
 
 #[test]
 fn joins_when_token_and_all_blocks_are_in() {
     for token_first in [true, false] {
-        let mut machine = destination(PLAN);
-        assert!(machine.apply(Nanos(1), DestinationFact::Accepted).is_empty());
+        let mut machine = destination(two_layers());
+        assert!(
+            machine
+                .apply(
+                    Nanos(1),
+                    DestinationFact::Accepted {
+                        ends_by: EndsBy::Source
+                    }
+                )
+                .is_empty()
+        );
         let mut actions = Vec::new();
         if token_first {
             actions.extend(machine.apply(Nanos(2), DestinationFact::Token { ends: false }));
@@ -80,8 +88,13 @@ fn a_doubled_skipped_or_foreign_frame_is_refused() {
         kv(0, 1, 0),
         kv(0, 1, u32::MAX),
     ] {
-        let mut machine = destination(PLAN);
-        machine.apply(Nanos(1), DestinationFact::Accepted);
+        let mut machine = destination(two_layers());
+        machine.apply(
+            Nanos(1),
+            DestinationFact::Accepted {
+                ends_by: EndsBy::Source,
+            },
+        );
         let actions = machine.apply(Nanos(2), bad);
         assert_eq!(actions[0], DestinationAction::Refuse(RefusedFrame::OutOfOrder));
         assert!(matches!(actions[1], DestinationAction::Fail(Failure::InstanceLost(_))));
@@ -90,11 +103,17 @@ fn a_doubled_skipped_or_foreign_frame_is_refused() {
             [DestinationAction::Refuse(RefusedFrame::Late)]
         );
     }
-    let mut machine = destination(PLAN);
-    machine.apply(Nanos(1), DestinationFact::Accepted);
+    let mut machine = destination(two_layers());
+    machine.apply(
+        Nanos(1),
+        DestinationFact::Accepted {
+            ends_by: EndsBy::Source,
+        },
+    );
     let foreign = DestinationFact::Kv {
         transfer: TransferId(8),
         range: KvRange {
+            choice: 0,
             layer: 0,
             first_block: 1,
             n_blocks: 1,
@@ -113,8 +132,13 @@ fn a_doubled_skipped_or_foreign_frame_is_refused() {
 
 #[test]
 fn only_growth_of_the_step_count_holds_the_deadline_off() {
-    let mut machine = destination(PLAN);
-    machine.apply(Nanos::ZERO, DestinationFact::Accepted);
+    let mut machine = destination(two_layers());
+    machine.apply(
+        Nanos::ZERO,
+        DestinationFact::Accepted {
+            ends_by: EndsBy::Source,
+        },
+    );
     machine.apply(Nanos::from_secs(6), DestinationFact::Progress { n_steps: 5 });
     machine.apply(Nanos::from_secs(12), DestinationFact::Progress { n_steps: 5 });
     assert!(machine.apply(Nanos::from_secs(15), DestinationFact::Tick).is_empty());
@@ -131,13 +155,18 @@ fn only_growth_of_the_step_count_holds_the_deadline_off() {
 
 #[test]
 fn an_early_end_is_a_failure_and_a_typed_failure_is_kept() {
-    let mut machine = destination(PLAN);
-    machine.apply(Nanos(1), DestinationFact::Accepted);
+    let mut machine = destination(two_layers());
+    machine.apply(
+        Nanos(1),
+        DestinationFact::Accepted {
+            ends_by: EndsBy::Source,
+        },
+    );
     machine.apply(Nanos(1), DestinationFact::Token { ends: false });
     let actions = machine.apply(Nanos(2), DestinationFact::Ended { failure: None });
     assert!(matches!(actions[0], DestinationAction::Fail(Failure::InstanceLost(_))));
 
-    let mut machine = destination(PLAN);
+    let mut machine = destination(two_layers());
     let busy = Failure::Busy("full".into());
     let actions = machine.apply(
         Nanos(2),
@@ -150,10 +179,11 @@ fn an_early_end_is_a_failure_and_a_typed_failure_is_kept() {
 
 #[test]
 fn a_first_token_that_ends_the_request_voids_the_kv() {
-    let mut source = Source::new(PLAN, 2, 64, DEADLINE);
+    let mut source = Source::new(two_layers(), 2, 64, EndsBy::Source, DEADLINE);
     source.apply(
         Nanos(1),
         SourceFact::Ready(KvRange {
+            choice: 0,
             layer: 0,
             first_block: 1,
             n_blocks: 2,
@@ -166,20 +196,21 @@ fn a_first_token_that_ends_the_request_voids_the_kv() {
         [SourceAction::SendEnd(None), SourceAction::Release]
     );
 
-    let mut machine = destination(PLAN);
-    machine.apply(Nanos(1), DestinationFact::Accepted);
+    let mut machine = destination(two_layers());
+    machine.apply(
+        Nanos(1),
+        DestinationFact::Accepted {
+            ends_by: EndsBy::Source,
+        },
+    );
     let actions = machine.apply(Nanos(1), DestinationFact::Token { ends: true });
     assert_eq!(actions, [DestinationAction::Deliver, DestinationAction::Finish]);
 }
 
 #[test]
 fn without_blocks_the_token_alone_is_owed() {
-    let plan = TransferPlan {
-        n_layers: 2,
-        first_block: 3,
-        n_blocks: 3,
-    };
-    let mut source = Source::new(plan, 2, 64, DEADLINE);
+    let plan = TransferPlan::handoff(2, 3, 3);
+    let mut source = Source::new(plan.clone(), 2, 64, EndsBy::Source, DEADLINE);
     let actions = source.apply(Nanos(1), SourceFact::Token { ends: false });
     assert_eq!(
         actions,
@@ -190,17 +221,23 @@ fn without_blocks_the_token_alone_is_owed() {
         ]
     );
     let mut machine = destination(plan);
-    machine.apply(Nanos(1), DestinationFact::Accepted);
+    machine.apply(
+        Nanos(1),
+        DestinationFact::Accepted {
+            ends_by: EndsBy::Source,
+        },
+    );
     let actions = machine.apply(Nanos(2), DestinationFact::Token { ends: false });
     assert_eq!(actions, [DestinationAction::Deliver, DestinationAction::Join]);
 }
 
 #[test]
 fn a_link_that_takes_nothing_frees_the_source() {
-    let mut source = Source::new(PLAN, 1, 64, DEADLINE);
+    let mut source = Source::new(two_layers(), 1, 64, EndsBy::Source, DEADLINE);
     source.apply(
         Nanos::ZERO,
         SourceFact::Ready(KvRange {
+            choice: 0,
             layer: 0,
             first_block: 1,
             n_blocks: 2,
@@ -226,25 +263,26 @@ proptest! {
         (max_in_flight, per_frame) in (1u32..4, 1u32..4),
         cut_after in prop::option::of(0usize..40),
     ) {
-        let plan = TransferPlan { n_layers, first_block, n_blocks: first_block + n_new };
-        let mut source = Source::new(plan, max_in_flight, per_frame, DEADLINE);
+        let n_blocks = first_block + n_new;
+        let plan = TransferPlan::handoff(n_layers, first_block, n_blocks);
+        let mut source = Source::new(plan.clone(), max_in_flight, per_frame, EndsBy::Source, DEADLINE);
         let mut destination = destination(plan);
-        destination.apply(Nanos::ZERO, DestinationFact::Accepted);
+        destination.apply(Nanos::ZERO, DestinationFact::Accepted { ends_by: EndsBy::Source });
 
         let mut facts = VecDeque::new();
         let mut done = first_block;
         for chunk in chunks.into_iter().chain([u32::MAX]) {
-            let n_blocks = chunk.min(plan.n_blocks - done);
+            let n_blocks = chunk.min(n_blocks - done);
             if n_blocks == 0 { break; }
             for layer in 0..n_layers {
-                facts.push_back(SourceFact::Ready(KvRange { layer, first_block: done, n_blocks }));
+                facts.push_back(SourceFact::Ready(KvRange { choice: 0, layer, first_block: done, n_blocks }));
             }
             done += n_blocks;
         }
         facts.push_back(SourceFact::Token { ends: false });
 
         let mut link: VecDeque<SourceAction> = VecDeque::new();
-        let mut written = vec![0u32; (n_layers * plan.n_blocks) as usize];
+        let mut written = vec![0u32; (n_layers * n_blocks) as usize];
         let (mut n_joins, mut n_fails, mut n_released, mut n_carried) = (0, 0, 0, 0usize);
         loop {
             let actions = match facts.pop_front() {
@@ -279,7 +317,7 @@ proptest! {
                 match action {
                     DestinationAction::Write(range) => {
                         for block in range.first_block..range.end_block() {
-                            written[(range.layer * plan.n_blocks + block) as usize] += 1;
+                            written[(range.layer * n_blocks + block) as usize] += 1;
                         }
                     }
                     DestinationAction::Join => n_joins += 1,
@@ -297,9 +335,9 @@ proptest! {
         prop_assert!(source.is_closed() && destination.is_closed());
         if n_joins == 1 {
             for layer in 0..n_layers {
-                for block in 0..plan.n_blocks {
+                for block in 0..n_blocks {
                     let expected = u32::from(block >= first_block);
-                    prop_assert_eq!(written[(layer * plan.n_blocks + block) as usize], expected);
+                    prop_assert_eq!(written[(layer * n_blocks + block) as usize], expected);
                 }
             }
         }
