@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use baton_proto::convert::{token_from_wire, token_to_wire};
 use baton_proto::cluster::{self, generate_event::Event, transfer_frame::Frame};
+use baton_proto::convert::{token_from_wire, token_to_wire};
 use baton_scheduler::batch::Numerics;
 use baton_scheduler::request::{Failure, Finish, PortableState, Token};
 use baton_scheduler::timeline::Moment;
-use baton_scheduler::transfer::{Destination, DestinationAction, DestinationFact, KvRange, TransferId, TransferPlan};
+use baton_scheduler::transfer::{
+    Destination, DestinationAction, DestinationFact, EndsBy, KvRange, TransferId, TransferPlan,
+};
 use tokio::time::{Instant, sleep_until};
 use tonic::{Status, Streaming};
 
@@ -70,21 +72,19 @@ impl DestinationDriver {
         reservation: Reservation,
         outlet: Outlet,
     ) -> DestinationDriver {
-        let plan = TransferPlan {
-            n_layers: worker.engine.layout().n_layers as u32,
-            first_block: reservation.n_blocks_held as u32,
-            n_blocks: reservation.n_blocks_total as u32,
-        };
+        let first_block = reservation.n_blocks_held as u32;
+        let n_layers = worker.engine.layout().n_layers as u32;
+        let plan = TransferPlan::handoff(n_layers, first_block, reservation.n_blocks_total as u32);
         let transfer = TransferId(NEXT_TRANSFER.fetch_add(1, Relaxed));
         let opened_at = Instant::now();
-        add(&worker.counters.n_blocks_not_sent, u64::from(plan.first_block));
+        add(&worker.counters.n_blocks_not_sent, u64::from(first_block));
         DestinationDriver {
             worker: Arc::clone(worker),
             state,
             source,
             transfer,
-            first_block: plan.first_block,
-            machine: Destination::new(
+            first_block,
+            machine: Destination::handoff(
                 transfer,
                 plan,
                 nanos(worker.options.progress_deadline),
@@ -191,7 +191,9 @@ impl DestinationDriver {
                         self.numerics = Numerics::Other;
                         add(&self.worker.counters.n_other_numerics, 1);
                     }
-                    DestinationFact::Accepted
+                    DestinationFact::Accepted {
+                        ends_by: EndsBy::Source,
+                    }
                 }
                 Err(failure) => DestinationFact::Ended { failure: Some(failure) },
             },
@@ -201,6 +203,7 @@ impl DestinationDriver {
             Some(Frame::Kv(kv)) => {
                 let transfer = TransferId(kv.transfer_id);
                 let range = KvRange {
+                    choice: kv.choice,
                     layer: kv.layer,
                     first_block: kv.first_block,
                     n_blocks: kv.n_blocks,
@@ -349,7 +352,9 @@ impl DestinationDriver {
     }
 }
 
-async fn next(stream: &mut Option<Streaming<cluster::TransferFrame>>) -> Result<Option<cluster::TransferFrame>, Status> {
+async fn next(
+    stream: &mut Option<Streaming<cluster::TransferFrame>>,
+) -> Result<Option<cluster::TransferFrame>, Status> {
     match stream {
         Some(stream) => stream.message().await,
         None => std::future::pending().await,

@@ -1,7 +1,7 @@
 //! From a sequence's events in the engine to its front door: for prompts computed here, and for what follows a handoff.
 
-use baton_proto::convert::token_to_wire;
 use baton_proto::cluster::{self, generate_event::Event};
+use baton_proto::convert::token_to_wire;
 use baton_scheduler::request::TokenLogprobs;
 use baton_scheduler::timeline::Moment;
 

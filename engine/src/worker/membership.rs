@@ -199,7 +199,7 @@ impl Reporter<'_> {
             counters: counters(&report, self.service),
             ledger_whole: if is_idle {
                 ledger.is_whole()
-        } else {
+            } else {
                 ledger.is_balanced()
             },
             step_times,

@@ -11,7 +11,7 @@ use baton_proto::link::KV_FRAME_BYTES;
 use baton_scheduler::ids::Nanos;
 use baton_scheduler::request::{Failure, Finish, PortableState, Token};
 use baton_scheduler::timeline::Moment;
-use baton_scheduler::transfer::{KvRange, Source, SourceAction, SourceFact, TransferId, TransferPlan};
+use baton_scheduler::transfer::{EndsBy, KvRange, Source, SourceAction, SourceFact, TransferId, TransferPlan};
 use futures::Stream;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
@@ -111,17 +111,13 @@ impl SourceDriver {
         let state = PortableState::try_from(state).map_err(|error| Failure::Invalid(error.to_string()))?;
         let layout = worker.engine.layout();
         let job = worker.engine.prefill(state, request.first_block as usize)?;
-        let plan = TransferPlan {
-            n_layers: layout.n_layers as u32,
-            first_block: request.first_block,
-            n_blocks: job.n_blocks() as u32,
-        };
+        let plan = TransferPlan::handoff(layout.n_layers as u32, request.first_block, job.n_blocks() as u32);
         let per_frame = (KV_FRAME_BYTES / layout.layer_block_bytes()).max(1) as u32;
         let stall_deadline = nanos(worker.options.stall_deadline);
         let driver = SourceDriver {
             worker: Arc::clone(worker),
             transfer: TransferId(request.transfer_id),
-            machine: Source::new(plan, MAX_IN_FLIGHT, per_frame, stall_deadline),
+            machine: Source::new(plan, MAX_IN_FLIGHT, per_frame, EndsBy::Source, stall_deadline),
             job,
             pinned: (0..layout.n_layers).map(|_| VecDeque::new()).collect(),
             token: None,
@@ -164,6 +160,7 @@ impl SourceDriver {
             PrefillEvent::LayerReady { layer, blocks, reads } => {
                 self.pinned[layer].extend(reads);
                 self.apply(SourceFact::Ready(KvRange {
+                    choice: 0,
                     layer: layer as u32,
                     first_block: blocks.start as u32,
                     n_blocks: blocks.len() as u32,

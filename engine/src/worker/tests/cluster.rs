@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
-use baton_proto::convert::token_from_wire;
 use baton_proto::cluster::worker_client::WorkerClient;
 use baton_proto::cluster::worker_server::{self, WorkerServer};
 use baton_proto::cluster::{self, ended::How, generate_event::Event, transfer_frame::Frame};
+use baton_proto::convert::token_from_wire;
 use baton_scheduler::batch::BatchConfig;
 use baton_scheduler::ids::{Epoch, Fingerprint, Incarnation, InstanceId, RequestId, TokenId};
 use baton_scheduler::request::{Failure, Finish, PortableState, Request, SamplingParams, Token};
