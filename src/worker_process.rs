@@ -1,13 +1,14 @@
 //! The process of one instance: what it is told, on which command line, and how it starts.
 
 use std::ffi::OsString;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use baton_engine::engine::{EngineConfig, Health, start};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, ModelFolder, load_cpu};
-use baton_engine::worker::{GrpcTransport, Identity, Membership, WorkerOptions, WorkerService, join_registry, serve};
+use baton_engine::worker::{GrpcTransport, Identity, Membership, Standing, WorkerOptions, WorkerService, join_registry, serve};
 use baton_engine::{Cpu, DType, keep_freed_memory};
 use baton_scheduler::batch::BatchConfig;
 use baton_scheduler::ids::{Incarnation, InstanceId, Role};
@@ -117,8 +118,8 @@ pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> an
             .advertise
             .as_ref()
             .map_or(advertise, |address| address.to_string()),
-        role: config.role,
         model: config.model.served_name.clone(),
+        standing: Arc::new(Standing::new(config.role)),
     };
     let ready_line = announce::worker_ready_line(&config.id.to_string());
     let joining = join_registry(&service, &membership, stop.clone(), || announce::print(&ready_line));

@@ -2,13 +2,17 @@
 //! so that workers survive the scheduler's restart.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::{self, registry_client::RegistryClient, registry_command::Command};
+use baton_proto::convert::role_from_wire;
 use baton_proto::link::LinkError;
 use baton_scheduler::ids::Role;
 use baton_scheduler::prefix_cache::PrefixEvent;
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -30,10 +34,44 @@ pub struct Membership {
     pub scheduler: String,
     /// Where others reach this worker.
     pub advertise: String,
-    /// What it is used for.
-    pub role: Role,
     /// Name of the served model.
     pub model: String,
+    /// What changes while the worker lives.
+    pub standing: Arc<Standing>,
+}
+
+/// What a worker is used for, and whether it wants to go. Outlives a membership, so that a restarted scheduler hears it.
+#[derive(Debug)]
+pub struct Standing {
+    role: Mutex<Role>,
+    leaving: AtomicBool,
+    drained: CancellationToken,
+}
+
+impl Standing {
+    /// A worker that is used for `role` and stays.
+    pub fn new(role: Role) -> Standing {
+        Standing {
+            role: Mutex::new(role),
+            leaving: AtomicBool::new(false),
+            drained: CancellationToken::new(),
+        }
+    }
+
+    /// What the worker is used for now.
+    pub fn role(&self) -> Role {
+        *self.role.lock()
+    }
+
+    /// From the next report on the worker asks to be emptied.
+    pub fn leave(&self) {
+        self.leaving.store(true, Relaxed);
+    }
+
+    /// Ends when the scheduler process has said that the worker is empty.
+    pub async fn drained(&self) {
+        self.drained.cancelled().await;
+    }
 }
 
 /// Keeps the membership until `shutdown`; `on_welcome` is called each time the registry accepts it.
@@ -90,6 +128,7 @@ async fn stay(
     let snapshot = service.engine().prefix_snapshot().await.unwrap_or_default();
     let mut reporter = Reporter {
         service,
+        standing: &membership.standing,
         previous: service.engine().load(),
         sent: None,
         sent_at: Instant::now(),
@@ -117,7 +156,15 @@ async fn stay(
                     tracing::info!(scheduler = membership.scheduler, "joined the cluster");
                     on_welcome();
                 }
-                Some(Some(Command::Role(_) | Command::Drained(_)) | None) => {}
+                Some(Some(Command::Role(role))) => match role_from_wire(&role) {
+                    Ok(role) => {
+                        tracing::info!(role = role.as_str(), "the role was changed");
+                        *membership.standing.role.lock() = role;
+                    }
+                    Err(error) => tracing::warn!(%error, "a role that this version does not know"),
+                },
+                Some(Some(Command::Drained(_))) => membership.standing.drained.cancel(),
+                Some(None) => {}
                 None => return Ok(()),
             },
             _ = ticks.tick() => {
@@ -136,7 +183,7 @@ fn worker_join(service: &WorkerService, membership: &Membership) -> cluster::Wor
     cluster::WorkerJoin {
         instance_id: service.identity().instance.to_string(),
         incarnation: service.identity().incarnation.0,
-        role: membership.role.as_str().to_owned(),
+        role: membership.standing.role().as_str().to_owned(),
         address: membership.advertise.clone(),
         protocol_version: PROTOCOL_VERSION,
         fingerprint: service.identity().fingerprint.0.to_vec(),
@@ -153,6 +200,7 @@ fn worker_join(service: &WorkerService, membership: &Membership) -> cluster::Wor
 
 struct Reporter<'a> {
     service: &'a WorkerService,
+    standing: &'a Standing,
     /// The engine's report at the last message.
     previous: LoadReport,
     sent: Option<cluster::WorkerLoad>,
@@ -203,8 +251,8 @@ impl Reporter<'_> {
                 ledger.is_balanced()
             },
             step_times,
-            leaving: false,
-            n_open: 0,
+            leaving: self.standing.leaving.load(Relaxed),
+            n_open: self.service.n_open() as u32,
         }
     }
 }

@@ -18,7 +18,7 @@ use baton_proto::link::LinkOptions;
 
 pub use counters::{TransferCounters, TransferTotals};
 pub use identity::Identity;
-pub use membership::{Membership, join_registry};
+pub use membership::{Membership, Standing, join_registry};
 pub use service::{WorkerService, serve};
 pub use transport::{GrpcTransport, KvTransport, TransportError};
 

@@ -81,6 +81,11 @@ impl WorkerService {
         &self.worker.identity
     }
 
+    /// Streams served now: requests that run or are received here, and prefills and moves under way.
+    pub fn n_open(&self) -> usize {
+        self.worker.tasks.len()
+    }
+
     pub(super) fn options(&self) -> &WorkerOptions {
         &self.worker.options
     }

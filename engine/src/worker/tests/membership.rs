@@ -17,7 +17,7 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::super::{Membership, WorkerOptions, join_registry};
+use super::super::{Membership, Standing, WorkerOptions, join_registry};
 use super::cluster::*;
 
 /// One membership as the registry sees it.
@@ -81,8 +81,8 @@ fn membership(scheduler: &str) -> Membership {
     Membership {
         scheduler: scheduler.to_owned(),
         advertise: "127.0.0.1:7".to_owned(),
-        role: Role::Decode,
         model: "hash".to_owned(),
+        standing: Arc::new(Standing::new(Role::Decode)),
     }
 }
 
