@@ -17,7 +17,7 @@ use baton_kernels::{DType, KvCache, KvLayout, KvWrite};
 use baton_proto::cluster::worker_client::WorkerClient;
 use baton_proto::cluster::worker_server::{Worker, WorkerServer};
 use baton_proto::cluster::{
-    GenerateEvent, GenerateRequest, PrefillEnded, PrefillFrame, PrefillRequest, prefill_frame::Frame,
+    GenerateEvent, GenerateRequest, PrefillEnded, TransferFrame, PrefillRequest, transfer_frame::Frame,
 };
 use baton_proto::link::{KV_FRAME_BYTES, LinkOptions, MAX_MESSAGE_BYTES};
 use baton_scheduler::transfer::{KvRange, TransferId};
@@ -325,7 +325,7 @@ impl Sender {
 #[tonic::async_trait]
 impl Worker for Sender {
     type GenerateStream = ReceiverStream<Result<GenerateEvent, Status>>;
-    type PrefillStream = ReceiverStream<Result<PrefillFrame, Status>>;
+    type PrefillStream = ReceiverStream<Result<TransferFrame, Status>>;
 
     async fn generate(&self, _: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         Err(Status::unimplemented("this process only sends KV"))
@@ -351,12 +351,12 @@ impl Worker for Sender {
                         .map(|block| kv.pin(layer, block))
                         .collect();
                     let frame = Frame::Kv(transport.pack(transfer, range, reads));
-                    room.send(Ok(PrefillFrame { frame: Some(frame) }));
+                    room.send(Ok(TransferFrame { frame: Some(frame) }));
                 }
             }
             let ended = Frame::Ended(PrefillEnded { failure: None });
             // A receiver that has gone needs no end.
-            let _ = frames.send(Ok(PrefillFrame { frame: Some(ended) })).await;
+            let _ = frames.send(Ok(TransferFrame { frame: Some(ended) })).await;
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
