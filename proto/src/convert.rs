@@ -80,7 +80,8 @@ impl From<&SamplingParams> for cluster::SamplingParams {
             presence_penalty: Some(params.presence_penalty).filter(|&penalty| penalty != 0.0),
             frequency_penalty: Some(params.frequency_penalty).filter(|&penalty| penalty != 0.0),
             repetition_penalty: Some(params.repetition_penalty).filter(|&penalty| penalty != 1.0),
-            n: params.n,
+            // As version 1 says it, when it could.
+            n: if params.n == 1 { 0 } else { params.n },
         }
     }
 }

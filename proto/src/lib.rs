@@ -20,7 +20,19 @@ pub mod cluster {
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// The newest protocol version this build speaks; it also speaks the one before.
-pub const PROTOCOL_VERSION: u32 = 1;
+///
+/// Version 2 added groups of choices, penalties, checksums and moves. A request that needs them is not given to a peer of
+/// version 1, which would not see the fields.
+pub const PROTOCOL_VERSION: u32 = 2;
+
+/// The version in which to speak to a peer that speaks `version` at best, or an unknown one (0).
+pub const fn common_version(version: u32) -> u32 {
+    if version == 0 || version + 1 == PROTOCOL_VERSION {
+        PROTOCOL_VERSION - 1
+    } else {
+        PROTOCOL_VERSION
+    }
+}
 
 /// Whether this build can speak with a peer of `version`.
 pub const fn speaks(version: u32) -> bool {

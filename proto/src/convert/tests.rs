@@ -3,6 +3,8 @@
 use super::*;
 use proptest::prelude::*;
 
+mod version_1;
+
 prop_compose! {
     fn logprobs()(
         logprob in -50f32..0.0,
