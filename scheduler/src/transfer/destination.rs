@@ -31,8 +31,8 @@ pub enum DestinationFact {
     },
     /// A migration's state is here, and with it how much KV is owed.
     State {
-        /// Blocks of each choice's context; nothing is owed of a choice that has finished (`None`).
-        n_blocks: Vec<Option<u32>>,
+        /// Of each choice.
+        owed: Vec<OwedBlocks>,
     },
     /// The source's typed end.
     Ended {
@@ -48,6 +48,15 @@ pub enum DestinationFact {
     Cancelled,
     /// Time has passed.
     Tick,
+}
+
+/// How much of a moved choice must be here before the group joins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OwedBlocks {
+    /// The choice goes on: all blocks of its context, and none came beyond them.
+    All(u32),
+    /// The choice has finished: only those of the prompt that other choices share with it, whatever else came.
+    Shared(u32),
 }
 
 /// Why a frame was refused. Refusals are counted.
@@ -189,7 +198,7 @@ impl Destination {
             }
             DestinationFact::Kv { transfer, range } => self.take_kv(now, transfer, range),
             DestinationFact::Token { ends } => self.take_token(now, ends),
-            DestinationFact::State { n_blocks } => self.take_state(now, &n_blocks),
+            DestinationFact::State { owed } => self.take_state(now, &owed),
             DestinationFact::Ended { failure: Some(failure) } => self.fail(failure),
             DestinationFact::Ended { failure: None } => {
                 let tokens = if self.has_tokens { "received" } else { "owed" };
@@ -282,28 +291,25 @@ impl Destination {
         actions
     }
 
-    fn take_state(&mut self, now: Nanos, n_blocks: &[Option<u32>]) -> Vec<DestinationAction> {
+    fn take_state(&mut self, now: Nanos, owed: &[OwedBlocks]) -> Vec<DestinationAction> {
         if self.has_tokens || self.ends.is_some() || self.stage == Stage::Opening {
             return self.fail(Failure::InstanceLost(
                 "a state came twice, before the answer, or in a handoff".into(),
             ));
         }
-        let fits = n_blocks.len() == self.plan.choices.len()
-            && n_blocks
-                .iter()
-                .zip(&self.plan.choices)
-                .zip(&self.next_block)
-                .all(|((&n_blocks, choice), next)| {
-                    n_blocks.is_none_or(|end| end <= choice.n_blocks && next.iter().all(|&next| next <= end))
-                });
-        if !fits {
+        let mut choices = owed.iter().zip(&self.plan.choices).zip(&self.next_block);
+        let fits = choices.all(|((owed, plan), next)| match *owed {
+            OwedBlocks::All(end) => end <= plan.n_blocks && next.iter().all(|&next| next <= end),
+            OwedBlocks::Shared(end) => end <= plan.n_blocks,
+        });
+        if !fits || owed.len() != self.plan.choices.len() {
             return self.fail(Failure::InstanceLost(format!(
-                "the state has contexts of {n_blocks:?} blocks, which is not what was reserved or sent"
+                "the state owes {owed:?}, which is not what was reserved or sent"
             )));
         }
-        let ends = n_blocks.iter().zip(&self.next_block);
-        // Nothing is owed of a finished choice, wherever its layers stand.
-        let ends = ends.map(|(&end, next)| end.unwrap_or_else(|| next.iter().copied().min().unwrap_or(0)));
+        let ends = owed.iter().map(|owed| match *owed {
+            OwedBlocks::All(end) | OwedBlocks::Shared(end) => end,
+        });
         self.ends = Some(ends.collect());
         self.has_tokens = true;
         self.progress_at = now;

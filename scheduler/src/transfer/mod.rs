@@ -13,7 +13,7 @@ mod source;
 
 use serde::{Deserialize, Serialize};
 
-pub use destination::{Destination, DestinationAction, DestinationFact, RefusedFrame};
+pub use destination::{Destination, DestinationAction, DestinationFact, OwedBlocks, RefusedFrame};
 pub use migration::{FEW_BLOCKS, MAX_STAGES, MigrationAction, MigrationFact, MigrationLimits, MigrationSource, Pacing};
 pub use source::{EndsBy, Source, SourceAction, SourceFact};
 
