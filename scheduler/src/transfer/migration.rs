@@ -97,6 +97,8 @@ pub struct MigrationLimits {
     pub stall_deadline: Nanos,
     /// How long a paused group waits for a word of its front door.
     pub resume_deadline: Nanos,
+    /// Stages before the pause, normally [`MAX_STAGES`]. With none everything is copied while the group stands still.
+    pub max_stages: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -136,18 +138,27 @@ impl MigrationSource {
         plan.check();
         assert!(limits.max_blocks_per_frame > 0, "frames of no blocks");
         let from = plan.firsts();
+        let first = if limits.max_stages == 0 {
+            vec![MigrationAction::SayMoving, MigrationAction::Pause { from: from.clone() }]
+        } else {
+            vec![MigrationAction::PinFull { from: from.clone() }]
+        };
         let machine = MigrationSource {
             link: Link::new(limits.max_in_flight, limits.stall_deadline),
             plan,
             limits,
-            stage: Stage::Pinning,
-            next_block: from.clone(),
+            stage: if limits.max_stages == 0 {
+                Stage::Pausing
+            } else {
+                Stage::Pinning
+            },
+            next_block: from,
             queue: VecDeque::new(),
             n_stages: 0,
             is_last_stage: false,
             has_sent_end: false,
         };
-        (machine, vec![MigrationAction::PinFull { from }])
+        (machine, first)
     }
 
     /// Whether nothing is held for the transfer any more.
@@ -221,7 +232,7 @@ impl MigrationSource {
     fn take_full(&mut self, end: &[u32]) -> Vec<MigrationAction> {
         let stage_blocks = self.enqueue(end);
         self.n_stages += 1;
-        self.is_last_stage = stage_blocks <= FEW_BLOCKS || self.n_stages >= MAX_STAGES || self.leaves_no_room(end);
+        self.is_last_stage = stage_blocks <= FEW_BLOCKS || self.n_stages >= self.limits.max_stages || self.leaves_no_room(end);
         self.stage = Stage::Streaming;
         Vec::new()
     }

@@ -112,6 +112,11 @@ impl Source {
         self.closed
     }
 
+    /// Whether all is sent, and only the destination's close is awaited or has come.
+    pub fn has_sent_all(&self) -> bool {
+        self.awaits_close_until.is_some()
+    }
+
     /// Takes one fact, returns what to do, in order.
     pub fn apply(&mut self, now: Nanos, fact: SourceFact) -> Vec<SourceAction> {
         if self.closed {
