@@ -132,6 +132,7 @@ fn cluster(n_instances: usize) -> ClusterView {
         let info = InstanceInfo {
             id: InstanceId::new(&format!("instance-{i}")),
             incarnation: Incarnation(1),
+            protocol_version: 2,
             role: if i % 2 == 0 { Role::Prefill } else { Role::Decode },
             fingerprint: FINGERPRINT,
             numerics_class: "bench".into(),
@@ -165,6 +166,8 @@ fn placement(criterion: &mut Criterion) {
                 prefix_keys: &prefix_keys,
                 n_tokens: 2048,
                 avoided: &[],
+                needs_version: 1,
+                may_hand_over: true,
             };
             policy
                 .place(Nanos::ZERO, black_box(request), &view)

@@ -381,6 +381,7 @@ pub fn instance_info_from_wire(wire: &cluster::WorkerJoin) -> Result<InstanceInf
     Ok(InstanceInfo {
         id: InstanceId::new(&wire.instance_id),
         incarnation: Incarnation(wire.incarnation),
+        protocol_version: wire.protocol_version,
         role: role_from_wire(&wire.role)?,
         fingerprint: fingerprint_from_wire(&wire.fingerprint)?,
         numerics_class: wire.numerics_class.clone(),

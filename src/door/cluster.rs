@@ -9,7 +9,7 @@ use baton_proto::link::{LinkError, LinkOptions, MAX_MESSAGE_BYTES, PresentSecret
 use baton_proto::{cluster, speaks};
 use baton_scheduler::ids::{Fingerprint, Incarnation, InstanceId, Nanos, RequestId, Role};
 use baton_scheduler::placement::{
-    ClusterView, InstanceLoad, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent,
+    ClusterView, InstanceLoad, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent, min_protocol_version,
 };
 use baton_scheduler::prefix_cache::PrefixKey;
 use baton_scheduler::request::Request;
@@ -276,6 +276,8 @@ impl Cluster {
             prefix_keys: &prefix_keys,
             n_tokens,
             avoided,
+            needs_version: min_protocol_version(&request.sampling),
+            may_hand_over: true,
         };
         let placement = state.policy.place(self.now(), asked, &state.view)?;
         let computing = placement.prefill.as_ref().unwrap_or(&placement.decode);
@@ -305,7 +307,8 @@ impl Cluster {
         };
         let open = OpenPlacement {
             placement,
-            n_blocks: n_tokens.div_ceil(block_size) + 1,
+            n_blocks: asked.n_blocks(block_size),
+            n_choices: asked.n_choices(),
             n_prefill_tokens: n_tokens - n_cached,
             prefix_keys,
         };

@@ -1,5 +1,6 @@
 //! Which instances serve a request: the front door's view of the cluster, and the policies that choose from it.
 
+mod destination;
 mod least_loaded;
 mod prefix_aware;
 mod round_robin;
@@ -9,8 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{InstanceId, Nanos, Role};
 use crate::prefix_cache::PrefixKey;
-use crate::request::Request;
+use crate::request::{Request, SamplingParams};
 
+pub use destination::{MOVE_PROTOCOL_VERSION, choose_destination};
 pub use least_loaded::LeastLoaded;
 pub use prefix_aware::PrefixAware;
 pub use round_robin::RoundRobin;
@@ -36,6 +38,40 @@ pub struct PlacementRequest<'a> {
     pub n_tokens: u32,
     /// Instances to choose only when there is no other.
     pub avoided: &'a [InstanceId],
+    /// Instances that speak less are not suitable: [`min_protocol_version`] of the request.
+    pub needs_version: u32,
+    /// Whether its KV may come from a prefill instance. Not when several choices each have tokens of their own already: a
+    /// handoff carries one prompt.
+    pub may_hand_over: bool,
+}
+
+impl PlacementRequest<'_> {
+    /// Choices to generate, each a place in the batch.
+    pub fn n_choices(&self) -> u32 {
+        self.request.sampling.n.max(1)
+    }
+
+    /// Blocks that a decode reservation takes: the tokens, and one block for each choice to grow into. Choices that have tokens
+    /// already share the full blocks of the prompt alone.
+    pub fn n_blocks(&self, block_size: u32) -> u32 {
+        let (n_choices, n_prompt) = (self.n_choices(), self.request.prompt_ids.len() as u32);
+        let n_held = self.n_tokens.div_ceil(block_size);
+        let n_shared = if self.n_tokens > n_prompt {
+            n_prompt / block_size
+        } else {
+            n_held
+        };
+        n_shared + n_choices * (n_held - n_shared) + n_choices
+    }
+}
+
+/// The oldest protocol version whose messages can say all of `sampling`: 2 for several choices and for penalties.
+pub fn min_protocol_version(sampling: &SamplingParams) -> u32 {
+    let plain = sampling.n <= 1
+        && sampling.presence_penalty == 0.0
+        && sampling.frequency_penalty == 0.0
+        && sampling.repetition_penalty == 1.0;
+    if plain { 1 } else { 2 }
 }
 
 /// When a prompt is computed on another instance than its decode instance.
@@ -110,11 +146,11 @@ fn candidates<'a>(request: &PlacementRequest<'_>, view: &'a ClusterView) -> Pool
             .collect();
         if preferred.is_empty() { pool } else { preferred }
     };
-    // A decode reservation is the prompt and one block to grow into.
-    let n_blocks = |state: &InstanceState| request.n_tokens.div_ceil(state.info.block_size) + 1;
+    let suits = |state: &InstanceState| state.is_usable() && state.info.protocol_version >= request.needs_version;
+    let has_room = |state: &InstanceState| state.has_room(request.n_blocks(state.info.block_size), request.n_choices());
     Pools {
-        decode: all(&|state| state.info.role != Role::Prefill && state.has_room(n_blocks(state))),
-        prefill: all(&|state| state.info.role == Role::Prefill && state.load.healthy && !state.is_marked_busy()),
+        decode: all(&|state| state.info.role != Role::Prefill && suits(state) && has_room(state)),
+        prefill: all(&|state| request.may_hand_over && state.info.role == Role::Prefill && suits(state)),
     }
 }
 

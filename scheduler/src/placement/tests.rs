@@ -14,6 +14,7 @@ fn info(name: &str, role: Role) -> InstanceInfo {
     InstanceInfo {
         id: InstanceId::new(name),
         incarnation: Incarnation(1),
+        protocol_version: 2,
         role,
         fingerprint: Fingerprint([1; 32]),
         numerics_class: "test".into(),
@@ -54,6 +55,8 @@ fn place(policy: &mut dyn Policy, view: &ClusterView, n_tokens: u32, avoided: &[
             prefix_keys: &keys,
             n_tokens,
             avoided,
+            needs_version: 1,
+            may_hand_over: true,
         },
         view,
     )
@@ -66,6 +69,7 @@ fn open(decode: &str, prefill: Option<&str>, n_tokens: u32) -> OpenPlacement {
             prefill: prefill.map(InstanceId::new),
         },
         n_blocks: n_tokens.div_ceil(16) + 1,
+        n_choices: 1,
         n_prefill_tokens: n_tokens,
         prefix_keys: Vec::new(),
     }
@@ -209,6 +213,7 @@ fn simultaneous_requests_with_one_new_prefix_go_to_the_same_pair() {
         OpenPlacement {
             placement: first.clone(),
             n_blocks: 26,
+            n_choices: 1,
             n_prefill_tokens: 400,
             prefix_keys: keys,
         },
@@ -303,11 +308,102 @@ fn a_threshold_decides_by_uncached_tokens() {
     }
 }
 
+#[test]
+fn a_draining_or_older_instance_is_neither_chosen_nor_moved_to() {
+    let d = |name: &str| InstanceId::new(name);
+    for name in POLICIES {
+        let mut policy = policy(name, Disaggregation::ALWAYS).unwrap();
+        let mut view = cluster(&[("d0", Role::Decode), ("d1", Role::Decode), ("d2", Role::Decode)]);
+        view.apply(ViewEvent::Draining(d("d0"), true));
+        view.apply(ViewEvent::Joined(InstanceInfo {
+            protocol_version: 1,
+            ..info("d1", Role::Decode)
+        }));
+        let (mut request, keys) = request(1, 40);
+        request.sampling.n = 2;
+        let asked = PlacementRequest {
+            request: &request,
+            prefix_keys: &keys,
+            n_tokens: 40,
+            avoided: &[],
+            needs_version: min_protocol_version(&request.sampling),
+            may_hand_over: true,
+        };
+        let chosen = policy.place(Nanos::ZERO, asked, &view).unwrap();
+        assert_eq!(chosen.decode, d("d2"), "{name}");
+        assert_eq!(choose_destination(&view, &d("d0"), 4, 1, 1), Some(d("d2")));
+        assert_eq!(choose_destination(&view, &d("d2"), 4, 1, 1), None);
+        view.apply(ViewEvent::Draining(d("d0"), false));
+        assert_eq!(choose_destination(&view, &d("d2"), 4, 5, 1), None, "four places");
+        assert_eq!(choose_destination(&view, &d("d2"), 4, 4, 1), Some(d("d0")));
+        view.apply(ViewEvent::RoleChanged(d("d0"), Incarnation(9), Role::Prefill));
+        assert!(
+            choose_destination(&view, &d("d2"), 4, 4, 1).is_some(),
+            "of another life"
+        );
+        view.apply(ViewEvent::RoleChanged(d("d0"), Incarnation(1), Role::Prefill));
+        assert_eq!(choose_destination(&view, &d("d2"), 4, 4, 1), None);
+    }
+}
+
+#[test]
+fn choices_with_tokens_of_their_own_are_not_handed_over_and_need_more_blocks() {
+    let (mut request, keys) = request(1, 40);
+    request.sampling.n = 3;
+    let asked = |n_tokens, may_hand_over| PlacementRequest {
+        request: &request,
+        prefix_keys: &keys,
+        n_tokens,
+        avoided: &[],
+        needs_version: 2,
+        may_hand_over,
+    };
+    assert_eq!(asked(40, true).n_blocks(16), 3 + 3);
+    assert_eq!(
+        asked(50, false).n_blocks(16),
+        2 + 3 * 2 + 3,
+        "two full blocks of the prompt are shared"
+    );
+    for name in POLICIES {
+        let mut policy = policy(name, Disaggregation::ALWAYS).unwrap();
+        let view = cluster(&[("d0", Role::Decode), ("p0", Role::Prefill)]);
+        let mut place = |may| policy.place(Nanos::ZERO, asked(50, may), &view).unwrap().prefill;
+        assert!(place(true).is_some(), "{name}");
+        assert_eq!(place(false), None, "{name}");
+    }
+}
+
+#[test]
+fn a_move_counts_at_both_ends_until_it_settles() {
+    let mut view = cluster(&POOLS);
+    let n_available = |view: &ClusterView, id: &str| view.instances()[&InstanceId::new(id)].n_blocks_available();
+    view.apply(ViewEvent::Placed(RequestId(9), open("d0", Some("p0"), 64)));
+    view.apply(ViewEvent::Grew(RequestId(9), 20));
+    view.apply(ViewEvent::MoveStarted(RequestId(9), InstanceId::new("d1")));
+    view.apply(ViewEvent::MoveStarted(RequestId(8), InstanceId::new("d1")));
+    assert_eq!((n_available(&view, "d0"), n_available(&view, "d1")), (80, 80));
+    let load = InstanceLoad {
+        n_blocks_free: 100,
+        healthy: true,
+        ..InstanceLoad::default()
+    };
+    view.apply(ViewEvent::Load(InstanceId::new("d1"), Incarnation(1), load.clone()));
+    view.apply(ViewEvent::MoveEnded(RequestId(9)));
+    assert_eq!((n_available(&view, "d0"), n_available(&view, "d1")), (80, 100));
+    view.apply(ViewEvent::MoveStarted(RequestId(9), InstanceId::new("d1")));
+    view.apply(ViewEvent::Load(InstanceId::new("d1"), Incarnation(1), load));
+    view.apply(ViewEvent::Moved(RequestId(9), InstanceId::new("d1")));
+    assert_eq!((n_available(&view, "d0"), n_available(&view, "d1")), (100, 80));
+    view.apply(ViewEvent::Closed(RequestId(9)));
+    assert_eq!(n_available(&view, "d1"), 100);
+    assert!(view.moves().is_empty());
+}
+
 proptest! {
     /// After any events, closing every placement leaves the view as if nothing had been placed.
     #[test]
     fn the_view_keeps_nothing_of_closed_placements(
-        events in prop::collection::vec((0u8..7, 0u128..6, 0usize..4, 1u32..200), 0..80),
+        events in prop::collection::vec((0u8..12, 0u128..6, 0usize..4, 1u32..200), 0..80),
     ) {
         let names = ["p0", "p1", "d0", "d1"];
         let mut view = cluster(&POOLS);
@@ -324,6 +420,11 @@ proptest! {
                 3 => ViewEvent::Closed(RequestId(id)),
                 4 => ViewEvent::Left(InstanceId::new(name), Incarnation(1)),
                 5 => ViewEvent::Joined(info(name, if name.starts_with('p') { Role::Prefill } else { Role::Decode })),
+                6 => ViewEvent::MoveStarted(RequestId(id), InstanceId::new(name)),
+                7 => ViewEvent::MoveEnded(RequestId(id)),
+                8 => ViewEvent::Moved(RequestId(id), InstanceId::new(name)),
+                9 => ViewEvent::Grew(RequestId(id), n_tokens),
+                10 => ViewEvent::Draining(InstanceId::new(name), n_tokens % 2 == 0),
                 _ => ViewEvent::Busy(InstanceId::new(name)),
             };
             view.apply(event);
@@ -331,7 +432,12 @@ proptest! {
         for id in 0..6 {
             view.apply(ViewEvent::Closed(RequestId(id)));
         }
-        prop_assert!(view.open_placements().is_empty());
+        prop_assert!(view.open_placements().is_empty() && view.moves().is_empty());
+        // What moves brought counts until the next report.
+        let idle = InstanceLoad { n_blocks_free: 100, healthy: true, ..InstanceLoad::default() };
+        for name in names {
+            view.apply(ViewEvent::Load(InstanceId::new(name), Incarnation(1), idle.clone()));
+        }
         let (_, keys) = request(1, 200);
         for (id, state) in view.instances() {
             prop_assert_eq!(state.n_sequences(), 0);

@@ -17,6 +17,8 @@ pub struct InstanceInfo {
     pub id: InstanceId,
     /// Which life.
     pub incarnation: Incarnation,
+    /// The protocol version it speaks at best.
+    pub protocol_version: u32,
     /// What it is used for.
     pub role: Role,
     /// Whom it can exchange KV with.
@@ -73,6 +75,20 @@ pub enum ViewEvent {
     Closed(RequestId),
     /// An instance answered Busy: it is full until its next report.
     Busy(InstanceId),
+    /// An incarnation is used for something else from now on; what runs there goes on. Ignored when of another incarnation.
+    RoleChanged(InstanceId, Incarnation, Role),
+    /// An instance is being emptied, or no longer: it gets no placement and is no move's destination. A new incarnation starts
+    /// undrained. Ignored when unknown.
+    Draining(InstanceId, bool),
+    /// A placed request is being moved: it counts at the destination too until `Moved` or `MoveEnded`. A second start replaces
+    /// the first. Ignored when the request is unknown or already there.
+    MoveStarted(RequestId, InstanceId),
+    /// The move came to nothing: the request counts where it was alone.
+    MoveEnded(RequestId),
+    /// A placed request generates on another instance now, which holds its KV. Ignored when the request is unknown.
+    Moved(RequestId, InstanceId),
+    /// All choices of a placed request hold this many blocks now. Without it a placement counts what it was placed with.
+    Grew(RequestId, u32),
 }
 
 /// A placement of this front door that still holds something.
@@ -80,8 +96,10 @@ pub enum ViewEvent {
 pub struct OpenPlacement {
     /// Where it runs.
     pub placement: Placement,
-    /// Blocks reserved at the decode instance at the start.
+    /// Blocks reserved at the decode instance at the start, for all choices.
     pub n_blocks: u32,
+    /// Choices generated: as many places in the batch.
+    pub n_choices: u32,
     /// Prompt tokens to compute, as predicted.
     pub n_prefill_tokens: u32,
     /// Keys of its prompt's full blocks: cached on its instances soon.
@@ -101,6 +119,10 @@ pub struct InstanceState {
     /// Whether `cost` was fitted to steps of this incarnation.
     is_measured: bool,
     is_busy: bool,
+    is_draining: bool,
+    /// Brought by moves that began since the last report, which cannot be in it.
+    n_unreported_sequences: u32,
+    n_unreported_blocks: u32,
     cached: BTreeSet<PrefixKey>,
     /// Keys of own open placements, with how many hold each.
     expected: BTreeMap<PrefixKey, u32>,
@@ -123,6 +145,9 @@ impl InstanceState {
             fit: CostFit::default(),
             is_measured: false,
             is_busy: false,
+            is_draining: false,
+            n_unreported_sequences: 0,
+            n_unreported_blocks: 0,
             cached: BTreeSet::new(),
             expected: BTreeMap::new(),
             n_own_sequences: 0,
@@ -133,12 +158,14 @@ impl InstanceState {
 
     /// Sequences there, reported or placed and not reported yet.
     pub fn n_sequences(&self) -> u32 {
-        self.n_own_sequences.max(self.load.n_running + self.load.n_waiting)
+        let n_reported = self.load.n_running + self.load.n_waiting;
+        self.n_own_sequences.max(n_reported + self.n_unreported_sequences)
     }
 
     /// Blocks that a new sequence could take.
     pub fn n_blocks_available(&self) -> u32 {
         let reported = self.load.n_blocks_free + self.load.n_blocks_cached;
+        let reported = reported.saturating_sub(self.n_unreported_blocks);
         reported.min(self.info.n_blocks_total.saturating_sub(self.n_own_blocks))
     }
 
@@ -160,11 +187,42 @@ impl InstanceState {
         self.is_busy
     }
 
-    /// Whether it can take a sequence of `n_blocks` more now.
-    pub fn has_room(&self, n_blocks: u32) -> bool {
-        self.load.healthy
-            && !self.is_busy
-            && self.n_sequences() < self.info.max_num_seqs
+    /// Llumnix's freeness (OSDI '24, algorithm 1), in blocks for each sequence: `(total - virtual usages) / batch size`. Each
+    /// decoding sequence takes a block every `block_size` steps, so it is proportional to the steps until none is left.
+    ///
+    /// Virtual usages are the blocks held; the demand of the first sequence waiting there, taken as the mean of those held
+    /// since reports do not tell it; `n_headroom_blocks` kept clear for requests of high priority (0 where none is); and
+    /// infinite usage of an instance being emptied. It may be negative.
+    pub fn freeness(&self, n_headroom_blocks: u32) -> f64 {
+        if self.is_draining {
+            return f64::NEG_INFINITY;
+        }
+        let n_sequences = f64::from(self.n_sequences().max(1));
+        let n_available = f64::from(self.n_blocks_available());
+        let n_held = f64::from(self.info.n_blocks_total) - n_available;
+        let n_running = f64::from(self.load.n_running.max(1));
+        let head_of_line = if self.load.n_waiting > 0 {
+            n_held / n_running
+        } else {
+            0.0
+        };
+        (n_available - head_of_line - f64::from(n_headroom_blocks)) / n_sequences
+    }
+
+    /// Whether it is being emptied.
+    pub fn is_draining(&self) -> bool {
+        self.is_draining
+    }
+
+    /// Whether new work may be given to it at all, room aside.
+    pub fn is_usable(&self) -> bool {
+        self.load.healthy && !self.is_busy && !self.is_draining
+    }
+
+    /// Whether it can take `n_choices` sequences of `n_blocks` together now.
+    pub fn has_room(&self, n_blocks: u32, n_choices: u32) -> bool {
+        self.is_usable()
+            && self.n_sequences().saturating_add(n_choices) <= self.info.max_num_seqs
             && self.n_blocks_available() >= n_blocks
     }
 }
@@ -179,6 +237,8 @@ fn is_kin(a: &InstanceInfo, b: &InstanceInfo) -> bool {
 pub struct ClusterView {
     instances: BTreeMap<InstanceId, InstanceState>,
     open: BTreeMap<RequestId, OpenPlacement>,
+    /// Destinations of open placements that are being moved.
+    moving: BTreeMap<RequestId, InstanceId>,
 }
 
 impl ClusterView {
@@ -195,6 +255,11 @@ impl ClusterView {
     /// This front door's open placements.
     pub fn open_placements(&self) -> &BTreeMap<RequestId, OpenPlacement> {
         &self.open
+    }
+
+    /// Moves under way, each with its destination.
+    pub fn moves(&self) -> &BTreeMap<RequestId, InstanceId> {
+        &self.moving
     }
 
     /// Prompt tokens at the start of `prefix_keys` that the instance holds or will soon hold, in whole blocks, always less
@@ -237,6 +302,8 @@ impl ClusterView {
                         state.is_measured = true;
                     }
                     state.is_busy = false;
+                    state.n_unreported_sequences = 0;
+                    state.n_unreported_blocks = 0;
                     state.load = load;
                     self.share_cost(&id);
                 }
@@ -254,20 +321,44 @@ impl ClusterView {
             }
             ViewEvent::Placed(request, placement) => {
                 self.apply(ViewEvent::Closed(request));
-                self.count(&placement, 1);
+                self.count(&placement, None, 1);
                 self.open.insert(request, placement);
             }
-            ViewEvent::PrefillDone(request) => {
-                if let Some(mut placement) = self.open.remove(&request) {
-                    self.count(&placement, -1);
-                    placement.n_prefill_tokens = 0;
-                    self.count(&placement, 1);
-                    self.open.insert(request, placement);
+            ViewEvent::PrefillDone(request) => self.change(request, |open, _| open.n_prefill_tokens = 0),
+            ViewEvent::Grew(request, n_blocks) => self.change(request, |open, _| open.n_blocks = n_blocks),
+            ViewEvent::Closed(request) => {
+                let moving = self.moving.remove(&request);
+                if let Some(placement) = self.open.remove(&request) {
+                    self.count(&placement, moving.as_ref(), -1);
                 }
             }
-            ViewEvent::Closed(request) => {
-                if let Some(placement) = self.open.remove(&request) {
-                    self.count(&placement, -1);
+            ViewEvent::MoveStarted(request, to) => {
+                let starts = self.open.get(&request).filter(|open| open.placement.decode != to);
+                if let Some((n_choices, n_blocks)) = starts.map(|open| (open.n_choices, open.n_blocks)) {
+                    if let Some(state) = self.instances.get_mut(&to) {
+                        state.n_unreported_sequences += n_choices;
+                        state.n_unreported_blocks += n_blocks;
+                    }
+                    self.change(request, |_, moving| *moving = Some(to));
+                }
+            }
+            ViewEvent::MoveEnded(request) => self.change(request, |_, moving| *moving = None),
+            ViewEvent::Moved(request, to) => self.change(request, |open, moving| {
+                *moving = None;
+                open.placement = Placement {
+                    decode: to,
+                    prefill: None,
+                };
+                open.n_prefill_tokens = 0;
+            }),
+            ViewEvent::RoleChanged(id, incarnation, role) => {
+                if let Some(state) = self.of_incarnation(&id, incarnation) {
+                    state.info.role = role;
+                }
+            }
+            ViewEvent::Draining(id, is_draining) => {
+                if let Some(state) = self.instances.get_mut(&id) {
+                    state.is_draining = is_draining;
                 }
             }
             ViewEvent::Busy(id) => {
@@ -275,6 +366,21 @@ impl ClusterView {
                     state.is_busy = true;
                 }
             }
+        }
+    }
+
+    /// Changes an open placement and its move, and what they count for.
+    fn change(&mut self, request: RequestId, change: impl FnOnce(&mut OpenPlacement, &mut Option<InstanceId>)) {
+        let Some(mut placement) = self.open.remove(&request) else {
+            return;
+        };
+        let mut moving = self.moving.remove(&request);
+        self.count(&placement, moving.as_ref(), -1);
+        change(&mut placement, &mut moving);
+        self.count(&placement, moving.as_ref(), 1);
+        self.open.insert(request, placement);
+        if let Some(to) = moving {
+            self.moving.insert(request, to);
         }
     }
 
@@ -306,6 +412,8 @@ impl ClusterView {
         if let Some(previous) = self.instances.remove(&id) {
             // The same machine and model: its speed is still the best guess.
             state.cost = previous.cost;
+            // A report repeated by the same life, as after a change of role, ends no drain.
+            state.is_draining = previous.is_draining && previous.info.incarnation == state.info.incarnation;
         } else {
             let kin = self
                 .instances
@@ -317,26 +425,30 @@ impl ClusterView {
         }
         self.instances.insert(id.clone(), state);
         // Placements on an earlier incarnation are still open here; their ends will be counted down.
-        let open: Vec<OpenPlacement> = self.open.values().cloned().collect();
-        for placement in &open {
-            self.count_on(&id, placement, 1);
+        let open: Vec<(OpenPlacement, Option<InstanceId>)> = self
+            .open
+            .iter()
+            .map(|(request, open)| (open.clone(), self.moving.get(request).cloned()))
+            .collect();
+        for (placement, moving) in &open {
+            self.count_on(&id, placement, moving.as_ref(), 1);
         }
     }
 
-    fn count(&mut self, placement: &OpenPlacement, sign: i64) {
-        let decode = placement.placement.decode.clone();
-        self.count_on(&decode, placement, sign);
-        if let Some(prefill) = placement.placement.prefill.clone().filter(|prefill| *prefill != decode) {
-            self.count_on(&prefill, placement, sign);
+    fn count(&mut self, open: &OpenPlacement, moving: Option<&InstanceId>, sign: i64) {
+        let (decode, prefill) = (&open.placement.decode, open.placement.prefill.as_ref());
+        let involved: BTreeSet<&InstanceId> = [Some(decode), prefill, moving].into_iter().flatten().collect();
+        for id in involved {
+            self.count_on(id, open, moving, sign);
         }
     }
 
-    fn count_on(&mut self, id: &InstanceId, open: &OpenPlacement, sign: i64) {
+    fn count_on(&mut self, id: &InstanceId, open: &OpenPlacement, moving: Option<&InstanceId>, sign: i64) {
         let Some(state) = self.instances.get_mut(id) else {
             return;
         };
         let computes = open.placement.prefill.as_ref().unwrap_or(&open.placement.decode) == id;
-        let decodes = open.placement.decode == *id;
+        let decodes = open.placement.decode == *id || moving == Some(id);
         if !computes && !decodes {
             return;
         }
@@ -345,7 +457,7 @@ impl ClusterView {
                 (state.n_own_prefill_tokens as i64 + sign * i64::from(open.n_prefill_tokens)) as u64;
         }
         if decodes {
-            state.n_own_sequences = (i64::from(state.n_own_sequences) + sign) as u32;
+            state.n_own_sequences = (i64::from(state.n_own_sequences) + sign * i64::from(open.n_choices)) as u32;
             state.n_own_blocks = (i64::from(state.n_own_blocks) + sign * i64::from(open.n_blocks)) as u32;
         }
         for &key in &open.prefix_keys {
