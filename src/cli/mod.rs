@@ -91,10 +91,8 @@ fn run(command: Command) -> anyhow::Result<()> {
             until_signal(|shutdown| crate::worker_process::run_worker(config, shutdown))
         }
         Command::Ctl(flags) => {
-            let (config, command) = flags.resolve(&Layers::open(environment, None)?)?;
-            match command {
-                ctl::CtlCommand::Instances => runtime()?.block_on(crate::ctl::instances(&config)),
-            }
+            let (config, order) = flags.resolve(&Layers::open(environment, None)?)?;
+            runtime()?.block_on(crate::ctl::run(&config, order))
         }
         Command::Bench(flags) => {
             let config = flags.resolve(&Layers::open(environment, None)?)?;
