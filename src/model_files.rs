@@ -88,6 +88,7 @@ pub fn served_model(
             temperature: generation.temperature.or(greedy),
             top_k: generation.top_k,
             top_p: generation.top_p,
+            repetition_penalty: generation.repetition_penalty,
         },
         max_model_len: max_model_len.unwrap_or(limit).min(limit),
         vocab_size: u32::try_from(folder.config.vocab_size).context("vocab_size")?,

@@ -22,7 +22,8 @@ pub struct NullOptions {
     pub first_token_after: Duration,
     /// From one token to the next.
     pub token_every: Duration,
-    /// The ids it says, over and over; at least one.
+    /// The ids it says, over and over; at least one. Choice `c` of a request begins with the `c`-th, so that choices
+    /// differ.
     pub token_ids: Vec<TokenId>,
     /// Requests that run at once.
     pub max_running: usize,
@@ -211,9 +212,12 @@ impl Speaker {
             let logprobs = request.prompt_ids[1..].iter().map(|&id| logprobs(id, n_top)).collect();
             self.events.send(DoorEvent::PromptLogprobs(logprobs)).await?;
         }
+        let token_ids = &self.options.token_ids;
+        let mut speaking: Vec<u32> = (0..sampling.n).collect();
+        let mut still_speaking = Vec::with_capacity(speaking.len());
         let mut finish = Finish::Length;
         let mut n_tokens = 0;
-        for (index, &id) in (0..sampling.max_tokens).zip(self.options.token_ids.iter().cycle()) {
+        for index in 0..sampling.max_tokens {
             // Times are counted from the first token, so that waking late once does not delay all that follow.
             let at = first + self.options.token_every * index;
             if at > TimerInstant::now() {
@@ -222,14 +226,25 @@ impl Speaker {
             if index == 0 {
                 self.submission.timeline.mark(Moment::FirstToken, since(self.start));
             }
-            let logprobs = sampling.logprobs.map(|n_top| logprobs(id, n_top));
-            self.events
-                .send(DoorEvent::Token(Token { index, id, logprobs }))
-                .await?;
-            self.counts.send_modify(|counts| counts.n_tokens += 1);
-            n_tokens += 1;
-            if sampling.stop_token_ids.contains(&id) {
-                finish = Finish::Stop(id);
+            for choice in speaking.drain(..) {
+                let id = token_ids[(choice as usize + index as usize) % token_ids.len()];
+                let logprobs = sampling.logprobs.map(|n_top| logprobs(id, n_top));
+                let token = Token { index, id, logprobs };
+                self.events.send(DoorEvent::Token { choice, token }).await?;
+                self.counts.send_modify(|counts| counts.n_tokens += 1);
+                n_tokens += 1;
+                finish = match sampling.stop_token_ids.contains(&id) {
+                    true => Finish::Stop(id),
+                    false if index + 1 == sampling.max_tokens => Finish::Length,
+                    false => {
+                        still_speaking.push(choice);
+                        continue;
+                    }
+                };
+                self.events.send(DoorEvent::ChoiceFinished { choice, finish }).await?;
+            }
+            std::mem::swap(&mut speaking, &mut still_speaking);
+            if speaking.is_empty() {
                 break;
             }
         }

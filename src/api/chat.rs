@@ -1,4 +1,4 @@
-//! `POST /v1/chat/completions`: one conversation, one answer, whole or as a stream.
+//! `POST /v1/chat/completions`: one conversation, one or several answers to it, whole or as a stream.
 
 use std::ops::ControlFlow;
 
@@ -22,10 +22,11 @@ use super::logprobs::{ChatLogprobs, PromptLogprobsBody, TokenWriter, prompt_logp
 use super::metrics::Endpoint;
 use super::neutral::refuse_unsupported;
 use super::options::{MAX_LOGPROBS, StreamOptions, check_prompt_ids, resolve_max_tokens};
-use super::output::{Finished, Job, Output, OutputToken, StopReason, timeline_from};
+use super::output::{ChoiceEnd, Job, Output, OutputToken, StopReason, timeline_from};
 use super::sse::{self, EventBuffer};
 use super::usage::UsageBody;
 use super::{ApiState, unix_time_s};
+use crate::door::Usage;
 
 /// A validated request.
 struct ChatRequest {
@@ -38,6 +39,8 @@ struct ChatRequest {
 struct Shape {
     id: String,
     created: u64,
+    /// Number of answers.
+    n: u32,
     /// Alternatives per token; `None` reports no log-probabilities.
     n_top: Option<u8>,
     /// Alternatives per prompt token in `prompt_logprobs`.
@@ -87,6 +90,7 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
     let shape = Shape {
         id: format!("chatcmpl-{}", label.as_str()),
         created: unix_time_s(),
+        n: sampling.n,
         n_top,
         n_prompt_top: common.prompt_logprobs,
         return_token_ids: common.return_token_ids,
@@ -133,10 +137,10 @@ async fn answer(state: &ApiState, request: ChatRequest) -> Result<Response, ApiE
     let mut stream = ChatStream {
         prompt_ids: shape.return_token_ids.then(|| prompt_ids.to_vec()),
         state: state.clone(),
+        has_begun: vec![false; shape.n as usize],
         shape,
         options,
         buffer: EventBuffer::default(),
-        is_first: true,
     };
     Ok(sse::response(outputs.into_events(
         first,
@@ -151,7 +155,7 @@ struct ChatBody<'a> {
     object: &'static str,
     created: u64,
     model: &'a str,
-    choices: [ChatChoice<'a>; 1],
+    choices: &'a [ChatChoice<'a>],
     usage: UsageBody,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_logprobs: Option<PromptLogprobsBody>,
@@ -163,17 +167,59 @@ struct ChatBody<'a> {
 struct ChatChoice<'a> {
     index: u32,
     message: ChatMessage<'a>,
-    logprobs: Option<ChatLogprobs>,
-    finish_reason: &'static str,
-    stop_reason: Option<StopReason>,
+    logprobs: Option<&'a ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<&'a StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    token_ids: Option<Vec<TokenId>>,
+    token_ids: Option<&'a [TokenId]>,
 }
 
 #[derive(Serialize)]
 struct ChatMessage<'a> {
     role: &'static str,
     content: &'a str,
+}
+
+/// One answer as it grows.
+struct Answer {
+    text: String,
+    token_ids: Option<Vec<TokenId>>,
+    logprobs: Option<ChatLogprobs>,
+    end: Option<ChoiceEnd>,
+}
+
+impl Answer {
+    fn new(shape: &Shape) -> Answer {
+        Answer {
+            text: String::new(),
+            token_ids: shape.return_token_ids.then(Vec::new),
+            logprobs: shape.n_top.map(|_| ChatLogprobs::default()),
+            end: None,
+        }
+    }
+
+    fn token(&mut self, output: &OutputToken, writer: TokenWriter<'_>, shape: &Shape) {
+        let token = &output.token;
+        self.text.push_str(&output.text);
+        if let Some(ids) = &mut self.token_ids {
+            ids.push(token.id);
+        }
+        push_logprobs(&mut self.logprobs, writer, token.id, token.logprobs.as_ref(), shape);
+    }
+
+    fn body(&self, index: u32) -> ChatChoice<'_> {
+        ChatChoice {
+            index,
+            message: ChatMessage {
+                role: "assistant",
+                content: &self.text,
+            },
+            logprobs: self.logprobs.as_ref(),
+            finish_reason: self.end.as_ref().map(|end| end.reason.as_str()),
+            stop_reason: self.end.as_ref().and_then(|end| end.stop_reason.as_ref()),
+            token_ids: self.token_ids.as_deref(),
+        }
+    }
 }
 
 async fn whole(
@@ -183,41 +229,28 @@ async fn whole(
     shape: &Shape,
 ) -> Result<Response, ApiError> {
     let writer = TokenWriter::new(state, shape.tokens_as_ids);
-    let mut text = String::new();
-    let mut token_ids = shape.return_token_ids.then(Vec::new);
-    let mut logprobs = shape.n_top.map(|_| ChatLogprobs::default());
+    let mut answers: Vec<Answer> = (0..shape.n).map(|_| Answer::new(shape)).collect();
     let mut prompt: Vec<TokenLogprobs> = Vec::new();
-    let finished: Finished = loop {
+    let usage: Usage = loop {
         match outputs.required().await?.output? {
             Output::PromptLogprobs(logprobs) => prompt = logprobs,
-            Output::Token(OutputToken { token, text: piece, .. }) => {
-                text.push_str(&piece);
-                if let Some(ids) = &mut token_ids {
-                    ids.push(token.id);
-                }
-                push_logprobs(&mut logprobs, writer, token.id, token.logprobs.as_ref(), shape);
+            Output::Token { choice, token } => answers[choice as usize].token(&token, writer, shape),
+            Output::ChoiceEnded { choice, end } => {
+                let answer = &mut answers[choice as usize];
+                answer.text.push_str(&end.text);
+                answer.end = Some(end);
             }
-            Output::Finished(finished) => break finished,
+            Output::Finished(usage) => break usage,
         }
     };
-    text.push_str(&finished.text);
+    let choices: Vec<ChatChoice<'_>> = (0..).zip(&answers).map(|(index, answer)| answer.body(index)).collect();
     let body = ChatBody {
         id: &shape.id,
         object: "chat.completion",
         created: shape.created,
         model: state.model().name(),
-        choices: [ChatChoice {
-            index: 0,
-            message: ChatMessage {
-                role: "assistant",
-                content: &text,
-            },
-            logprobs,
-            finish_reason: finished.reason.as_str(),
-            stop_reason: finished.stop_reason,
-            token_ids,
-        }],
-        usage: finished.usage.into(),
+        choices: &choices,
+        usage: usage.into(),
         prompt_logprobs: shape
             .n_prompt_top
             .map(|n_top| prompt_logprobs(writer, prompt_ids, &prompt, n_top)),
@@ -279,7 +312,8 @@ struct ChatStream {
     buffer: EventBuffer,
     /// Sent with the first chunk, when asked for.
     prompt_ids: Option<Vec<TokenId>>,
-    is_first: bool,
+    /// Of each choice: its first chunk, which names the role, has gone.
+    has_begun: Vec<bool>,
 }
 
 impl ChatStream {
@@ -287,9 +321,13 @@ impl ChatStream {
         match item.output {
             // Asked for only without a stream.
             Ok(Output::PromptLogprobs(_)) => {}
-            Ok(Output::Token(token)) => self.token(token, item.usage.into()),
-            Ok(Output::Finished(finished)) => {
-                self.finished(finished);
+            Ok(Output::Token { choice, token }) => self.token(choice, token, item.usage.into()),
+            Ok(Output::ChoiceEnded { choice, end }) => self.choice_ended(choice, end, item.usage.into()),
+            Ok(Output::Finished(usage)) => {
+                if self.options.include_usage {
+                    self.chunk(&[], Some(usage.into()), None);
+                }
+                self.buffer.done();
                 return ControlFlow::Break(self.buffer.take());
             }
             Err(error) => {
@@ -301,15 +339,21 @@ impl ChatStream {
         ControlFlow::Continue(self.buffer.take())
     }
 
-    fn token(&mut self, OutputToken { token, text, .. }: OutputToken, so_far: UsageBody) {
+    /// The role, for the first chunk of a choice.
+    fn role(&mut self, choice: u32) -> Option<&'static str> {
+        let has_begun = std::mem::replace(&mut self.has_begun[choice as usize], true);
+        (!has_begun).then_some("assistant")
+    }
+
+    fn token(&mut self, choice: u32, OutputToken { token, text, .. }: OutputToken, so_far: UsageBody) {
+        let role = self.role(choice);
         let writer = TokenWriter::new(&self.state, self.shape.tokens_as_ids);
         let mut logprobs = self.shape.n_top.map(|_| ChatLogprobs::default());
         push_logprobs(&mut logprobs, writer, token.id, token.logprobs.as_ref(), &self.shape);
-        let is_first = std::mem::replace(&mut self.is_first, false);
         let choice = ChunkChoice {
-            index: 0,
+            index: choice,
             delta: Delta {
-                role: is_first.then_some("assistant"),
+                role,
                 content: Some(&text),
             },
             logprobs,
@@ -326,25 +370,20 @@ impl ChatStream {
     }
 
     /// The reason of the end goes alone, with an empty delta unless text was still held back.
-    fn finished(&mut self, finished: Finished) {
-        let usage = UsageBody::from(finished.usage);
-        let is_first = std::mem::replace(&mut self.is_first, false);
+    fn choice_ended(&mut self, choice: u32, end: ChoiceEnd, so_far: UsageBody) {
+        let role = self.role(choice);
         let choice = ChunkChoice {
-            index: 0,
+            index: choice,
             delta: Delta {
-                role: is_first.then_some("assistant"),
-                content: (is_first || !finished.text.is_empty()).then_some(finished.text.as_str()),
+                role,
+                content: (role.is_some() || !end.text.is_empty()).then_some(end.text.as_str()),
             },
             logprobs: None,
-            finish_reason: Some(finished.reason.as_str()),
-            stop_reason: finished.stop_reason,
+            finish_reason: Some(end.reason.as_str()),
+            stop_reason: end.stop_reason,
             token_ids: None,
         };
-        self.chunk(&[choice], self.options.continuous_usage_stats.then_some(usage), None);
-        if self.options.include_usage {
-            self.chunk(&[], Some(usage), None);
-        }
-        self.buffer.done();
+        self.chunk(&[choice], self.options.continuous_usage_stats.then_some(so_far), None);
     }
 
     fn chunk(&mut self, choices: &[ChunkChoice<'_>], usage: Option<UsageBody>, prompt_token_ids: Option<Vec<TokenId>>) {

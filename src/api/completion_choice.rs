@@ -7,7 +7,7 @@ use baton_scheduler::request::TokenLogprobs;
 
 use super::ApiState;
 use super::logprobs::{CompletionLogprobs, PromptLogprobsBody, TokenWriter, prompt_logprobs};
-use super::output::{Finished, OutputToken};
+use super::output::{ChoiceEnd, OutputToken};
 
 /// What the client asked to be told.
 #[derive(Clone, Copy, Debug)]
@@ -99,14 +99,13 @@ impl ChoiceWriter {
         }
     }
 
-    /// Adds the end; the counts are those the client saw.
-    pub(super) fn finished(&mut self, piece: &mut Piece, mut finished: Finished) -> Finished {
+    /// Adds the end.
+    pub(super) fn ended(&mut self, piece: &mut Piece, end: ChoiceEnd) -> ChoiceEnd {
         self.begin(piece);
-        match self.reports.only_prompt {
-            true => finished.usage.n_completion_tokens = 0,
-            false => piece.text.push_str(&finished.text),
+        if !self.reports.only_prompt {
+            piece.text.push_str(&end.text);
         }
-        finished
+        end
     }
 
     /// What comes before the first token: the prompt, as far as it was asked for.

@@ -1,4 +1,4 @@
-//! `POST /v1/completions`: one or several prompts, each continued, whole or as a stream.
+//! `POST /v1/completions`: one or several prompts, each continued once or several times, whole or as a stream.
 
 use std::ops::ControlFlow;
 
@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse as _, Response};
 use baton_scheduler::ids::TokenId;
+use baton_scheduler::request::TokenLogprobs;
 use http::HeaderMap;
 use serde::Serialize;
 
@@ -20,17 +21,20 @@ use super::fan_in::{Item, Outputs};
 use super::logprobs::{CompletionLogprobs, PromptLogprobsBody};
 use super::metrics::Endpoint;
 use super::neutral::refuse_unsupported;
-use super::options::{CommonOptions, DEFAULT_MAX_TOKENS, MAX_LOGPROBS, StreamOptions, resolve_max_tokens};
-use super::output::{Finished, Job, Output, StopReason, timeline_from};
+use super::options::{CommonOptions, DEFAULT_MAX_TOKENS, MAX_LOGPROBS, StreamOptions, fresh_seed, resolve_max_tokens};
+use super::output::{ChoiceEnd, Job, Output, StopReason, timeline_from};
 use super::sse::{self, EventBuffer};
 use super::usage::{UsageBody, total};
 use super::{ApiState, unix_time_s};
 use crate::door::Usage;
 
-/// A validated request: a job and a writer for each prompt.
+/// A validated request: a job for each prompt, a writer for each choice. Choices are numbered prompt by prompt.
 struct CompletionRequest {
     jobs: Vec<Job>,
     writers: Vec<ChoiceWriter>,
+    /// Choices of each prompt.
+    n: usize,
+    only_prompt: bool,
     id: String,
     stream: Option<StreamOptions>,
 }
@@ -71,6 +75,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
     }
     let CommonOptions {
         mut sampling,
+        is_seeded,
         text,
         cache_salt,
         stream,
@@ -88,7 +93,9 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
     let special_tokens = SpecialTokens::asked(common.add_special_tokens, SpecialTokens::Added);
     let mut request = CompletionRequest {
         jobs: Vec::with_capacity(prompts.len()),
-        writers: Vec::with_capacity(prompts.len()),
+        writers: Vec::with_capacity(prompts.len() * sampling.n as usize),
+        n: sampling.n as usize,
+        only_prompt,
         id: format!("cmpl-{}", label.as_str()),
         stream,
     };
@@ -96,10 +103,13 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         let prompt_ids: std::sync::Arc<[TokenId]> = prompt.ids(model, special_tokens)?.into();
         let asked = common.max_tokens.map(|n| n.max(1));
         sampling.max_tokens = resolve_max_tokens(asked, Some(DEFAULT_MAX_TOKENS), prompt_ids.len(), model)?;
+        if !is_seeded {
+            // Equal prompts of one request need not have equal answers.
+            sampling.seed = fresh_seed();
+        }
         let echoed = echo.then(|| prompt.text(model));
-        request
-            .writers
-            .push(ChoiceWriter::new(state, prompt_ids.clone(), echoed, reports));
+        let writer = || ChoiceWriter::new(state, prompt_ids.clone(), echoed.clone(), reports);
+        request.writers.extend(std::iter::repeat_with(writer).take(request.n));
         request.jobs.push(Job {
             endpoint: Endpoint::Completions,
             label: label.clone(),
@@ -118,12 +128,15 @@ async fn answer(state: &ApiState, request: CompletionRequest) -> Result<Response
     let CompletionRequest {
         jobs,
         writers,
+        n,
+        only_prompt,
         id,
         stream,
     } = request;
+    let totals = Totals::new(jobs.len(), only_prompt);
     let outputs = Outputs::start(state, jobs).await?;
     let Some(options) = stream else {
-        return whole(state, outputs, writers, &id).await;
+        return whole(state, outputs, writers, n, totals, &id).await;
     };
     let (first, outputs) = outputs.first(state.options().ping_interval).await?;
     let mut stream = CompletionStream {
@@ -133,14 +146,52 @@ async fn answer(state: &ApiState, request: CompletionRequest) -> Result<Response
         options,
         buffer: EventBuffer::default(),
         last_pieces: writers.iter().map(|_| None).collect(),
-        usages: vec![None; writers.len()],
         writers,
+        n,
+        totals,
     };
     Ok(sse::response(outputs.into_events(
         first,
         state.options().ping_interval,
         move |item| stream.write(item),
     )))
+}
+
+/// Counts of the prompts that have ended.
+struct Totals {
+    usages: Vec<Option<Usage>>,
+    /// The one token that was made is not counted: only the prompt was to be scored.
+    only_prompt: bool,
+}
+
+impl Totals {
+    fn new(n_prompts: usize, only_prompt: bool) -> Totals {
+        Totals {
+            usages: vec![None; n_prompts],
+            only_prompt,
+        }
+    }
+
+    /// As the client sees the counts.
+    fn shown(&self, usage: Usage) -> Usage {
+        match self.only_prompt {
+            true => Usage {
+                n_completion_tokens: 0,
+                ..usage
+            },
+            false => usage,
+        }
+    }
+
+    /// Takes the counts of a prompt that ended; says whether all have.
+    fn ended(&mut self, prompt: usize, usage: Usage) -> bool {
+        self.usages[prompt] = Some(self.shown(usage));
+        self.usages.iter().all(Option::is_some)
+    }
+
+    fn body(&self) -> UsageBody {
+        total(self.usages.iter().copied().flatten()).into()
+    }
 }
 
 #[derive(Serialize)]
@@ -171,13 +222,13 @@ struct CompletionChoice<'a> {
 }
 
 impl<'a> CompletionChoice<'a> {
-    fn new(index: usize, piece: &'a Piece, finished: Option<&'a Finished>) -> CompletionChoice<'a> {
+    fn new(index: usize, piece: &'a Piece, end: Option<&'a ChoiceEnd>) -> CompletionChoice<'a> {
         CompletionChoice {
             index,
             text: &piece.text,
             logprobs: piece.logprobs.as_ref(),
-            finish_reason: finished.map(|finished| finished.reason.as_str()),
-            stop_reason: finished.and_then(|finished| finished.stop_reason.as_ref()),
+            finish_reason: end.map(|end| end.reason.as_str()),
+            stop_reason: end.and_then(|end| end.stop_reason.as_ref()),
             prompt_logprobs: None,
             prompt_token_ids: piece.prompt_token_ids.as_deref(),
             token_ids: piece.token_ids.as_deref(),
@@ -191,26 +242,38 @@ async fn whole(
     state: &ApiState,
     mut outputs: Outputs,
     mut writers: Vec<ChoiceWriter>,
+    n: usize,
+    mut totals: Totals,
     id: &str,
 ) -> Result<Response, ApiError> {
     let created = unix_time_s();
     let mut pieces: Vec<Piece> = writers.iter().map(ChoiceWriter::piece).collect();
-    let mut ends: Vec<Option<Finished>> = writers.iter().map(|_| None).collect();
-    while ends.iter().any(Option::is_none) {
-        let Item { choice, output, .. } = outputs.required().await?;
-        let (writer, piece) = (&mut writers[choice], &mut pieces[choice]);
+    let mut ends: Vec<Option<ChoiceEnd>> = writers.iter().map(|_| None).collect();
+    loop {
+        let Item { prompt, output, .. } = outputs.required().await?;
+        let first = prompt * n;
         match output? {
-            Output::PromptLogprobs(logprobs) => writer.prompt_logprobs(logprobs),
-            Output::Token(token) => writer.token(piece, &token),
-            Output::Finished(finished) => ends[choice] = Some(writer.finished(piece, finished)),
+            Output::PromptLogprobs(logprobs) => prompt_logprobs(&mut writers[first..first + n], &logprobs),
+            Output::Token { choice, token } => {
+                let index = first + choice as usize;
+                writers[index].token(&mut pieces[index], &token);
+            }
+            Output::ChoiceEnded { choice, end } => {
+                let index = first + choice as usize;
+                ends[index] = Some(writers[index].ended(&mut pieces[index], end));
+            }
+            Output::Finished(usage) => {
+                if totals.ended(prompt, usage) {
+                    break;
+                }
+            }
         }
     }
-    let ends: Vec<Finished> = ends.into_iter().flatten().collect();
     let choices = writers.iter().zip(&pieces).zip(&ends).enumerate();
     let choices: Vec<CompletionChoice<'_>> = choices
-        .map(|(index, ((writer, piece), finished))| CompletionChoice {
+        .map(|(index, ((writer, piece), end))| CompletionChoice {
             prompt_logprobs: writer.prompt_logprobs_body(),
-            ..CompletionChoice::new(index, piece, Some(finished))
+            ..CompletionChoice::new(index, piece, end.as_ref())
         })
         .collect();
     let body = CompletionBody {
@@ -219,9 +282,16 @@ async fn whole(
         created,
         model: state.model().name(),
         choices: &choices,
-        usage: Some(total(ends.iter().map(|finished| finished.usage)).into()),
+        usage: Some(totals.body()),
     };
     Ok(Json(body).into_response())
+}
+
+/// Every choice of a prompt may have to show what is known of it.
+fn prompt_logprobs(writers: &mut [ChoiceWriter], logprobs: &[TokenLogprobs]) {
+    for writer in writers {
+        writer.prompt_logprobs(logprobs.to_vec());
+    }
 }
 
 /// Writes outputs as chunks.
@@ -232,41 +302,49 @@ struct CompletionStream {
     options: StreamOptions,
     buffer: EventBuffer,
     writers: Vec<ChoiceWriter>,
+    /// Choices of each prompt.
+    n: usize,
     /// A choice's last token waits here for the reason of the end, so that there is exactly one event per token.
     last_pieces: Vec<Option<Piece>>,
-    /// Of choices that have ended.
-    usages: Vec<Option<Usage>>,
+    totals: Totals,
 }
 
 impl CompletionStream {
     fn write(&mut self, item: Item) -> ControlFlow<Bytes, Bytes> {
-        let Item { choice, output, usage } = item;
+        let Item { prompt, output, usage } = item;
+        let first = prompt * self.n;
         match output {
-            Ok(Output::PromptLogprobs(logprobs)) => self.writers[choice].prompt_logprobs(logprobs),
-            Ok(Output::Token(token)) => {
-                let writer = &mut self.writers[choice];
-                let mut piece = self.last_pieces[choice].take().unwrap_or_else(|| writer.piece());
-                writer.token(&mut piece, &token);
+            Ok(Output::PromptLogprobs(logprobs)) => {
+                prompt_logprobs(&mut self.writers[first..first + self.n], &logprobs);
+            }
+            Ok(Output::Token { choice, token }) => {
+                let index = first + choice as usize;
+                let mut piece = self.writers[index].piece();
+                self.writers[index].token(&mut piece, &token);
                 match token.is_last {
-                    true => self.last_pieces[choice] = Some(piece),
-                    false => self.chunk(choice, &piece, None, usage),
+                    true => self.last_pieces[index] = Some(piece),
+                    false => self.chunk(index, &piece, None, usage),
                 }
             }
-            Ok(Output::Finished(finished)) => {
-                let writer = &mut self.writers[choice];
-                let mut piece = self.last_pieces[choice].take().unwrap_or_else(|| writer.piece());
-                let finished = writer.finished(&mut piece, finished);
-                self.usages[choice] = Some(finished.usage);
-                self.chunk(choice, &piece, Some(&finished), finished.usage);
-                if self.usages.iter().all(Option::is_some) {
+            Ok(Output::ChoiceEnded { choice, end }) => {
+                let index = first + choice as usize;
+                let writer = &mut self.writers[index];
+                let mut piece = self.last_pieces[index].take().unwrap_or_else(|| writer.piece());
+                let end = writer.ended(&mut piece, end);
+                self.chunk(index, &piece, Some(&end), usage);
+            }
+            Ok(Output::Finished(usage)) => {
+                if self.totals.ended(prompt, usage) {
                     self.end();
                     return ControlFlow::Break(self.buffer.take());
                 }
             }
             Err(error) => {
                 // Tokens that came are shown before what went wrong.
-                if let Some(piece) = self.last_pieces[choice].take() {
-                    self.chunk(choice, &piece, None, usage);
+                for index in first..first + self.n {
+                    if let Some(piece) = self.last_pieces[index].take() {
+                        self.chunk(index, &piece, None, usage);
+                    }
                 }
                 self.buffer.error(&error);
                 self.buffer.done();
@@ -276,14 +354,18 @@ impl CompletionStream {
         ControlFlow::Continue(self.buffer.take())
     }
 
-    fn chunk(&mut self, choice: usize, piece: &Piece, finished: Option<&Finished>, usage: Usage) {
+    fn chunk(&mut self, index: usize, piece: &Piece, end: Option<&ChoiceEnd>, usage: Usage) {
+        let so_far = self
+            .options
+            .continuous_usage_stats
+            .then(|| self.totals.shown(usage).into());
         self.buffer.event(&CompletionBody {
             id: &self.id,
             object: OBJECT,
             created: self.created,
             model: self.state.model().name(),
-            choices: &[CompletionChoice::new(choice, piece, finished)],
-            usage: self.options.continuous_usage_stats.then_some(usage.into()),
+            choices: &[CompletionChoice::new(index, piece, end)],
+            usage: so_far,
         });
     }
 
@@ -295,7 +377,7 @@ impl CompletionStream {
                 created: self.created,
                 model: self.state.model().name(),
                 choices: &[],
-                usage: Some(total(self.usages.iter().copied().flatten()).into()),
+                usage: Some(self.totals.body()),
             });
         }
         self.buffer.done();

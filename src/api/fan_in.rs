@@ -1,4 +1,4 @@
-//! The sequences of one HTTP request as one stream of outputs, each marked with its choice, and that stream as events.
+//! The prompts of one HTTP request as one stream of outputs, each marked with its prompt, and that stream as events.
 
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -13,50 +13,50 @@ use super::output::{Job, Output, OutputStream};
 use super::sse::PING;
 use crate::door::Usage;
 
-/// One output of one choice.
+/// One output of one prompt.
 #[derive(Debug)]
 pub(super) struct Item {
-    /// Position of its prompt in the request.
-    pub(super) choice: usize,
+    /// Position of the prompt in the request.
+    pub(super) prompt: usize,
     /// What came.
     pub(super) output: Result<Output, ApiError>,
-    /// Counts of that choice so far.
+    /// Counts so far, of all choices of that prompt.
     pub(super) usage: Usage,
 }
 
-/// All choices of a request. Dropping it cancels those that run.
+/// All prompts of a request. Dropping it cancels those that run.
 pub(super) struct Outputs {
-    choices: SelectAll<BoxStream<'static, Item>>,
+    prompts: SelectAll<BoxStream<'static, Item>>,
 }
 
-enum Choice {
+enum Source {
     Waiting(ApiState, Box<Job>),
     Running(Box<OutputStream>),
     Failed,
 }
 
 impl Outputs {
-    /// Starts one sequence per job. Returns once the first is admitted; the others are admitted while outputs are read, so
+    /// Starts one request per job. Returns once the first is admitted; the others are admitted while outputs are read, so
     /// that none stands finished and unread while another still waits.
     pub(super) async fn start(state: &ApiState, jobs: Vec<Job>) -> Result<Outputs, ApiError> {
         let mut jobs = jobs.into_iter();
         let first = jobs
             .next()
             .ok_or_else(|| ApiError::new(ErrorKind::Internal, "a request without prompts"))?;
-        let first = Choice::Running(Box::new(OutputStream::start(state, first).await?));
-        let rest = jobs.map(|job| Choice::Waiting(state.clone(), Box::new(job)));
-        let choices = std::iter::once(first).chain(rest).enumerate();
+        let first = Source::Running(Box::new(OutputStream::start(state, first).await?));
+        let rest = jobs.map(|job| Source::Waiting(state.clone(), Box::new(job)));
+        let prompts = std::iter::once(first).chain(rest).enumerate();
         Ok(Outputs {
-            choices: choices.map(|(choice, source)| items(choice, source).boxed()).collect(),
+            prompts: prompts.map(|(prompt, source)| items(prompt, source).boxed()).collect(),
         })
     }
 
-    /// The next output of any choice; `None` once all have ended.
+    /// The next output of any prompt; `None` once all have ended.
     pub(super) async fn next(&mut self) -> Option<Item> {
-        self.choices.next().await
+        self.prompts.next().await
     }
 
-    /// The next output of any choice, where the end has not been seen yet.
+    /// The next output of any prompt, where the end has not been seen yet.
     pub(super) async fn required(&mut self) -> Result<Item, ApiError> {
         self.next()
             .await
@@ -106,27 +106,27 @@ impl Outputs {
     }
 }
 
-fn items(choice: usize, source: Choice) -> impl Stream<Item = Item> + Send {
+fn items(prompt: usize, source: Source) -> impl Stream<Item = Item> + Send {
     futures::stream::unfold(source, move |mut source| async move {
         loop {
             match source {
-                Choice::Waiting(state, job) => match OutputStream::start(&state, *job).await {
-                    Ok(running) => source = Choice::Running(Box::new(running)),
+                Source::Waiting(state, job) => match OutputStream::start(&state, *job).await {
+                    Ok(running) => source = Source::Running(Box::new(running)),
                     Err(error) => {
                         let item = Item {
-                            choice,
+                            prompt,
                             output: Err(error),
                             usage: Usage::default(),
                         };
-                        return Some((item, Choice::Failed));
+                        return Some((item, Source::Failed));
                     }
                 },
-                Choice::Running(mut running) => {
+                Source::Running(mut running) => {
                     let output = running.next().await?;
                     let usage = running.usage();
-                    return Some((Item { choice, output, usage }, Choice::Running(running)));
+                    return Some((Item { prompt, output, usage }, Source::Running(running)));
                 }
-                Choice::Failed => return None,
+                Source::Failed => return None,
             }
         }
     })

@@ -1,6 +1,7 @@
 //! `baton.v1` over gRPC: the same requests as the OpenAI endpoints, typed. Health and reflection are added here too.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use axum::Router;
 use baton_proto::api::baton_server::{Baton, BatonServer};
@@ -22,10 +23,10 @@ use super::error::{ApiError, ErrorKind};
 use super::health::HealthService;
 use super::metrics::Endpoint;
 use super::options::{
-    DEFAULT_MAX_TOKENS, MAX_LOGPROBS, check_prompt_ids, check_stop_strings, fresh_seed, parse_grpc_timeout,
-    resolve_max_tokens, stop_token_ids,
+    DEFAULT_MAX_TOKENS, MAX_CHOICES, MAX_LOGPROBS, MAX_PENALTY, check_prompt_ids, check_stop_strings, fresh_seed,
+    parse_grpc_timeout, resolve_max_tokens, stop_token_ids,
 };
-use super::output::{FinishReason, Finished, Job, Output, OutputStream, OutputToken, TextOptions, timeline_from};
+use super::output::{ChoiceEnd, FinishReason, Job, Output, OutputStream, OutputToken, TextOptions, timeline_from};
 use super::request_label::RequestLabel;
 use super::served_model::ServedModel;
 use crate::door::Usage;
@@ -152,6 +153,26 @@ fn sampling(wire: wire::SamplingParams, n_prompt: usize, model: &ServedModel) ->
             "a number above 0, at most 1",
         ));
     }
+    let n = wire.n.unwrap_or(1);
+    if !(1..=MAX_CHOICES).contains(&n) {
+        return Err(ApiError::expected("sampling.n", n, format!("1 to {MAX_CHOICES}")));
+    }
+    let penalty = |field: &'static str, penalty: Option<f32>| match penalty.unwrap_or(0.0) {
+        penalty if penalty.abs() <= MAX_PENALTY => Ok(penalty),
+        penalty => Err(ApiError::expected(
+            field,
+            penalty,
+            format!("-{MAX_PENALTY} to {MAX_PENALTY}"),
+        )),
+    };
+    let repetition_penalty = wire.repetition_penalty.unwrap_or(1.0);
+    if !(repetition_penalty.is_finite() && repetition_penalty > 0.0) {
+        return Err(ApiError::expected(
+            "sampling.repetition_penalty",
+            repetition_penalty,
+            "a finite number above 0",
+        ));
+    }
     let n_top = |field: &'static str, n: Option<u32>| match n {
         None => Ok(None),
         Some(n) if n <= u32::from(MAX_LOGPROBS) => Ok(Some(n as u8)),
@@ -166,44 +187,89 @@ fn sampling(wire: wire::SamplingParams, n_prompt: usize, model: &ServedModel) ->
         stop_token_ids: stop_token_ids(wire.stop_token_ids, model, wire.ignore_eos)?,
         logprobs: n_top("sampling.logprobs", wire.logprobs)?,
         prompt_logprobs: n_top("sampling.prompt_logprobs", wire.prompt_logprobs)?,
+        n,
+        presence_penalty: penalty("sampling.presence_penalty", wire.presence_penalty)?,
+        frequency_penalty: penalty("sampling.frequency_penalty", wire.frequency_penalty)?,
+        repetition_penalty,
     })
 }
 
-/// A message of one request's stream.
-fn message(request_id: &str, output: Output) -> wire::GenerateResponse {
-    let mut message = wire::GenerateResponse {
-        request_id: request_id.to_owned(),
-        ..Default::default()
-    };
-    match output {
-        Output::PromptLogprobs(logprobs) => {
-            let first = std::iter::once(wire::Logprobs::default());
-            let tokens = first.chain(logprobs.into_iter().map(logprobs_to_wire)).collect();
-            message.prompt_logprobs = Some(wire::PromptLogprobs { tokens });
-        }
-        Output::Token(OutputToken { token, text, .. }) => {
-            let logprobs = token.logprobs.map(logprobs_to_wire);
-            message.tokens = vec![wire::GeneratedToken {
-                index: token.index,
-                id: token.id,
-                logprobs,
-            }];
-            message.text = text;
-        }
-        Output::Finished(Finished {
-            reason, text, usage, ..
-        }) => {
-            let reason = match reason {
-                FinishReason::Stop => wire::FinishReason::Stop,
-                FinishReason::Length => wire::FinishReason::Length,
-                FinishReason::Abort => wire::FinishReason::Abort,
-            };
-            message.finish = reason.into();
-            message.text = text;
-            message.usage = Some(usage_to_wire(usage));
+/// Outputs of one request as the messages of its stream.
+struct Messages {
+    output: OutputStream,
+    request_id: Arc<str>,
+    n_open: u32,
+    /// The end of the last choice waits here for the counts, so that one message has both.
+    last: Option<(u32, ChoiceEnd)>,
+}
+
+impl Messages {
+    async fn next(&mut self) -> Option<Result<wire::GenerateResponse, Status>> {
+        loop {
+            match self.output.next().await? {
+                Err(error) => return Some(Err(error.to_status())),
+                Ok(output) => {
+                    if let Some(message) = self.message(output) {
+                        return Some(Ok(message));
+                    }
+                }
+            }
         }
     }
-    message
+
+    fn message(&mut self, output: Output) -> Option<wire::GenerateResponse> {
+        let mut message = wire::GenerateResponse {
+            request_id: self.request_id.to_string(),
+            ..Default::default()
+        };
+        match output {
+            Output::PromptLogprobs(logprobs) => {
+                let first = std::iter::once(wire::Logprobs::default());
+                let tokens = first.chain(logprobs.into_iter().map(logprobs_to_wire)).collect();
+                message.prompt_logprobs = Some(wire::PromptLogprobs { tokens });
+            }
+            Output::Token {
+                choice,
+                token: OutputToken { token, text, .. },
+            } => {
+                message.tokens = vec![wire::GeneratedToken {
+                    index: token.index,
+                    id: token.id,
+                    logprobs: token.logprobs.map(logprobs_to_wire),
+                    choice,
+                }];
+                message.text = text;
+                message.choice = choice;
+            }
+            Output::ChoiceEnded { choice, end } => {
+                self.n_open -= 1;
+                if self.n_open == 0 {
+                    self.last = Some((choice, end));
+                    return None;
+                }
+                set_choice_end(&mut message, choice, end);
+            }
+            Output::Finished(usage) => {
+                if let Some((choice, end)) = self.last.take() {
+                    set_choice_end(&mut message, choice, end);
+                }
+                message.finish = message.choice_finish;
+                message.usage = Some(usage_to_wire(usage));
+            }
+        }
+        Some(message)
+    }
+}
+
+fn set_choice_end(message: &mut wire::GenerateResponse, choice: u32, end: ChoiceEnd) {
+    let reason = match end.reason {
+        FinishReason::Stop => wire::FinishReason::Stop,
+        FinishReason::Length => wire::FinishReason::Length,
+        FinishReason::Abort => wire::FinishReason::Abort,
+    };
+    message.choice = choice;
+    message.text = end.text;
+    message.choice_finish = reason.into();
 }
 
 fn logprobs_to_wire(logprobs: TokenLogprobs) -> wire::Logprobs {
@@ -240,17 +306,19 @@ impl Baton for BatonService {
             self.state.metrics().refused(Endpoint::Generate, &error);
             error.to_status()
         })?;
-        let label = job.label.clone();
+        let (label, n) = (job.label.clone(), job.sampling.n);
         let output = OutputStream::start(&self.state, job)
             .await
             .map_err(|error| error.to_status())?;
-        let request_id = label.shared();
-        let messages = futures::stream::unfold((output, request_id), |(mut output, request_id)| async move {
-            let next = output.next().await?;
-            let next = next
-                .map(|output| message(&request_id, output))
-                .map_err(|error| error.to_status());
-            Some((next, (output, request_id)))
+        let messages = Messages {
+            output,
+            request_id: label.shared(),
+            n_open: n,
+            last: None,
+        };
+        let messages = futures::stream::unfold(messages, |mut messages| async move {
+            let next = messages.next().await?;
+            Some((next, messages))
         });
         let mut response = Response::new(Box::pin(messages) as Self::GenerateStream);
         let value = label

@@ -19,8 +19,8 @@ use prometheus_client::registry::{Metric, Registry};
 
 use super::ApiState;
 use super::error::ApiError;
-use super::output::{Finished, Job};
-use crate::door::{DoorLoad, Generator};
+use super::output::{FinishReason, Job};
+use crate::door::{DoorLoad, Generator, Usage};
 use crate::metric_names as names;
 
 /// Media type of the exposition.
@@ -228,14 +228,15 @@ impl ApiMetrics {
     }
 }
 
-/// Measures one sequence from the moment it was read. Counts it once, as cancelled if it is dropped before an end.
+/// Measures one request from the moment it was read. Counts it once, as cancelled if it is dropped before an end.
 #[derive(Debug)]
 pub struct Recorder {
     state: ApiState,
     endpoint: Endpoint,
     label: Arc<str>,
     timeline: Timeline,
-    last_token: Option<Nanos>,
+    /// Of each choice.
+    last_tokens: Vec<Option<Nanos>>,
     n_prompt_tokens: u32,
     n_tokens: u32,
     is_counted: bool,
@@ -249,7 +250,7 @@ impl Recorder {
             endpoint: job.endpoint,
             label: job.label.shared(),
             timeline: job.timeline.clone(),
-            last_token: None,
+            last_tokens: vec![None; job.sampling.n as usize],
             n_prompt_tokens: job.prompt_ids.len() as u32,
             n_tokens: 0,
             is_counted: false,
@@ -271,30 +272,30 @@ impl Recorder {
         self.timeline = timeline;
     }
 
-    /// A token came.
-    pub fn token(&mut self, n_prompt_tokens: u32) {
+    /// A token of `choice` came.
+    pub fn token(&mut self, choice: u32, n_prompt_tokens: u32) {
         let now = self.state.generator().now();
         let metrics = self.state.metrics();
-        match self.last_token.replace(now) {
-            Some(last) => metrics
-                .inter_token_latency
-                .observe(now.saturating_sub(last).as_secs_f64()),
-            None => {
-                self.timeline.mark(Moment::FirstToken, now);
-                if let Some(received) = self.timeline.at(Moment::Received) {
-                    metrics
-                        .time_to_first_token
-                        .observe(now.saturating_sub(received).as_secs_f64());
-                }
-                metrics.prompt_tokens.inc_by(u64::from(n_prompt_tokens));
+        if self.n_tokens == 0 {
+            self.timeline.mark(Moment::FirstToken, now);
+            if let Some(received) = self.timeline.at(Moment::Received) {
+                metrics
+                    .time_to_first_token
+                    .observe(now.saturating_sub(received).as_secs_f64());
             }
+            metrics.prompt_tokens.inc_by(u64::from(n_prompt_tokens));
+        }
+        if let Some(last) = self.last_tokens[choice as usize].replace(now) {
+            metrics
+                .inter_token_latency
+                .observe(now.saturating_sub(last).as_secs_f64());
         }
         metrics.generation_tokens.inc();
         self.n_tokens += 1;
     }
 
-    /// The sequence ended well.
-    pub fn finished(&mut self, finished: &Finished) {
+    /// Every choice ended well; `reason` is that of the one that ended worst.
+    pub fn finished(&mut self, usage: &Usage, reason: FinishReason) {
         let metrics = self.state.metrics();
         self.timeline.mark(Moment::Finished, self.state.generator().now());
         for (phase, from, to) in PHASES {
@@ -305,20 +306,16 @@ impl Recorder {
                     .observe(length.as_secs_f64());
             }
         }
-        metrics
-            .cached_prompt_tokens
-            .inc_by(u64::from(finished.usage.n_cached_tokens));
-        metrics
-            .request_prompt_tokens
-            .observe(f64::from(finished.usage.n_prompt_tokens));
+        metrics.cached_prompt_tokens.inc_by(u64::from(usage.n_cached_tokens));
+        metrics.request_prompt_tokens.observe(f64::from(usage.n_prompt_tokens));
         metrics.request_generation_tokens.observe(f64::from(self.n_tokens));
         if let Some(length) = self.timeline.between(Moment::Received, Moment::Finished) {
             metrics.e2e_request_latency.observe(length.as_secs_f64());
         }
-        self.count(finished.reason.as_str());
+        self.count(reason.as_str());
     }
 
-    /// The sequence ended badly.
+    /// The request ended badly.
     pub fn failed(&mut self, error: &ApiError) {
         self.count(error.kind.codes().outcome);
     }

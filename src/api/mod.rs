@@ -5,6 +5,7 @@ mod auth;
 mod call;
 mod chat;
 mod chat_prompt;
+mod choice_output;
 mod completion_choice;
 mod completion_prompt;
 mod completions;

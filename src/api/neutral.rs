@@ -49,15 +49,11 @@ const fn row(name: &'static str, neutral: Neutral) -> Unsupported {
 /// Fields of the OpenAI API and of vLLM's extensions that are known and not supported by either endpoint, or that only the
 /// other endpoint has. An endpoint takes what it supports before this table is asked.
 pub const UNSUPPORTED: &[Unsupported] = &[
-    // Several choices.
-    row("n", Neutral::One),
+    // Searches among choices.
     row("best_of", Neutral::One),
     row("use_beam_search", Neutral::False),
     row("length_penalty", Neutral::One),
     // Changes to the distribution.
-    row("repetition_penalty", Neutral::One),
-    row("presence_penalty", Neutral::Zero),
-    row("frequency_penalty", Neutral::Zero),
     row("logit_bias", Neutral::Empty),
     row("min_p", Neutral::Zero),
     row("min_tokens", Neutral::Zero),

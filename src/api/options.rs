@@ -21,6 +21,10 @@ pub const LONGEST_STOP_STRING: usize = 1024;
 pub const MAX_STOP_TOKEN_IDS: usize = 128;
 /// Most alternatives reported for a token.
 pub const MAX_LOGPROBS: u8 = 20;
+/// Most choices of a prompt.
+pub const MAX_CHOICES: u32 = 128;
+/// Presence and frequency penalties lie between this and its negative.
+pub const MAX_PENALTY: f32 = 2.0;
 /// Completion length when a completions client names none.
 pub const DEFAULT_MAX_TOKENS: u32 = 16;
 
@@ -38,6 +42,8 @@ pub struct StreamOptions {
 pub struct CommonOptions {
     /// Everything but `max_tokens`, `logprobs` and `prompt_logprobs` is final.
     pub sampling: SamplingParams,
+    /// The client named a seed, so equal prompts have equal answers.
+    pub is_seeded: bool,
     /// As asked; `None` means the endpoint's default.
     pub max_tokens: Option<u32>,
     /// How ids become text.
@@ -77,6 +83,10 @@ impl CommonOptions {
             .integer("top_k", -1..=i64::from(u32::MAX))?
             .map(|k| k.max(0) as u32);
         let seed = fields.integer("seed", i64::MIN..=i64::MAX)?;
+        let n = fields.integer("n", 1..=i64::from(MAX_CHOICES))?;
+        let presence_penalty = penalty(fields, "presence_penalty")?;
+        let frequency_penalty = penalty(fields, "frequency_penalty")?;
+        let repetition_penalty = fields.number("repetition_penalty", |n| n > 0.0, "a number above 0")?;
         let sampling = SamplingParams {
             max_tokens: DEFAULT_MAX_TOKENS,
             temperature: temperature.or(defaults.temperature).unwrap_or(1.0),
@@ -90,12 +100,16 @@ impl CommonOptions {
             )?,
             logprobs: None,
             prompt_logprobs: None,
-            ..SamplingParams::default()
+            n: n.map_or(1, |n| n as u32),
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty: repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
         };
         let stop = stop_strings(fields.take("stop"))?;
         check_stop_strings(&stop, model)?;
         Ok(CommonOptions {
             sampling,
+            is_seeded: seed.is_some(),
             max_tokens,
             text: TextOptions {
                 stop,
@@ -137,6 +151,12 @@ impl CommonOptions {
             _ => Ok(()),
         }
     }
+}
+
+fn penalty(fields: &mut Fields, name: &'static str) -> Result<f32, ApiError> {
+    let range = format!("a number from -{MAX_PENALTY} to {MAX_PENALTY}");
+    let asked = fields.number(name, |n| n.abs() <= MAX_PENALTY, &range)?;
+    Ok(asked.unwrap_or(0.0))
 }
 
 /// A seed for a request that named none.
@@ -329,6 +349,7 @@ mod tests {
                 temperature: Some(0.6),
                 top_k: Some(50),
                 top_p: None,
+                repetition_penalty: Some(1.1),
             },
             max_model_len: 100,
             vocab_size: 64,
@@ -355,6 +376,14 @@ mod tests {
             (r#"{"top_p": 1.5}"#, "top_p"),
             (r#"{"top_k": -2}"#, "top_k"),
             (r#"{"seed": 1.5}"#, "seed"),
+            (r#"{"n": 0}"#, "n"),
+            (r#"{"n": 129}"#, "n"),
+            (r#"{"n": 1.5}"#, "n"),
+            (r#"{"presence_penalty": 2.1}"#, "presence_penalty"),
+            (r#"{"presence_penalty": "x"}"#, "presence_penalty"),
+            (r#"{"frequency_penalty": -2.1}"#, "frequency_penalty"),
+            (r#"{"repetition_penalty": 0}"#, "repetition_penalty"),
+            (r#"{"repetition_penalty": -1}"#, "repetition_penalty"),
             (r#"{"stop": ""}"#, "stop"),
             (r#"{"stop": 5}"#, "stop"),
             (r#"{"stop": ["a", 5]}"#, "stop"),
@@ -411,6 +440,23 @@ mod tests {
         let options = take(r#"{"ignore_eos": true, "stop_token_ids": [9, 3, 9]}"#).unwrap();
         assert_eq!(options.sampling.stop_token_ids, [3, 9]);
         assert_ne!(take("{}").unwrap().sampling.seed, take("{}").unwrap().sampling.seed);
+    }
+
+    #[test]
+    fn choices_and_penalties_are_off_unless_asked_for() {
+        let of = |json: &str| {
+            let sampling = take(json).unwrap().sampling;
+            let penalties = (
+                sampling.presence_penalty,
+                sampling.frequency_penalty,
+                sampling.repetition_penalty,
+            );
+            (sampling.n, penalties)
+        };
+        assert_eq!(of("{}"), (1, (0.0, 0.0, 1.1)), "1.1 is the model's own");
+        let json = r#"{"n": 128, "presence_penalty": -2, "frequency_penalty": 2.0, "repetition_penalty": 1}"#;
+        assert_eq!(of(json), (128, (-2.0, 2.0, 1.0)));
+        assert!(!take("{}").unwrap().is_seeded && take(r#"{"seed": 0}"#).unwrap().is_seeded);
     }
 
     #[test]

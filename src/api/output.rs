@@ -1,9 +1,9 @@
-//! A request's tokens on their way to text: detokenization, stop strings, the reason of the end, and the front door's
-//! measurements. One [`OutputStream`] is one sequence; how it is written on the wire belongs to the endpoints.
+//! A running request as the APIs see it: its choices' outputs in the order they come, its terminal state, and the front
+//! door's measurements. One [`OutputStream`] is one prompt; how it is written on the wire belongs to the endpoints.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
-use baton_engine::text::{DetokenizeStream, StopStrings, TokenizerError};
 use baton_scheduler::ids::{RequestId, TokenId};
 use baton_scheduler::request::{Failure, Finish, Request, SamplingParams, Token, TokenLogprobs};
 use baton_scheduler::timeline::{Moment, Timeline};
@@ -11,32 +11,13 @@ use tokio::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::ApiState;
+pub use super::choice_output::{ChoiceEnd, FinishReason, OutputToken, StopReason, TextOptions};
+use super::choice_output::{ChoiceOutput, Limits};
 use super::error::{ApiError, ErrorKind};
 use super::metrics::{Endpoint, Recorder};
 use super::request_label::RequestLabel;
 use super::running::RunningGuard;
 use crate::door::{DoorEvent, RequestStream, Submission, Usage};
-
-/// How ids become the text a client sees.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TextOptions {
-    /// Texts that end generation.
-    pub stop: Vec<String>,
-    /// Keep the stop text, or the stop id's text, at the end.
-    pub include_stop_str_in_output: bool,
-    /// Leave special tokens out of the text.
-    pub skip_special_tokens: bool,
-}
-
-impl Default for TextOptions {
-    fn default() -> TextOptions {
-        TextOptions {
-            stop: Vec::new(),
-            include_stop_str_in_output: false,
-            skip_special_tokens: true,
-        }
-    }
-}
 
 /// One validated prompt, ready to run.
 #[derive(Clone, Debug)]
@@ -59,74 +40,30 @@ pub struct Job {
     pub timeline: Timeline,
 }
 
-/// Why a sequence ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FinishReason {
-    /// A stop id or a stop text.
-    Stop,
-    /// `max_tokens` or the model's length.
-    Length,
-    /// Aborted by its name.
-    Abort,
-}
-
-impl FinishReason {
-    /// The word of the OpenAI API (`abort` is vLLM's).
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            FinishReason::Stop => "stop",
-            FinishReason::Length => "length",
-            FinishReason::Abort => "abort",
-        }
-    }
-}
-
-/// What exactly stopped a sequence, when it was not the model's own end.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(untagged)]
-pub enum StopReason {
-    /// One of the client's stop ids.
-    Id(TokenId),
-    /// One of the client's stop texts.
-    Text(String),
-}
-
-/// One token with the text that became final with it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct OutputToken {
-    /// The token.
-    pub token: Token,
-    /// Text that may be sent now; often empty.
-    pub text: String,
-    /// It is already known that no token follows, so the end can travel with it.
-    pub is_last: bool,
-}
-
-/// The end of a sequence.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Finished {
-    /// Why.
-    pub reason: FinishReason,
-    /// What, if the client asked for it.
-    pub stop_reason: Option<StopReason>,
-    /// Text that was still held back; empty unless the end came unannounced.
-    pub text: String,
-    /// Counts.
-    pub usage: Usage,
-}
-
 /// What an [`OutputStream`] gives.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Output {
     /// Log-probabilities of each prompt token after the first.
     PromptLogprobs(Vec<TokenLogprobs>),
-    /// The next token.
-    Token(OutputToken),
-    /// The end; nothing follows.
-    Finished(Finished),
+    /// The next token of a choice.
+    Token {
+        /// Which choice.
+        choice: u32,
+        /// Its token and text.
+        token: OutputToken,
+    },
+    /// A choice has ended; others may go on.
+    ChoiceEnded {
+        /// Which choice.
+        choice: u32,
+        /// How.
+        end: ChoiceEnd,
+    },
+    /// Every choice has ended; nothing follows. The counts are of all choices together.
+    Finished(Usage),
 }
 
-/// One running sequence. Dropping it cancels the request everywhere.
+/// One running request. Dropping it cancels the request everywhere.
 #[derive(Debug)]
 pub struct OutputStream {
     state: ApiState,
@@ -134,64 +71,14 @@ pub struct OutputStream {
     events: Option<RequestStream>,
     running: RunningGuard,
     recorder: Recorder,
-    text: TextSide,
+    choices: Vec<ChoiceOutput>,
+    limits: Limits,
     n_prompt_tokens: u32,
-    n_tokens: u32,
-    max_tokens: u32,
-    stop_token_ids: Vec<TokenId>,
+    /// Tokens that came for choices which had ended here; they are not shown.
+    n_unwanted: u32,
+    /// Known, and not given out yet.
+    pending: VecDeque<Output>,
     ended: bool,
-    /// A stop text was found: the end to report.
-    stopped: Option<StopReason>,
-}
-
-/// Ids in, text out; the text of a model without a tokenizer is empty.
-#[derive(Debug)]
-struct TextSide {
-    detokenize: Option<DetokenizeStream>,
-    stop: StopStrings,
-    stop_texts: Vec<String>,
-    include_stop: bool,
-}
-
-/// Text that became final, and the stop text found in it.
-#[derive(Debug, Default)]
-struct Piece {
-    text: String,
-    stopped_by: Option<StopReason>,
-}
-
-impl TextSide {
-    fn push(&mut self, id: TokenId) -> Result<Piece, TokenizerError> {
-        let Some(detokenize) = &mut self.detokenize else {
-            return Ok(Piece::default());
-        };
-        let decoded = detokenize.push(id)?;
-        Ok(self.cut(&decoded))
-    }
-
-    /// What is still held back, at the end.
-    fn flush(&mut self) -> Result<Piece, TokenizerError> {
-        let Some(detokenize) = &mut self.detokenize else {
-            return Ok(Piece::default());
-        };
-        let tail = detokenize.flush()?;
-        let mut piece = self.cut(&tail);
-        if piece.stopped_by.is_none() {
-            piece.text.push_str(&self.stop.flush());
-        }
-        Ok(piece)
-    }
-
-    fn cut(&mut self, text: &str) -> Piece {
-        let output = self.stop.push(text);
-        let stopped_by = output
-            .stopped_by
-            .map(|idx| StopReason::Text(self.stop_texts[idx].clone()));
-        Piece {
-            text: output.text,
-            stopped_by,
-        }
-    }
 }
 
 impl OutputStream {
@@ -209,26 +96,21 @@ impl OutputStream {
 
     fn waiting(state: &ApiState, job: &Job) -> OutputStream {
         let tokenizer = state.model().tokenizer.as_ref();
+        let choice = |_| ChoiceOutput::new(tokenizer, &job.text);
         OutputStream {
             state: state.clone(),
             events: None,
             running: state.running().enter(job.label.shared()),
             recorder: Recorder::new(state, job),
-            text: TextSide {
-                detokenize: tokenizer.map(|tokenizer| match job.text.skip_special_tokens {
-                    true => tokenizer.stream(),
-                    false => tokenizer.stream_with_special_tokens(),
-                }),
-                stop: StopStrings::new(job.text.stop.clone(), job.text.include_stop_str_in_output),
-                stop_texts: job.text.stop.clone(),
-                include_stop: job.text.include_stop_str_in_output,
+            choices: (0..job.sampling.n).map(choice).collect(),
+            limits: Limits {
+                max_tokens: job.sampling.max_tokens,
+                stop_token_ids: job.sampling.stop_token_ids.clone(),
             },
             n_prompt_tokens: job.prompt_ids.len() as u32,
-            n_tokens: 0,
-            max_tokens: job.sampling.max_tokens,
-            stop_token_ids: job.sampling.stop_token_ids.clone(),
+            n_unwanted: 0,
+            pending: VecDeque::new(),
             ended: false,
-            stopped: None,
         }
     }
 
@@ -241,8 +123,9 @@ impl OutputStream {
             return Err(Failure::DeadlineExceeded.into());
         }
         let id = RequestId(Uuid::new_v4().as_u128());
-        let (label, n_prompt_tokens, max_tokens) = (job.label.as_str(), self.n_prompt_tokens, self.max_tokens);
-        tracing::debug!(request_id = label, %id, n_prompt_tokens, max_tokens, "request accepted");
+        let (label, n_prompt_tokens, n) = (job.label.as_str(), self.n_prompt_tokens, job.sampling.n);
+        let max_tokens = self.limits.max_tokens;
+        tracing::debug!(request_id = label, %id, n_prompt_tokens, n, max_tokens, "request accepted");
         let submission = Submission {
             request: Request {
                 id,
@@ -268,11 +151,16 @@ impl OutputStream {
         if self.ended {
             return None;
         }
-        let output = self.advance().await;
+        let output = match self.pending.pop_front() {
+            Some(output) => Ok(output),
+            None => self.advance().await,
+        };
         match &output {
-            Ok(Output::Finished(finished)) => {
+            Ok(Output::Finished(usage)) => {
                 self.end();
-                self.recorder.finished(finished);
+                let reasons = self.choices.iter().filter_map(ChoiceOutput::ended);
+                let worst = reasons.max().expect("every choice has ended");
+                self.recorder.finished(usage, worst);
             }
             Err(error) => {
                 self.end();
@@ -286,128 +174,126 @@ impl OutputStream {
     fn end(&mut self) {
         self.ended = true;
         self.events = None;
+        self.pending.clear();
     }
 
     async fn advance(&mut self) -> Result<Output, ApiError> {
-        if let Some(stop_reason) = self.stopped.take() {
-            return Ok(Output::Finished(self.finish(
-                FinishReason::Stop,
-                Some(stop_reason),
-                String::new(),
-            )));
-        }
-        let event = match &mut self.events {
-            None => return self.abort(),
-            Some(events) => tokio::select! {
-                biased;
-                () = self.running.aborted() => return self.abort(),
-                event = events.next() => event,
-            },
-        };
-        match event {
-            Some(DoorEvent::PromptLogprobs(logprobs)) => Ok(Output::PromptLogprobs(logprobs)),
-            Some(DoorEvent::Token(token)) => self.token(token).map(Output::Token),
-            Some(DoorEvent::Ended {
-                finish,
-                usage,
-                timeline,
-            }) => {
-                self.recorder.set_timeline(timeline);
-                self.ended_well(finish, usage).map(Output::Finished)
+        loop {
+            let event = match &mut self.events {
+                None => return self.abort(),
+                Some(events) => tokio::select! {
+                    biased;
+                    () = self.running.aborted() => return self.abort(),
+                    event = events.next() => event,
+                },
+            };
+            let output = match event {
+                Some(DoorEvent::PromptLogprobs(logprobs)) => Some(Output::PromptLogprobs(logprobs)),
+                Some(DoorEvent::Token { choice, token }) => self.token(choice, token)?,
+                Some(DoorEvent::ChoiceFinished { choice, finish }) => self.choice_finished(choice, finish)?,
+                Some(DoorEvent::Ended { usage, timeline, .. }) => {
+                    self.recorder.set_timeline(timeline);
+                    Some(self.ended_well(usage)?)
+                }
+                Some(DoorEvent::Failed(failure)) => return Err(failure.into()),
+                None => return Err(bug("the request's stream ended without a terminal state")),
+            };
+            if let Some(output) = output {
+                return Ok(output);
             }
-            Some(DoorEvent::Failed(failure)) => Err(failure.into()),
-            None => Err(ApiError::new(
-                ErrorKind::Internal,
-                "the request's stream ended without a terminal state",
-            )),
         }
     }
 
-    fn token(&mut self, token: Token) -> Result<OutputToken, ApiError> {
-        if token.index != self.n_tokens || self.n_tokens >= self.max_tokens {
-            let (index, expected) = (token.index, self.n_tokens);
-            let message = format!(
-                "token {index} came where {expected} of {} was expected",
-                self.max_tokens
-            );
-            return Err(ApiError::new(ErrorKind::Internal, message));
+    /// `None` when the choice was cut here and its engine does not know yet.
+    fn token(&mut self, choice: u32, token: Token) -> Result<Option<Output>, ApiError> {
+        let own = choice_of(&mut self.choices, choice)?;
+        if own.was_cut() {
+            self.n_unwanted += 1;
+            return Ok(None);
         }
-        self.recorder.token(self.n_prompt_tokens);
-        self.n_tokens += 1;
-        let is_stop_id = self.stop_token_ids.binary_search(&token.id).is_ok();
-        let mut piece = match is_stop_id && !self.text.include_stop {
-            true => Piece::default(),
-            false => self.text.push(token.id).map_err(internal)?,
-        };
-        let is_last = is_stop_id || self.n_tokens == self.max_tokens;
-        if is_last && piece.stopped_by.is_none() {
-            let tail = self.text.flush().map_err(internal)?;
-            piece.text.push_str(&tail.text);
-            piece.stopped_by = tail.stopped_by;
+        let (token, end) = own.token(token, &self.limits)?;
+        self.recorder.token(choice, self.n_prompt_tokens);
+        if let Some(end) = end {
+            self.pending.push_back(Output::ChoiceEnded { choice, end });
+            self.close_if_all_have_ended();
         }
-        let is_last = is_last || piece.stopped_by.is_some();
-        if piece.stopped_by.is_some() {
-            // Nothing more is wanted: dropping the stream cancels the request, if it has not ended by itself.
-            self.stopped = piece.stopped_by;
+        Ok(Some(Output::Token { choice, token }))
+    }
+
+    fn choice_finished(&mut self, choice: u32, finish: Finish) -> Result<Option<Output>, ApiError> {
+        let own = choice_of(&mut self.choices, choice)?;
+        if own.was_cut() {
+            return Ok(None);
+        }
+        if own.ended().is_some() {
+            return Err(bug(format!("choice {choice} ended twice")));
+        }
+        let end = own.finish(finish, &self.state.model().eos_token_ids)?;
+        self.close_if_all_have_ended();
+        Ok(Some(Output::ChoiceEnded { choice, end }))
+    }
+
+    /// With a choice that was cut here the request may run on for nothing. Dropping the stream cancels it everywhere, if it
+    /// has not ended by itself.
+    fn close_if_all_have_ended(&mut self) {
+        let all_ended = self.choices.iter().all(|choice| choice.ended().is_some());
+        if all_ended && self.choices.iter().any(ChoiceOutput::was_cut) {
             self.events = None;
+            self.pending.push_back(Output::Finished(self.usage()));
         }
-        Ok(OutputToken {
-            token,
-            text: piece.text,
-            is_last,
-        })
     }
 
-    fn ended_well(&mut self, finish: Finish, usage: Usage) -> Result<Finished, ApiError> {
-        if usage.n_completion_tokens != self.n_tokens {
-            let message = format!(
-                "{} tokens came of {} generated",
-                self.n_tokens, usage.n_completion_tokens
-            );
-            return Err(ApiError::new(ErrorKind::Internal, message));
+    fn ended_well(&mut self, usage: Usage) -> Result<Output, ApiError> {
+        if let Some(choice) = self.choices.iter().position(|choice| choice.ended().is_none()) {
+            return Err(bug(format!("the request ended before its choice {choice}")));
         }
-        let tail = self.text.flush().map_err(internal)?;
-        let (reason, stop_reason) = match (tail.stopped_by, finish) {
-            (Some(stop_reason), _) => (FinishReason::Stop, Some(stop_reason)),
-            (None, Finish::Length) => (FinishReason::Length, None),
-            (None, Finish::Stop(id)) => {
-                let is_eos = self.state.model().eos_token_ids.contains(&id);
-                (FinishReason::Stop, (!is_eos).then_some(StopReason::Id(id)))
-            }
-        };
-        Ok(Finished {
-            usage,
-            ..self.finish(reason, stop_reason, tail.text)
-        })
+        let (n_shown, n_generated) = (self.usage().n_completion_tokens, usage.n_completion_tokens);
+        let n_came = n_shown + self.n_unwanted;
+        if n_generated != n_came {
+            return Err(bug(format!("{n_came} tokens came of {n_generated} generated")));
+        }
+        Ok(Output::Finished(Usage {
+            n_completion_tokens: n_shown,
+            ..usage
+        }))
     }
 
     fn abort(&mut self) -> Result<Output, ApiError> {
-        let tail = self.text.flush().map_err(internal)?;
-        Ok(Output::Finished(self.finish(FinishReason::Abort, None, tail.text)))
-    }
-
-    fn finish(&self, reason: FinishReason, stop_reason: Option<StopReason>, text: String) -> Finished {
-        let usage = Usage {
-            n_prompt_tokens: self.n_prompt_tokens,
-            n_completion_tokens: self.n_tokens,
-            n_cached_tokens: 0,
-        };
-        Finished {
-            reason,
-            stop_reason,
-            text,
-            usage,
+        self.events = None;
+        for (choice, own) in (0..).zip(&mut self.choices) {
+            if own.ended().is_none() {
+                let end = own.abort()?;
+                self.pending.push_back(Output::ChoiceEnded { choice, end });
+            }
+        }
+        let finished = Output::Finished(self.usage());
+        match self.pending.pop_front() {
+            None => Ok(finished),
+            Some(first) => {
+                self.pending.push_back(finished);
+                Ok(first)
+            }
         }
     }
 
-    /// Counts so far.
+    /// Counts so far, of all choices together.
     pub fn usage(&self) -> Usage {
-        self.finish(FinishReason::Length, None, String::new()).usage
+        Usage {
+            n_prompt_tokens: self.n_prompt_tokens,
+            n_completion_tokens: self.choices.iter().map(ChoiceOutput::n_tokens).sum(),
+            n_cached_tokens: 0,
+        }
     }
 }
 
-fn internal(error: TokenizerError) -> ApiError {
-    ApiError::new(ErrorKind::Internal, format!("detokenization failed: {error}"))
+fn choice_of(choices: &mut [ChoiceOutput], choice: u32) -> Result<&mut ChoiceOutput, ApiError> {
+    let n = choices.len();
+    let found = choices.get_mut(choice as usize);
+    found.ok_or_else(|| bug(format!("an event of choice {choice} came to a request of {n}")))
+}
+
+fn bug(message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorKind::Internal, message.into())
 }
 
 /// A timeline that starts at `received`.

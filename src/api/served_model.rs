@@ -14,6 +14,8 @@ pub struct DefaultSampling {
     pub top_k: Option<u32>,
     /// Top-p; 1 when absent.
     pub top_p: Option<f32>,
+    /// Repetition penalty; 1, which is off, when absent.
+    pub repetition_penalty: Option<f32>,
 }
 
 /// The served model.

@@ -20,6 +20,8 @@ pub struct GenerationConfig {
     pub top_k: Option<u32>,
     /// Suggested top-p.
     pub top_p: Option<f32>,
+    /// Suggested repetition penalty; 1 is off.
+    pub repetition_penalty: Option<f32>,
 }
 
 impl GenerationConfig {
@@ -35,6 +37,7 @@ impl GenerationConfig {
         if let Some(top_p) = top_p.filter(|top_p| *top_p > 1.0) {
             return Err(fields.wrong("top_p", "a number above 0 and at most 1", top_p));
         }
+        let repetition_penalty = fields.positive_float("repetition_penalty")?;
         let top_k = match fields.get("top_k").and_then(Value::as_i64) {
             // transformers writes 0, vLLM -1, for no limit.
             Some(0 | -1) => Some(0),
@@ -46,6 +49,7 @@ impl GenerationConfig {
             temperature: temperature.map(|temperature| temperature as f32),
             top_k,
             top_p: top_p.map(|top_p| top_p as f32),
+            repetition_penalty: repetition_penalty.map(|penalty| penalty as f32),
         })
     }
 }
@@ -68,6 +72,8 @@ mod tests {
     #[test]
     fn suggestions_are_read_and_checked() {
         let config = parse(r#"{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": -1}"#).unwrap();
+        assert_eq!(config.repetition_penalty, None);
+        assert_eq!(parse(r#"{"repetition_penalty": 1.05}"#).unwrap().repetition_penalty, Some(1.05));
         assert_eq!(
             (config.do_sample, config.temperature, config.top_p, config.top_k),
             (Some(true), Some(0.6), Some(0.9), Some(0))
@@ -77,6 +83,7 @@ mod tests {
             r#"{"top_p": 0}"#,
             r#"{"temperature": -1}"#,
             r#"{"top_k": -7}"#,
+            r#"{"repetition_penalty": 0}"#,
             r#"{"eos_token_id": "x"}"#,
         ] {
             assert!(parse(wrong).is_err(), "{wrong}");

@@ -21,7 +21,11 @@ async fn wrong_requests_are_refused_by_field() {
         (CHAT, json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
         (CHAT, json!({"top_logprobs": 3}), "top_logprobs"),
         (CHAT, json!({"logit_bias": {"5": 1}}), "logit_bias"),
-        (CHAT, json!({"n": 2}), "n"),
+        (CHAT, json!({"n": 0}), "n"),
+        (CHAT, json!({"n": 129}), "n"),
+        (CHAT, json!({"presence_penalty": -2.5}), "presence_penalty"),
+        (CHAT, json!({"frequency_penalty": 3}), "frequency_penalty"),
+        (CHAT, json!({"repetition_penalty": 0}), "repetition_penalty"),
         (CHAT, json!({"echo": true}), "echo"),
         (CHAT, json!({"tools": [{"type": "function"}]}), "tools"),
         (CHAT, json!({"prompt_logprobs": 1, "stream": true}), "prompt_logprobs"),
@@ -169,7 +173,7 @@ async fn a_failure_is_a_status_before_the_first_token_and_an_event_after_it() {
         early.refused(path, &body, 503).await;
     }
     let mut events = Script::ids(5, &says("ab"), Finish::Stop(EOS));
-    events.pop();
+    events.truncate(3);
     events.push(lost);
     let late = start(Script::of(events)).await;
     for (path, body) in [(CHAT, ask("hi")), (COMPLETIONS, json!({"prompt": "hi"}))] {
@@ -198,7 +202,23 @@ async fn a_stream_that_ends_in_doubt_is_no_success() {
     gap.remove(1);
     let mut miscounted = Script::ids(5, &says("ab"), Finish::Stop(EOS));
     miscounted.remove(2);
-    for events in [no_end, gap, miscounted] {
+    let mut unfinished = Script::ids(5, &says("ab"), Finish::Stop(EOS));
+    unfinished.remove(3);
+    let mut finished_twice = Script::ids(5, &says("ab"), Finish::Stop(EOS));
+    finished_twice.insert(3, finished_twice[3].clone());
+    let mut after_its_end = Script::ids(5, &says("ab"), Finish::Stop(EOS));
+    after_its_end.insert(4, Script::token(0, 3, 97));
+    let mut of_nobody = Script::ids(5, &says("ab"), Finish::Stop(EOS));
+    of_nobody.insert(1, Script::token(1, 0, 97));
+    for events in [
+        no_end,
+        gap,
+        miscounted,
+        unfinished,
+        finished_twice,
+        after_its_end,
+        of_nobody,
+    ] {
         let server = start(Script::of(events)).await;
         server.refused(CHAT, &ask("hi"), 500).await;
         let streamed = server.stream(CHAT, ask("hi")).await;

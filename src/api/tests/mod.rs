@@ -2,6 +2,7 @@
 //! bytes, 256 ends a text, 257 begins one, 258 and 259 are unknown to the tokenizer.
 
 mod chat;
+mod choices;
 mod completions;
 mod failures;
 mod grpc;
@@ -130,27 +131,30 @@ impl Script {
         })
     }
 
-    /// Tokens of `ids`, then their end.
+    /// Tokens of `ids`, then their end; `finish` is that of the only choice.
     pub(super) fn ids(n_prompt: u32, ids: &[TokenId], finish: Finish) -> Vec<DoorEvent> {
         let usage = Usage {
             n_prompt_tokens: n_prompt,
             n_completion_tokens: ids.len() as u32,
             n_cached_tokens: n_prompt / 2,
         };
-        let tokens = (0..).zip(ids).map(|(index, &id)| {
-            DoorEvent::Token(Token {
-                index,
-                id,
-                logprobs: None,
-            })
-        });
+        let tokens = (0..).zip(ids).map(|(index, &id)| Script::token(0, index, id));
+        let ended = DoorEvent::Ended {
+            finish,
+            usage,
+            timeline: Timeline::default(),
+        };
         tokens
-            .chain([DoorEvent::Ended {
-                finish,
-                usage,
-                timeline: Timeline::default(),
-            }])
+            .chain([DoorEvent::ChoiceFinished { choice: 0, finish }, ended])
             .collect()
+    }
+
+    pub(super) fn token(choice: u32, index: u32, id: TokenId) -> DoorEvent {
+        let logprobs = None;
+        DoorEvent::Token {
+            choice,
+            token: Token { index, id, logprobs },
+        }
     }
 
     pub(super) fn last(&self) -> Submission {

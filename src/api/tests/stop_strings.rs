@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::super::metrics::Endpoint;
-use super::super::output::{FinishReason, Job, Output, OutputStream, StopReason, TextOptions};
+use super::super::output::{ChoiceEnd, FinishReason, Job, Output, OutputStream, StopReason, TextOptions};
 use super::super::request_label::RequestLabel;
 use super::*;
 
@@ -86,22 +86,27 @@ async fn run(bytes: &[u8], job: Job) -> (String, FinishReason, Option<StopReason
     let state = ApiState::new(generator, byte_model(), options, registry, CancellationToken::new());
     let mut output = OutputStream::start(&state, job).await.unwrap();
     let (mut text, mut n_tokens, mut was_last) = (String::new(), 0, false);
+    let mut choice_end: Option<ChoiceEnd> = None;
     while let Some(next) = output.next().await {
         match next.unwrap() {
             Output::PromptLogprobs(_) => panic!("not asked for"),
-            Output::Token(token) => {
-                assert!(!was_last, "a token after the last");
+            Output::Token { choice, token } => {
+                assert!(choice == 0 && !was_last, "a token after the last");
                 text.push_str(&token.text);
                 n_tokens += 1;
                 was_last = token.is_last;
             }
-            Output::Finished(finished) => {
+            Output::ChoiceEnded { choice, end } => {
                 assert!(
-                    was_last && finished.text.is_empty(),
+                    choice == 0 && was_last && end.text.is_empty(),
                     "the end was announced and owes nothing"
                 );
-                assert_eq!(finished.usage.n_completion_tokens, n_tokens);
-                return (text, finished.reason, finished.stop_reason, n_tokens);
+                assert!(choice_end.replace(end).is_none(), "a second end");
+            }
+            Output::Finished(usage) => {
+                assert_eq!(usage.n_completion_tokens, n_tokens);
+                let end = choice_end.expect("the choice ends before the request");
+                return (text, end.reason, end.stop_reason, n_tokens);
             }
         }
     }
