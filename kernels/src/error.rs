@@ -148,6 +148,23 @@ pub enum KernelError {
         /// Bytes given.
         found: usize,
     },
+    /// The KV memory that another process gave cannot be used.
+    #[error("cannot map the KV memory of another process: {error}")]
+    Foreign {
+        /// The system's answer, or what is wrong with the file.
+        #[source]
+        error: std::io::Error,
+    },
+    /// A block of another process is not, or no longer, what was meant.
+    #[error("block {block} of the other process has generation {found}, expected {expected}")]
+    Stale {
+        /// The block, in the other process.
+        block: u32,
+        /// The generation meant.
+        expected: u32,
+        /// The generation seen.
+        found: u32,
+    },
     /// The processor lacks an instruction set that was asked for.
     #[error("instruction set {isa} is not available on this processor, the best is {best}")]
     Isa {

@@ -1,6 +1,12 @@
 //! Pins, writers and what they keep away from each other.
 
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use memmap2::MmapOptions;
+use proptest::prelude::*;
+
 use super::*;
+use crate::layout::DType;
 
 const LAYOUT: KvLayout = KvLayout {
     n_layers: 2,
@@ -171,4 +177,169 @@ fn unsupported_layouts_are_refused() {
     }
     assert!(KvCache::new(LAYOUT, 0).is_err());
     assert!(KvCache::new(LAYOUT, usize::MAX / 1000).is_err());
+}
+
+/// What another process would map: a second mapping of the same file.
+fn foreign(kv: &KvCache) -> ForeignKv {
+    let file = kv.share().unwrap().as_fd().try_clone_to_owned().unwrap();
+    ForeignKv::map(&file, kv.layout(), kv.n_blocks()).unwrap()
+}
+
+fn shared_with_blocks(blocks: &[u32]) -> KvCache {
+    let mut kv = KvCache::shared(LAYOUT, 9).unwrap();
+    let part = LAYOUT.part_bytes();
+    for &block in blocks {
+        kv.set_generation(block, 10 + block);
+        let mut writer = kv.write_handle(block).unwrap();
+        for layer in 0..LAYOUT.n_layers {
+            let byte = (block as usize * 4 + layer * 2) as u8;
+            writer.write(layer, &vec![byte; part], &vec![byte + 1; part]).unwrap();
+        }
+    }
+    kv
+}
+
+proptest! {
+    /// Whatever blocks are asked for, in runs or not, each arrives in its own writer.
+    #[test]
+    fn foreign_blocks_arrive_where_they_should(
+        from in Just((0..9u32).collect::<Vec<_>>()).prop_shuffle(),
+        to in prop_oneof![Just((0..9u32).collect::<Vec<_>>()), Just((0..9u32).collect::<Vec<_>>()).prop_shuffle()],
+        sorted in any::<bool>(),
+        n in 1..9usize,
+    ) {
+        let mut from = from[..n].to_vec();
+        if sorted {
+            from.sort_unstable();
+        }
+        let source = shared_with_blocks(&from);
+        let foreign = foreign(&source);
+        let mut kv = KvCache::new(LAYOUT, 9).unwrap();
+        let mut writers = kv.reserve_write(&to[..n]).unwrap();
+        let blocks: Vec<(u32, u32)> = from.iter().map(|&block| (block, 10 + block)).collect();
+        for layer in 0..LAYOUT.n_layers {
+            foreign.copy(layer, &blocks, &mut writers).unwrap();
+        }
+        drop(writers);
+        for (&from, &to) in from.iter().zip(&to) {
+            for layer in 0..LAYOUT.n_layers {
+                let byte = (from as usize * 4 + layer * 2) as u8;
+                let read = kv.pin(layer, to);
+                prop_assert!(read.key().iter().all(|&found| found == byte));
+                prop_assert!(read.value().iter().all(|&found| found == byte + 1));
+            }
+        }
+        for &other in &to[n..] {
+            prop_assert!(kv.pin(0, other).key().iter().all(|&byte| byte == 0));
+        }
+    }
+}
+
+#[test]
+fn a_block_of_another_generation_is_refused() {
+    let mut source = shared_with_blocks(&[1, 2]);
+    let foreign = foreign(&source);
+    let mut kv = cache();
+    let mut writers = kv.reserve_write(&[0, 1]).unwrap();
+    foreign.copy(0, &[(1, 11), (2, 12)], &mut writers).unwrap();
+    assert_eq!(source.pin(0, 2).generation(), 12);
+    source.set_generation(2, 13);
+    let error = foreign.copy(0, &[(1, 11), (2, 12)], &mut writers).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "block 2 of the other process has generation 13, expected 12"
+    );
+    assert!(matches!(
+        foreign.copy(0, &[(1, 11), (9, 0)], &mut writers),
+        Err(KernelError::BlockOutOfRange { block: 9, n_blocks: 9 })
+    ));
+    assert!(foreign.copy(2, &[(1, 11), (2, 13)], &mut writers).is_err());
+}
+
+/// A writer that rewrites a block over and over, as no owner of a pinned block would: each copy that succeeds is whole.
+#[test]
+fn no_copy_succeeds_with_bytes_of_two_generations() {
+    const WIDE: KvLayout = KvLayout {
+        n_layers: 1,
+        n_kv_heads: 8,
+        block_size: 16,
+        head_dim: 64,
+        dtype: DType::Bf16,
+    };
+    let mut source = KvCache::shared(WIDE, 1).unwrap();
+    let foreign = foreign(&source);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let (mut n_whole, mut n_stale) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut generation = 0;
+            while !stop.load(Ordering::Relaxed) {
+                generation += 1;
+                source.set_generation(0, generation);
+                let part = vec![generation as u8; WIDE.part_bytes()];
+                source.write_handle(0).unwrap().write(0, &part, &part).unwrap();
+                // Even ones are stable for a while, so that some copies can succeed.
+                if generation.is_multiple_of(2) {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let mut kv = KvCache::new(WIDE, 1).unwrap();
+        // A generation is announced before its bytes are there, so only those of a copy made later than an equal one count.
+        let began = std::time::Instant::now();
+        while (n_whole < 200 || n_stale < 200) && began.elapsed().as_secs() < 5 {
+            let generation = foreign.generation(0);
+            let mut writers = kv.reserve_write(&[0]).unwrap();
+            let copied = foreign.copy(0, &[(0, generation)], &mut writers);
+            drop(writers);
+            match copied {
+                Ok(()) => {
+                    n_whole += 1;
+                    let read = kv.pin(0, 0);
+                    // Of this generation, or still of the one before: never of a later one.
+                    let (now, before) = (generation as u8, generation.wrapping_sub(1) as u8);
+                    let is_fine = |byte: &u8| *byte == now || *byte == before;
+                    assert!(
+                        read.key().iter().chain(read.value()).all(is_fine),
+                        "generation {generation}"
+                    );
+                }
+                Err(KernelError::Stale { .. }) => n_stale += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(n_whole > 0, "{n_whole} whole, {n_stale} stale");
+}
+
+#[test]
+fn shared_memory_can_be_neither_written_nor_resized_by_who_gets_it() {
+    let kv = KvCache::shared(LAYOUT, 2).unwrap();
+    let file = std::fs::File::from(kv.share().unwrap().as_fd().try_clone_to_owned().unwrap());
+    let n_bytes = file.metadata().unwrap().len();
+    assert!(file.set_len(n_bytes / 2).is_err());
+    assert!(file.set_len(n_bytes * 2).is_err());
+    assert!(std::os::unix::fs::FileExt::write_at(&file, &[1], 0).is_err());
+    assert!(MmapOptions::new().map_raw(&file).is_err());
+    let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    assert!(rustix::fs::fallocate(&file, punch, 0, n_bytes).is_err());
+    assert!(MmapOptions::new().map_raw_read_only(&file).is_ok());
+    assert!(cache().share().is_none());
+}
+
+#[test]
+fn only_files_that_fit_are_mapped() {
+    let refusal = |file: OwnedFd, n_blocks| {
+        let error = ForeignKv::map(&file, LAYOUT, n_blocks).err().expect("refused");
+        error.to_string()
+    };
+    let kv = KvCache::shared(LAYOUT, 2).unwrap();
+    let file = || kv.share().unwrap().as_fd().try_clone_to_owned().unwrap();
+    assert!(refusal(file(), 3).contains("expected"));
+    let unsealed = rustix::fs::memfd_create("unsealed", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&unsealed, 1 << 20).unwrap();
+    assert!(refusal(unsealed, 2).contains("not sealed"));
+    assert!(refusal(tempfile::tempfile().unwrap().into(), 2).contains("cannot map"));
+    assert!(ForeignKv::map(&file(), LAYOUT, usize::MAX / 8).is_err());
 }
