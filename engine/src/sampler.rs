@@ -1,11 +1,14 @@
 //! Logits of one position -> the next token and its log-probabilities.
-//! Stateless between tokens: randomness is a function of (seed, choice, token index), so another instance continues alike.
-//! No penalties, no grammar, no batching.
+//! Stateless between tokens: randomness is a function of (seed, choice, token index) and penalties of the token ids, so
+//! another instance continues alike. No grammar, no batching.
+
+mod penalties;
 
 use baton_scheduler::ids::TokenId;
 use baton_scheduler::request::{SamplingParams, Token, TokenLogprobs};
 
 use crate::philox::uniform_f64;
+use penalties::Penalties;
 
 /// Why no token can be chosen.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -39,6 +42,16 @@ pub enum SampleError {
 pub struct Sampler {
     candidates: Vec<Candidate>,
     weights: Vec<f32>,
+    penalties: Penalties,
+}
+
+/// The tokens before the one to be chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct History<'a> {
+    /// The prompt's.
+    pub prompt: &'a [TokenId],
+    /// Those generated, of the same choice; as many as the next token's index.
+    pub output: &'a [TokenId],
 }
 
 /// Order of a distribution: larger logit first, then smaller id.
@@ -63,7 +76,29 @@ impl Sampler {
         Sampler::default()
     }
 
-    /// Chooses token number `index` of choice `choice` from `logits`, `[vocab_size]`.
+    /// Chooses the token of choice `choice` that follows `history` from `logits`, `[vocab_size]`: penalties first, then as
+    /// [`Sampler::sample`]. Log-probabilities are of the raw distribution, before penalties.
+    pub fn sample_after(
+        &mut self,
+        logits: &[f32],
+        params: &SamplingParams,
+        choice: u32,
+        history: History<'_>,
+    ) -> Result<Token, SampleError> {
+        let index = history.output.len() as u32;
+        if !penalties::are_on(params) {
+            return self.sample(logits, params, choice, index);
+        }
+        let raw_best = largest(logits)?;
+        // Taken out, so that the rest of the sampler can be used over the penalised row.
+        let mut penalties = std::mem::take(&mut self.penalties);
+        let penalised = penalties.apply(logits, params, history);
+        let id = penalised.and_then(|row| Ok(self.choose(row, largest(row)?, params, choice, index)));
+        self.penalties = penalties;
+        self.token(logits, raw_best, params, index, id?)
+    }
+
+    /// Chooses token number `index` of choice `choice` from `logits`, `[vocab_size]`, without penalties.
     ///
     /// Temperature 0 takes the largest logit (the smaller id on a tie). Otherwise, as vLLM does: logits are divided by the
     /// temperature, the `top_k` largest kept, and of those, renormalised, the smallest set that reaches `top_p`.
@@ -76,17 +111,32 @@ impl Sampler {
         index: u32,
     ) -> Result<Token, SampleError> {
         let best = largest(logits)?;
-        let id = if params.temperature > 0.0 {
-            let uniform = uniform_f64(params.seed, [index, choice, 0, 0]);
-            self.draw(logits, best.logit, params, uniform)
-        } else {
-            best.id
-        };
+        let id = self.choose(logits, best, params, choice, index);
+        self.token(logits, best, params, index, id)
+    }
+
+    fn token(
+        &mut self,
+        logits: &[f32],
+        best: Candidate,
+        params: &SamplingParams,
+        index: u32,
+        id: TokenId,
+    ) -> Result<Token, SampleError> {
         let logprobs = match params.logprobs {
             Some(n_top) => Some(self.logprobs_with_max(logits, best.logit, id, usize::from(n_top))?),
             None => None,
         };
         Ok(Token { index, id, logprobs })
+    }
+
+    fn choose(&mut self, logits: &[f32], best: Candidate, params: &SamplingParams, choice: u32, index: u32) -> TokenId {
+        if params.temperature > 0.0 {
+            let uniform = uniform_f64(params.seed, [index, choice, 0, 0]);
+            self.draw(logits, best.logit, params, uniform)
+        } else {
+            best.id
+        }
     }
 
     /// Log-probability and rank of `id` under `logits`, `[vocab_size]`, and the `n_top` most likely tokens.

@@ -1,10 +1,13 @@
-//! What one step computes: continuous batching with chunked prefill, preemption, prefix hits and handoff reservations.
+//! What one step computes: continuous batching with chunked prefill, preemption, prefix hits, several choices of one
+//! request, and reservations for sequences from elsewhere.
 //! Decides only; it computes no tokens, moves no bytes and knows no peer.
 
 mod admission;
 mod block_table;
 mod config;
 mod counters;
+mod group;
+mod moving;
 mod reservation;
 mod sequence;
 #[cfg(test)]
@@ -13,12 +16,14 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::block_pool::{BlockPool, IsPinned, Ledger};
-use crate::ids::{Nanos, SequenceId, TokenId};
+use crate::ids::{BlockId, Generation, Nanos, SequenceId, TokenId};
 use crate::prefix_cache::{PrefixCache, PrefixEvent, PrefixHasher, Registered};
-use crate::request::{Failure, Finish, PortableState};
+use crate::request::{Failure, PortableState};
 
 pub use config::{BatchConfig, BatchConfigError, PrefixCaching};
 pub use counters::{BatchCounters, BatchLoad};
+pub use group::{BlockCopy, Committed, Continued, GroupId, Member};
+pub use moving::Resumed;
 pub use reservation::{Grant, Numerics, ReserveOutcome};
 pub use sequence::{Phase, SequenceKind};
 
@@ -33,17 +38,30 @@ pub struct BatchItem {
     pub start_pos: usize,
     /// Tokens to compute, at least 1.
     pub n_tokens: usize,
-    /// Whether the next token is sampled from the last of them.
+    /// What is sampled from the last of them.
     pub samples: Samples,
 }
 
-/// Whether a step ends with a new token for a sequence.
+/// Whether a step ends with new tokens for a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Samples {
     /// The last row gives the next token.
     Token,
+    /// The last row gives the first tokens of this many choices, which begin with the sequence's own.
+    FirstTokens(u32),
     /// More of the context is left to compute.
     Nothing,
+}
+
+impl Samples {
+    /// Tokens sampled.
+    pub fn n_tokens(self) -> u32 {
+        match self {
+            Samples::Token => 1,
+            Samples::FirstTokens(n_choices) => n_choices,
+            Samples::Nothing => 0,
+        }
+    }
 }
 
 /// A sequence that entered the running set.
@@ -65,9 +83,9 @@ pub struct Batch {
     /// Sequences that began, or began again after a preemption.
     pub started: Vec<Started>,
     /// Deferred reservations that now have their blocks.
-    pub granted: Vec<SequenceId>,
-    /// Sequences given up, already removed.
-    pub refused: Vec<(SequenceId, Failure)>,
+    pub granted: Vec<GroupId>,
+    /// Requests given up, already removed.
+    pub refused: Vec<(GroupId, Failure)>,
 }
 
 /// The scheduler of one instance.
@@ -80,6 +98,7 @@ pub struct BatchScheduler {
     sequences: BTreeMap<SequenceId, Sequence>,
     /// Every id is in exactly one of these sets; ids grow with age, so the first of a set is its oldest.
     running: BTreeSet<SequenceId>,
+    paused: BTreeSet<SequenceId>,
     waiting: BTreeSet<SequenceId>,
     preempted: BTreeSet<SequenceId>,
     deferred_reservations: BTreeSet<SequenceId>,
@@ -102,6 +121,7 @@ impl BatchScheduler {
             cache: PrefixCache::new(config.max_prefix_events),
             sequences: BTreeMap::new(),
             running: BTreeSet::new(),
+            paused: BTreeSet::new(),
             waiting: BTreeSet::new(),
             preempted: BTreeSet::new(),
             deferred_reservations: BTreeSet::new(),
@@ -120,18 +140,23 @@ impl BatchScheduler {
         &self.config
     }
 
-    /// Puts a sequence in line to be computed here.
+    /// Puts the choices of a request that go on in line to be computed here: one sequence for all of them when none has
+    /// begun, else one for each. There are none when all have ended.
     ///
     /// # Errors
     /// `Invalid` when it can never run, `Busy` when the line is full.
-    pub fn submit(&mut self, state: &PortableState, kind: SequenceKind) -> Result<SequenceId, Failure> {
+    pub fn submit(&mut self, state: &PortableState, kind: SequenceKind) -> Result<GroupId, Failure> {
         self.config.check(state)?;
+        if kind == SequenceKind::PrefillForHandoff {
+            self.config.check_handoff(state)?;
+        }
         if self.waiting.len() >= self.config.max_waiting {
             return Err(Failure::Busy(format!("{} sequences are waiting", self.waiting.len())));
         }
-        let id = self.insert(state, kind);
-        self.waiting.insert(id);
-        Ok(id)
+        let group = self.insert(state, kind);
+        let members = self.members(group);
+        self.waiting.extend(members);
+        Ok(group)
     }
 
     /// Chooses the next step's work. `is_pinned` says which blocks a transfer still uses.
@@ -151,17 +176,12 @@ impl BatchScheduler {
         batch
     }
 
-    /// Records a computed step. `sampled` has an entry for each item of the batch: the token of those that sample.
-    /// Sequences removed since the batch was made are skipped. Returns how each sampling sequence goes on.
-    pub fn commit(
-        &mut self,
-        batch: &Batch,
-        sampled: &[Option<TokenId>],
-        is_pinned: IsPinned<'_>,
-    ) -> Vec<(SequenceId, Option<Finish>)> {
+    /// Records a computed step. `sampled` has an entry for each item of the batch: as many tokens as it samples. Sequences
+    /// removed since the batch was made are skipped.
+    pub fn commit(&mut self, batch: &Batch, sampled: &[Vec<TokenId>], is_pinned: IsPinned<'_>) -> Committed {
         assert_eq!(batch.items.len(), sampled.len(), "one entry for each item of the batch");
-        let mut outcomes = Vec::new();
-        for (item, token) in batch.items.iter().zip(sampled) {
+        let mut committed = Committed::default();
+        for (item, tokens) in batch.items.iter().zip(sampled) {
             let Some(sequence) = self.sequences.get_mut(&item.sequence) else {
                 continue;
             };
@@ -175,15 +195,23 @@ impl BatchScheduler {
                 _ => self.counters.n_prefill_tokens += item.n_tokens as u64,
             }
             self.register_full_blocks(item.sequence, is_pinned);
-            match (item.samples, token) {
-                (Samples::Token, Some(token)) => {
-                    outcomes.push((item.sequence, self.append(item.sequence, *token, is_pinned)));
-                }
-                (Samples::Nothing, None) => {}
-                (samples, token) => panic!("{samples:?} was committed with {token:?}"),
+            assert_eq!(
+                tokens.len(),
+                item.samples.n_tokens() as usize,
+                "{:?} was committed with {tokens:?}",
+                item.samples
+            );
+            if !tokens.is_empty() {
+                self.append(item.sequence, tokens, is_pinned, &mut committed);
             }
         }
-        outcomes
+        committed
+    }
+
+    /// The blocks given out since the last call, with their generations: whoever reads memory by itself must learn of them
+    /// before they are written.
+    pub fn take_allocated(&mut self) -> Vec<(BlockId, Generation)> {
+        self.pool.take_allocated()
     }
 
     /// Removes a sequence in any phase and frees its blocks; pinned ones go to quarantine. Unknown ids are ignored.
@@ -193,9 +221,10 @@ impl BatchScheduler {
         }
         self.abandon_claims(id);
         let mut sequence = self.sequences.remove(&id).expect("checked above");
-        sequence.table.release(&mut self.pool, is_pinned);
+        sequence.release_blocks(&mut self.pool, is_pinned);
         for set in [
             &mut self.running,
+            &mut self.paused,
             &mut self.waiting,
             &mut self.preempted,
             &mut self.deferred_reservations,
@@ -211,6 +240,8 @@ impl BatchScheduler {
         self.sequences.contains_key(&id).then(|| {
             if self.running.contains(&id) {
                 Phase::Running
+            } else if self.paused.contains(&id) {
+                Phase::Paused
             } else if self.reserved.contains(&id) {
                 Phase::Reserved
             } else if self.handing_over.contains(&id) {
@@ -236,6 +267,24 @@ impl BatchScheduler {
         self.sequences[&id].table.ids()
     }
 
+    /// Tokens of the sequence's prompt.
+    pub fn n_prompt(&self, id: SequenceId) -> usize {
+        self.sequences[&id].n_prompt
+    }
+
+    /// Leading tokens whose KV is complete, in every layer between two steps.
+    pub fn n_computed(&self, id: SequenceId) -> usize {
+        self.sequences[&id].n_computed
+    }
+
+    /// The sequence's blocks that contain KV, in order, with their generations.
+    pub fn computed_blocks(&self, id: SequenceId) -> Vec<(BlockId, Generation)> {
+        let sequence = &self.sequences[&id];
+        let n_blocks = self.config.blocks_for(sequence.n_computed);
+        let blocks = sequence.table.blocks()[..n_blocks].iter();
+        blocks.map(|block| (block.id(), block.generation())).collect()
+    }
+
     /// Whether no sequence is here.
     pub fn is_empty(&self) -> bool {
         self.sequences.is_empty()
@@ -251,9 +300,10 @@ impl BatchScheduler {
         let in_line = self.running.iter().chain(&self.waiting).chain(&self.preempted);
         let n_left = |id| self.sequences[id].n_left();
         BatchLoad {
-            n_running: self.running.len(),
-            n_waiting: self.waiting.len() + self.preempted.len(),
-            n_reserved: self.reserved.len() + self.deferred_reservations.len(),
+            n_running: self.n_choices(&self.running) + self.paused.len(),
+            n_paused: self.paused.len(),
+            n_waiting: self.n_choices(&self.waiting) + self.n_choices(&self.preempted),
+            n_reserved: self.n_choices(&self.reserved) + self.n_choices(&self.deferred_reservations),
             n_handing_over: self.handing_over.len(),
             n_pending_prefill_tokens: in_line.map(n_left).filter(|&n| n > 1).sum(),
             ledger: self.pool.ledger(),
@@ -287,6 +337,7 @@ impl BatchScheduler {
     pub fn check(&self) {
         self.pool.check();
         let n_in_sets = self.running.len()
+            + self.paused.len()
             + self.waiting.len()
             + self.preempted.len()
             + self.deferred_reservations.len()
@@ -315,7 +366,7 @@ impl BatchScheduler {
                 sequence: id,
                 start_pos,
                 n_tokens: 1,
-                samples: Samples::Token,
+                samples: self.sequences[&id].samples(),
             });
             *budget -= 1;
         }
@@ -340,14 +391,19 @@ impl BatchScheduler {
     }
 
     fn preempt(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) {
+        self.give_blocks_up(id, is_pinned);
+        batch.preempted.push(id);
+    }
+
+    /// Back into line, with everything to compute.
+    fn give_blocks_up(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) {
         self.abandon_claims(id);
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
-        sequence.table.release(&mut self.pool, is_pinned);
+        sequence.release_blocks(&mut self.pool, is_pinned);
         sequence.forget_computed();
         self.running.remove(&id);
         self.preempted.insert(id);
         self.counters.n_preemptions += 1;
-        batch.preempted.push(id);
     }
 
     /// A chunk of a running sequence that has no item yet, as far as the budget allows.
@@ -364,7 +420,7 @@ impl BatchScheduler {
         }
         *budget -= n_tokens;
         let samples = if n_tokens == n_left {
-            Samples::Token
+            sequence.samples()
         } else {
             Samples::Nothing
         };
@@ -374,23 +430,6 @@ impl BatchScheduler {
             n_tokens,
             samples,
         });
-    }
-
-    /// Appends a sampled token and says whether it is the last one.
-    fn append(&mut self, id: SequenceId, token: TokenId, is_pinned: IsPinned<'_>) -> Option<Finish> {
-        let sequence = self.sequences.get_mut(&id).expect("a sampling sequence exists");
-        sequence.tokens.push(token);
-        let finish = sequence.finish();
-        match sequence.kind {
-            SequenceKind::PrefillForHandoff => {
-                self.abandon_claims(id);
-                self.running.remove(&id);
-                self.handing_over.insert(id);
-            }
-            SequenceKind::Local | SequenceKind::Received if finish.is_some() => self.remove(id, is_pinned),
-            SequenceKind::Local | SequenceKind::Received => {}
-        }
-        finish
     }
 
     /// Offers the blocks that have become full to the prefix cache. A block whose contents the cache already has is
@@ -424,10 +463,8 @@ impl BatchScheduler {
         }
     }
 
-    fn insert(&mut self, state: &PortableState, kind: SequenceKind) -> SequenceId {
-        let id = SequenceId(self.next_id);
-        self.next_id += 1;
-        self.sequences.insert(id, Sequence::new(state, kind, &self.config));
-        id
+    /// Choices that the sequences stand for.
+    fn n_choices(&self, ids: &BTreeSet<SequenceId>) -> usize {
+        ids.iter().map(|id| self.sequences[id].n_choices as usize).sum()
     }
 }

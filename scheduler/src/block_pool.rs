@@ -63,7 +63,7 @@ impl Ledger {
 enum SlotState {
     Free,
     Held { n_refs: u32 },
-    Reserved,
+    Reserved { n_refs: u32 },
     Cached { stamp: u64 },
     Quarantined,
 }
@@ -74,6 +74,8 @@ struct Slot {
     state: SlotState,
     /// The prefix cache names this block: when nobody holds it any more, it is kept.
     is_cached: bool,
+    /// In the list of blocks given out since it was last taken.
+    is_listed: bool,
 }
 
 /// The pool. Every operation but [`BlockPool::sweep`] and [`BlockPool::check`] is at most logarithmic in its size.
@@ -84,6 +86,8 @@ pub struct BlockPool {
     /// Cached blocks that nobody holds, by when they were given back: the first is evicted first.
     lru: BTreeMap<u64, BlockId>,
     quarantined: Vec<BlockId>,
+    /// Given out since the list was last taken, each block once.
+    allocated: Vec<BlockId>,
     n_held: usize,
     n_reserved: usize,
     n_releases: u64,
@@ -98,13 +102,15 @@ impl BlockPool {
                 Slot {
                     generation: Generation(0),
                     state: SlotState::Free,
-                    is_cached: false
+                    is_cached: false,
+                    is_listed: false,
                 };
                 n_blocks
             ],
             free: (0..n_ids).map(BlockId).collect(),
             lru: BTreeMap::new(),
             quarantined: Vec::new(),
+            allocated: Vec::new(),
             n_held: 0,
             n_reserved: 0,
             n_releases: 0,
@@ -124,11 +130,25 @@ impl BlockPool {
         debug_assert_eq!(slot.state, SlotState::Free);
         slot.state = SlotState::Held { n_refs: 1 };
         slot.generation = Generation(slot.generation.0.wrapping_add(1));
+        if !std::mem::replace(&mut slot.is_listed, true) {
+            self.allocated.push(id);
+        }
         self.n_held += 1;
         Some(HeldBlock {
             id,
             generation: slot.generation,
         })
+    }
+
+    /// The blocks given out since the last call, each with its generation now.
+    pub fn take_allocated(&mut self) -> Vec<(BlockId, Generation)> {
+        let slots = &mut self.slots;
+        let unlist = |id: BlockId| {
+            let slot = &mut slots[id.0 as usize];
+            slot.is_listed = false;
+            (id, slot.generation)
+        };
+        self.allocated.drain(..).map(unlist).collect()
     }
 
     /// Frees the cached block that has been unused longest and is not pinned. The caller forgets what it contained.
@@ -142,14 +162,14 @@ impl BlockPool {
         Some(id)
     }
 
-    /// One more reference to a block that is held or cached.
+    /// One more reference to a block that is held, cached or reserved.
     ///
     /// # Panics
-    /// If the block is free, reserved or quarantined: its contents are nobody's to share.
+    /// If the block is free or quarantined: its contents are nobody's to share.
     pub fn hold(&mut self, id: BlockId) -> HeldBlock {
         let slot = &mut self.slots[id.0 as usize];
         match &mut slot.state {
-            SlotState::Held { n_refs } => *n_refs += 1,
+            SlotState::Held { n_refs } | SlotState::Reserved { n_refs } => *n_refs += 1,
             SlotState::Cached { stamp } => {
                 self.lru.remove(stamp);
                 slot.state = SlotState::Held { n_refs: 1 };
@@ -172,16 +192,18 @@ impl BlockPool {
             "block {} is not ours alone",
             block.id.0
         );
-        slot.state = SlotState::Reserved;
+        slot.state = SlotState::Reserved { n_refs: 1 };
         self.n_held -= 1;
         self.n_reserved += 1;
     }
 
-    /// The contents of a reserved block have arrived.
+    /// The contents of a reserved block have arrived, for all who hold it.
     pub fn receive(&mut self, block: &HeldBlock) {
         let slot = self.slot_of(block);
-        assert_eq!(slot.state, SlotState::Reserved, "block {} was not reserved", block.id.0);
-        slot.state = SlotState::Held { n_refs: 1 };
+        let SlotState::Reserved { n_refs } = slot.state else {
+            panic!("block {} was received while {:?}", block.id.0, slot.state);
+        };
+        slot.state = SlotState::Held { n_refs };
         self.n_reserved -= 1;
         self.n_held += 1;
     }
@@ -202,20 +224,20 @@ impl BlockPool {
         let stamp = self.n_releases;
         let slot = self.slot_of(&block);
         match &mut slot.state {
-            SlotState::Held { n_refs } if *n_refs > 1 => {
+            SlotState::Held { n_refs } | SlotState::Reserved { n_refs } if *n_refs > 1 => {
                 *n_refs -= 1;
                 return;
             }
             SlotState::Held { .. } if slot.is_cached => slot.state = SlotState::Cached { stamp },
-            SlotState::Held { .. } | SlotState::Reserved if is_pinned(block.id) => {
-                let was_reserved = slot.state == SlotState::Reserved;
+            SlotState::Held { .. } | SlotState::Reserved { .. } if is_pinned(block.id) => {
+                let was_reserved = matches!(slot.state, SlotState::Reserved { .. });
                 slot.state = SlotState::Quarantined;
                 self.count_release(was_reserved);
                 self.quarantined.push(block.id);
                 return;
             }
-            SlotState::Held { .. } | SlotState::Reserved => {
-                let was_reserved = slot.state == SlotState::Reserved;
+            SlotState::Held { .. } | SlotState::Reserved { .. } => {
+                let was_reserved = matches!(slot.state, SlotState::Reserved { .. });
                 slot.state = SlotState::Free;
                 self.count_release(was_reserved);
                 self.free.push_back(block.id);
@@ -268,7 +290,7 @@ impl BlockPool {
             match slot.state {
                 SlotState::Free => counted.free += 1,
                 SlotState::Held { .. } => counted.held += 1,
-                SlotState::Reserved => counted.reserved += 1,
+                SlotState::Reserved { .. } => counted.reserved += 1,
                 SlotState::Cached { .. } => counted.cached += 1,
                 SlotState::Quarantined => counted.quarantined += 1,
             }
@@ -355,12 +377,39 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "cannot be shared while Reserved")]
-    fn a_reserved_block_is_not_shared() {
+    fn a_reserved_block_is_shared_and_received_once() {
         let mut pool = BlockPool::new(1);
         let block = pool.allocate().unwrap();
         pool.reserve(&block);
-        let _shared = pool.hold(block.id());
+        let shared = pool.hold(block.id());
+        assert_eq!((pool.ledger().reserved, pool.ledger().held), (1, 0));
+        pool.release(block, &unpinned);
+        assert_eq!(pool.ledger().reserved, 1, "the other holder still waits for it");
+        pool.receive(&shared);
+        assert_eq!((pool.ledger().reserved, pool.ledger().held), (0, 1));
+        pool.release(shared, &unpinned);
+        assert!(pool.ledger().is_whole());
+    }
+
+    #[test]
+    #[should_panic(expected = "cannot be shared while Free")]
+    fn a_free_block_is_not_shared() {
+        let _shared = BlockPool::new(1).hold(BlockId(0));
+    }
+
+    #[test]
+    fn what_was_given_out_is_listed_once_with_its_latest_generation() {
+        let mut pool = BlockPool::new(2);
+        for _ in 0..3 {
+            let block = pool.allocate().unwrap();
+            pool.release(block, &unpinned);
+        }
+        // First come, first served: block 0 was given out twice.
+        let listed = [(BlockId(0), Generation(2)), (BlockId(1), Generation(1))];
+        assert_eq!(pool.take_allocated(), listed);
+        assert_eq!(pool.take_allocated(), []);
+        let again = pool.allocate().unwrap();
+        assert_eq!(pool.take_allocated(), [(again.id(), again.generation())]);
     }
 
     #[derive(Clone, Debug)]
@@ -419,7 +468,7 @@ mod tests {
                             held.push(block);
                         }
                     }
-                    Op::Share(i) if i < held.len() && !reserved.contains(&held[i].id().0) => {
+                    Op::Share(i) if i < held.len() => {
                         held.push(pool.hold(held[i].id()));
                     }
                     Op::Cache(i) if i < held.len() && !reserved.contains(&held[i].id().0) => {

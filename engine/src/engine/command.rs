@@ -1,22 +1,38 @@
 //! What handles ask of the step loop.
 
-use baton_kernels::KvWrite;
-use baton_scheduler::batch::{Grant, Numerics};
-use baton_scheduler::ids::SequenceId;
+use std::sync::Weak;
+
+use baton_scheduler::batch::{GroupId, Numerics};
+use baton_scheduler::ids::RequestId;
 use baton_scheduler::prefix_cache::PrefixEvent;
-use baton_scheduler::request::{Failure, PortableState, Token};
+use baton_scheduler::request::{ChoiceState, Failure, PortableState, Token};
 use crossbeam::channel::Sender;
 use tokio::sync::{mpsc, oneshot};
 
 use super::events::{EngineEvent, Timed};
-use super::handoff::PrefillEvent;
+use super::handoff::{PrefillEvent, ReservedChoice};
 use super::load::OpenPermit;
+use super::moving::{MoveStage, PausedMove};
 
 /// What a granted reservation has, with the means to write it.
 pub(super) struct Granted {
-    pub(super) sequence: SequenceId,
-    pub(super) grant: Grant,
-    pub(super) writers: Vec<KvWrite>,
+    pub(super) group: GroupId,
+    pub(super) choices: Vec<ReservedChoice>,
+}
+
+/// What a reservation is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Handoff,
+    Move { n_slack_blocks: usize },
+}
+
+/// What a reservation waits for besides its KV.
+pub(super) enum Arrived {
+    /// The first token of each choice.
+    First(Vec<Token>),
+    /// All that each choice has generated.
+    Outputs(Vec<ChoiceState>),
 }
 
 /// What part of the prefix cache's history is asked for.
@@ -24,6 +40,12 @@ pub(super) struct Granted {
 pub(super) enum PrefixQuery {
     Changes,
     Everything,
+}
+
+/// A running group, and the life of who moves it.
+pub(super) struct StartedMove {
+    pub(super) group: GroupId,
+    pub(super) n_choices: usize,
 }
 
 pub(super) enum Command {
@@ -40,14 +62,37 @@ pub(super) enum Command {
     },
     Reserve {
         state: Box<PortableState>,
+        purpose: Purpose,
         events: mpsc::Sender<Timed<EngineEvent>>,
         reply: oneshot::Sender<Result<Granted, Failure>>,
         permit: OpenPermit,
     },
     Join {
-        sequence: SequenceId,
-        first: Token,
+        group: GroupId,
+        arrived: Arrived,
         numerics: Numerics,
+    },
+    StartMove {
+        request: RequestId,
+        /// Dead once the mover has gone.
+        mover: Weak<()>,
+        reply: oneshot::Sender<Result<StartedMove, Failure>>,
+    },
+    PinFull {
+        group: GroupId,
+        mover: Weak<()>,
+        from: Vec<u32>,
+        reply: oneshot::Sender<Result<MoveStage, Failure>>,
+    },
+    Pause {
+        group: GroupId,
+        mover: Weak<()>,
+        from: Vec<u32>,
+        reply: oneshot::Sender<Result<PausedMove, Failure>>,
+    },
+    Resume {
+        group: GroupId,
+        mover: Weak<()>,
     },
     PrefixEvents {
         query: PrefixQuery,

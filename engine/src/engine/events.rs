@@ -1,4 +1,4 @@
-//! What a generating sequence says, and the handle that hears it.
+//! What a generating request says, and the handle that hears it.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -19,7 +19,7 @@ pub struct Timed<E> {
     pub event: E,
 }
 
-/// What happens to a generating sequence, in order. Ends with exactly one `Finished` or `Failed`.
+/// What happens to a generating request, in order for each of its choices. Ends with exactly one `Finished` or `Failed`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum EngineEvent {
     /// The first chunk of its context is in the coming step.
@@ -29,11 +29,23 @@ pub enum EngineEvent {
     },
     /// Log-probabilities of the prompt's tokens after the first, `[n_prompt - 1]`; before the first token.
     PromptLogprobs(Vec<TokenLogprobs>),
-    /// The next token.
-    Token(Token),
-    /// It lost its blocks and will recompute; nothing is lost but time.
+    /// The next token of a choice.
+    Token {
+        /// The choice's number.
+        choice: u32,
+        /// The token.
+        token: Token,
+    },
+    /// A choice ended well.
+    ChoiceFinished {
+        /// The choice's number.
+        choice: u32,
+        /// How.
+        finish: Finish,
+    },
+    /// A choice lost its blocks and will recompute; nothing is lost but time.
     Preempted,
-    /// It ended well.
+    /// Every choice ended well, the last one like this.
     Finished(Finish),
     /// It ended badly.
     Failed(Failure),
@@ -46,7 +58,7 @@ impl EngineEvent {
     }
 }
 
-/// A running sequence. Dropping it cancels the sequence.
+/// A running request. Dropping it cancels all its choices.
 pub struct Generation {
     // Dropped in this order: the loop wakes to a closed channel.
     pub(super) events: mpsc::Receiver<Timed<EngineEvent>>,

@@ -7,22 +7,24 @@ use std::time::{Duration, Instant};
 
 use baton_kernels::KvLayout;
 use baton_scheduler::batch::{BatchConfig, BatchConfigError, BatchScheduler};
-use baton_scheduler::ids::Nanos;
+use baton_scheduler::ids::{Nanos, RequestId};
 use baton_scheduler::prefix_cache::PrefixEvent;
 use baton_scheduler::request::{Failure, PortableState};
 use crossbeam::channel::{self, Sender};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::command::{Command, Granted, PrefixQuery, WakeOnDrop};
+use super::command::{Command, Granted, PrefixQuery, Purpose, StartedMove, WakeOnDrop};
 use super::events::{Generation, silence};
 use super::handoff::{PrefillJob, Reservation, refused};
 use super::load::{LoadReport, OpenCount, OpenPermit};
+use super::moving::RunningMove;
+use super::open_group::n_events_left;
 use super::step_loop;
 use super::watchdog::{Health, Heartbeat};
 use crate::forward::ForwardPass;
 
-/// Room in a sequence's channel beyond its tokens: start, prompt log-probabilities, terminal, and some preemptions.
+/// Room in a request's channel beyond its tokens and ends: start, prompt log-probabilities, terminal, some preemptions.
 const N_EXTRA_EVENTS: usize = 8;
 
 /// How an engine is run.
@@ -98,7 +100,7 @@ impl Shared {
 pub struct EngineHandle {
     commands: Sender<Command>,
     shared: Arc<Shared>,
-    /// Sequences to compute here, and reservations, are bounded apart: neither crowds out the other.
+    /// Choices to compute here, and reservations, are bounded apart: neither crowds out the other.
     in_line: Arc<OpenCount>,
     reserved: Arc<OpenCount>,
     stopped: watch::Receiver<()>,
@@ -164,13 +166,13 @@ pub fn start<F: ForwardPass>(mut forward: F, config: EngineConfig) -> Result<Eng
 }
 
 impl EngineHandle {
-    /// Computes and generates a sequence here.
+    /// Computes and generates a request here. A state in which every choice has ended is finished at once.
     ///
     /// # Errors
     /// `Invalid` when it can never run, `Busy` when too many are open, `Internal` when the engine has ended.
     pub fn generate(&self, state: PortableState) -> Result<Generation, Failure> {
         self.check(&state)?;
-        let permit = acquire(&self.in_line)?;
+        let permit = acquire(&self.in_line, &state)?;
         let (events, receiver) = mpsc::channel(event_capacity(&state, self.shared.batch.max_model_len));
         self.send(Command::Generate {
             state: Box::new(state),
@@ -184,20 +186,21 @@ impl EngineHandle {
         })
     }
 
-    /// Computes a sequence's context and samples one token, for another instance to go on with. Blocks before
-    /// `first_block` are there already and are not made ready.
+    /// Computes a request's context and samples the next token of each choice, for another instance to go on with. Blocks
+    /// before `first_block` are there already and are not made ready.
     ///
     /// # Errors
     /// As [`EngineHandle::generate`].
     pub fn prefill(&self, state: PortableState, first_block: usize) -> Result<PrefillJob, Failure> {
         self.check(&state)?;
+        self.shared.batch.check_handoff(&state)?;
         let n_blocks = self.shared.batch.blocks_for(n_context(&state));
         if first_block > n_blocks {
             return Err(Failure::Invalid(format!(
                 "first_block is {first_block}, expected at most {n_blocks}"
             )));
         }
-        let permit = acquire(&self.in_line)?;
+        let permit = acquire(&self.in_line, &state)?;
         let (events, receiver) = mpsc::channel(self.shared.layout.n_layers * n_blocks + N_EXTRA_EVENTS);
         self.send(Command::Prefill {
             state: Box::new(state),
@@ -213,34 +216,70 @@ impl EngineHandle {
         })
     }
 
-    /// Reserves blocks for a sequence that another instance prefills. Answers after the current step, or after
+    /// Reserves blocks for a request that another instance prefills: for its context, and one for each choice to grow
+    /// into. Answers after the current step, or after
     /// `max_defer` when someone else is about to bring the same prefix.
     ///
     /// # Errors
     /// `Invalid` when it can never run, `Busy` when there is no room now, `Internal` when the engine has ended.
     pub async fn reserve(&self, state: PortableState) -> Result<Reservation, Failure> {
         self.check(&state)?;
-        let permit = acquire(&self.reserved)?;
+        self.shared.batch.check_handoff(&state)?;
+        self.reserve_for(state, Purpose::Handoff).await
+    }
+
+    /// Reserves blocks for a request that runs on another instance and will come with its KV: for each choice that goes on,
+    /// those before its last known token and up to `n_slack_blocks` for what it generates until it comes. Answers after
+    /// the current step, and waits for nobody.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::reserve`]; `Invalid` too when a choice has no token yet.
+    pub async fn reserve_moved(&self, state: PortableState, n_slack_blocks: usize) -> Result<Reservation, Failure> {
+        self.check(&state)?;
+        self.shared.batch.check_unfinished(&state)?;
+        self.reserve_for(state, Purpose::Move { n_slack_blocks }).await
+    }
+
+    /// The right to move a request that runs here, with every choice that goes on decoding. The request goes on.
+    ///
+    /// # Errors
+    /// `Busy` when the request is unknown, moving already, or some choice is not decoding; `Internal` when the engine has
+    /// ended.
+    pub async fn start_move(&self, request: RequestId) -> Result<RunningMove, Failure> {
+        let (reply, answer) = oneshot::channel();
+        let mover = Arc::new(());
+        let wake = self.wake_on_drop();
+        self.send(Command::StartMove {
+            request,
+            mover: Arc::downgrade(&mover),
+            reply,
+        })?;
+        let StartedMove { group, n_choices } = answer.await.unwrap_or_else(|_| Err(silence()))?;
+        Ok(RunningMove {
+            group,
+            n_choices,
+            mover,
+            _wake: wake,
+            commands: self.commands.clone(),
+        })
+    }
+
+    async fn reserve_for(&self, state: PortableState, purpose: Purpose) -> Result<Reservation, Failure> {
+        let permit = acquire(&self.reserved, &state)?;
         let (events, receiver) = mpsc::channel(event_capacity(&state, self.shared.batch.max_model_len));
         let wake = self.wake_on_drop();
         let (reply, answer) = oneshot::channel();
         self.send(Command::Reserve {
             state: Box::new(state),
+            purpose,
             events,
             reply,
             permit,
         })?;
-        let Granted {
-            sequence,
-            grant,
-            writers,
-        } = answer.await.unwrap_or_else(|_| Err(silence()))?;
+        let Granted { group, choices } = answer.await.unwrap_or_else(|_| Err(silence()))?;
         Ok(Reservation {
-            sequence,
-            n_blocks_total: grant.n_blocks_total,
-            n_blocks_held: grant.n_blocks_held,
-            grant: grant.blocks,
-            writers,
+            choices,
+            group,
             events: receiver,
             wake,
             commands: self.commands.clone(),
@@ -307,7 +346,7 @@ impl EngineHandle {
         &self.shared.numerics_class
     }
 
-    /// Ends the engine after the current step. Open sequences fail as `InstanceLost`. Waits for the thread's end.
+    /// Ends the engine after the current step. Open requests fail as `InstanceLost`. Waits for the thread's end.
     pub async fn shutdown(&self) {
         self.shared.is_stopping.store(true, Ordering::Release);
         drop(self.wake_on_drop());
@@ -329,7 +368,11 @@ impl EngineHandle {
     fn check(&self, state: &PortableState) -> Result<(), Failure> {
         self.shared.batch.check(state)?;
         let n_vocab = self.shared.vocab_size;
-        let outputs = state.choices[0].output.iter().map(|token| token.id);
+        let outputs = state
+            .choices
+            .iter()
+            .flat_map(|choice| &choice.output)
+            .map(|token| token.id);
         let unknown = state
             .request
             .prompt_ids
@@ -352,9 +395,9 @@ impl EngineHandle {
     }
 }
 
-fn acquire(count: &Arc<OpenCount>) -> Result<OpenPermit, Failure> {
+fn acquire(count: &Arc<OpenCount>, state: &PortableState) -> Result<OpenPermit, Failure> {
     count
-        .acquire()
+        .acquire(state.choices.len())
         .ok_or_else(|| Failure::Busy(format!("{} sequences are open", count.max_open())))
 }
 
@@ -362,8 +405,8 @@ fn n_context(state: &PortableState) -> usize {
     state.request.prompt_ids.len() + state.choices[0].output.len()
 }
 
-/// Everything a sequence can say fits: its tokens and a few events besides. Channels grow as they are used.
+/// Everything a request can say fits: its tokens, its ends, and a few events besides. Channels grow as they are used.
 fn event_capacity(state: &PortableState, max_model_len: usize) -> usize {
-    let max_tokens = state.request.sampling.max_tokens as usize;
-    (max_tokens - state.choices[0].output.len()).min(max_model_len) + N_EXTRA_EVENTS
+    let max_tokens = (state.request.sampling.max_tokens as usize).min(max_model_len) as u32;
+    n_events_left(&state.choices, max_tokens) + N_EXTRA_EVENTS
 }

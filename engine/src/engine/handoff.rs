@@ -7,54 +7,75 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use baton_kernels::{KvRead, KvWrite};
-use baton_scheduler::batch::Numerics;
-use baton_scheduler::ids::{BlockId, Generation as BlockGeneration, SequenceId};
-use baton_scheduler::request::{Failure, Finish, Token, TokenLogprobs};
+use baton_scheduler::batch::{GroupId, Numerics};
+use baton_scheduler::ids::{BlockId, Generation as BlockGeneration};
+use baton_scheduler::request::{ChoiceState, Failure, Finish, Token, TokenLogprobs};
 use crossbeam::channel::{Sender, TrySendError};
 use futures::Stream;
 use tokio::sync::mpsc;
 
-use super::command::{Command, WakeOnDrop};
+use super::command::{Arrived, Command, WakeOnDrop};
 use super::events::{EngineEvent, Generation, Timed, silence};
 
-/// Blocks reserved for a sequence that another instance prefills. Dropping it frees them; those whose writer still lives
-/// are reused only after that.
-pub struct Reservation {
-    /// The sequence on this instance.
-    pub sequence: SequenceId,
-    /// Blocks of the sequence's context.
-    pub n_blocks_total: usize,
-    /// Leading blocks that this instance already has; they need not be sent.
+/// What is reserved for one choice, or for the one context of a handoff.
+pub struct ReservedChoice {
+    /// Leading blocks that need not be sent: this instance has them, or an earlier choice receives them. Of a choice that
+    /// has ended, the prompt's full blocks.
     pub n_blocks_held: usize,
-    /// The blocks to be written, in order: `n_blocks_held..n_blocks_total` of the context.
+    /// Handoff: blocks of the context. Move: blocks there is room for, slack included.
+    pub n_blocks_total: usize,
+    /// The blocks to be written, in order: `n_blocks_held..n_blocks_total`.
     pub grant: Vec<(BlockId, BlockGeneration)>,
-    /// Their writers, in the same order. Take them; all must be sealed or dropped before [`Reservation::join`].
+    /// Their writers, in the same order. Take them; all must be sealed or dropped before the join.
     pub writers: Vec<KvWrite>,
+}
+
+/// Blocks reserved for a request that another instance prefills, or generates so far. Dropping it frees them; those whose
+/// writer still lives are reused only after that.
+pub struct Reservation {
+    /// Handoff: one entry, the context of all choices. Move: one for each choice.
+    pub choices: Vec<ReservedChoice>,
+    pub(super) group: GroupId,
     pub(super) events: mpsc::Receiver<Timed<EngineEvent>>,
     pub(super) wake: WakeOnDrop,
     pub(super) commands: Sender<Command>,
 }
 
 impl Reservation {
-    /// All KV is written and `first` was sampled from it: the sequence decodes from the next step on. The generation
-    /// begins after `first`, which is not repeated; if `first` is the last token, it is finished at once.
+    /// All KV of a handoff is written and `first` was sampled from it, one token for each choice: they decode from the next
+    /// step on. The generation begins after them, they are not repeated; a choice whose first token is its last is finished
+    /// at once.
     ///
     /// # Errors
     /// `Busy` when the step loop's commands do not keep up, `Internal` when it has ended.
-    pub fn join(self, first: Token, numerics: Numerics) -> Result<Generation, Failure> {
+    pub fn join(self, first: Vec<Token>, numerics: Numerics) -> Result<Generation, Failure> {
+        self.join_with(Arrived::First(first), numerics)
+    }
+
+    /// All KV of a move is written, of each choice that goes on that of all its `outputs` but the last token: they decode
+    /// from the next step on. `outputs` are whole, one entry for each choice; the generation begins after them and repeats
+    /// none. A choice that ended since the reservation is told as finished, and what was reserved for it is freed.
+    ///
+    /// # Errors
+    /// As [`Reservation::join`].
+    pub fn join_moved(self, outputs: Vec<ChoiceState>, numerics: Numerics) -> Result<Generation, Failure> {
+        self.join_with(Arrived::Outputs(outputs), numerics)
+    }
+
+    fn join_with(self, arrived: Arrived, numerics: Numerics) -> Result<Generation, Failure> {
         let Reservation {
-            sequence,
-            writers,
+            choices,
+            group,
             events,
             wake,
             commands,
-            ..
         } = self;
-        writers.into_iter().for_each(KvWrite::seal);
+        let writers = choices.into_iter().flat_map(|choice| choice.writers);
+        writers.for_each(KvWrite::seal);
         commands
             .try_send(Command::Join {
-                sequence,
-                first,
+                group,
+                arrived,
                 numerics,
             })
             .map_err(|error| refused(&error))?;
@@ -66,7 +87,7 @@ impl Reservation {
     }
 }
 
-/// What happens to a prefill that will be handed over, in order. Ends with `FirstToken` or `Failed`.
+/// What happens to a prefill that will be handed over, in order. Ends with `FirstTokens` or `Failed`.
 pub enum PrefillEvent {
     /// The first chunk of its context is in the coming step.
     Started {
@@ -85,8 +106,8 @@ pub enum PrefillEvent {
     },
     /// Log-probabilities of the prompt's tokens after the first, `[n_prompt - 1]`.
     PromptLogprobs(Vec<TokenLogprobs>),
-    /// The token after the context, after every `LayerReady`, and whether it ends the request.
-    FirstToken(Token, Option<Finish>),
+    /// The token after the context of each choice, after every `LayerReady`, and whether it ends the choice.
+    FirstTokens(Vec<(Token, Option<Finish>)>),
     /// It ended badly.
     Failed(Failure),
 }
@@ -94,7 +115,7 @@ pub enum PrefillEvent {
 impl PrefillEvent {
     /// Whether nothing follows.
     pub fn is_terminal(&self) -> bool {
-        matches!(self, PrefillEvent::FirstToken(..) | PrefillEvent::Failed(_))
+        matches!(self, PrefillEvent::FirstTokens(_) | PrefillEvent::Failed(_))
     }
 }
 

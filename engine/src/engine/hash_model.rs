@@ -10,7 +10,7 @@ use crossbeam::channel::Receiver;
 use parking_lot::Mutex;
 
 use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
-use crate::sampler::Sampler;
+use crate::sampler::{History, Sampler};
 
 pub(crate) const N_VOCAB: usize = 48;
 pub(crate) const N_LAYERS: usize = 3;
@@ -203,14 +203,21 @@ fn hash_of(context: &[TokenId]) -> u64 {
     })
 }
 
-/// What a request gives when computed alone, without memory, blocks or batches.
+/// What the first choice of a request gives when computed alone, without memory, blocks or batches.
 pub(crate) fn alone(state: &PortableState, max_model_len: usize) -> (Vec<Token>, Finish) {
+    alone_choice(state, 0, max_model_len)
+}
+
+/// What any choice of it gives.
+pub(crate) fn alone_choice(state: &PortableState, choice: u32, max_model_len: usize) -> (Vec<Token>, Finish) {
     let sampling = &state.request.sampling;
     let mut context = state.request.prompt_ids.to_vec();
     let mut tokens: Vec<Token> = Vec::new();
     loop {
         let row: Vec<f32> = logits(hash_of(&context), *context.last().unwrap()).collect();
-        let token = Sampler::new().sample(&row, sampling, 0, tokens.len() as u32).unwrap();
+        let (prompt, output) = context.split_at(state.request.prompt_ids.len());
+        let history = History { prompt, output };
+        let token = Sampler::new().sample_after(&row, sampling, choice, history).unwrap();
         context.push(token.id);
         tokens.push(token.clone());
         if sampling.stop_token_ids.contains(&token.id) {

@@ -20,14 +20,16 @@ pub struct EngineCounters {
     pub forward_ns: u64,
     /// Time spent between them while there was work: scheduling, sampling, events.
     pub overhead_ns: u64,
-    /// Sequences that finished well, first tokens handed over included.
+    /// Requests that finished well, first tokens handed over included.
     pub n_finished: u64,
-    /// Sequences that failed or were refused.
+    /// Requests that failed or were refused.
     pub n_failed: u64,
-    /// Sequences whose handle was dropped before their end.
+    /// Requests whose handle was dropped before their end.
     pub n_cancelled: u64,
-    /// Sequences that joined from another instance.
+    /// Requests that joined from another instance, handed over or moved.
     pub n_joined: u64,
+    /// Times a request was paused for a move.
+    pub n_paused: u64,
     /// (layer, block) pairs made ready for a transfer.
     pub n_layer_blocks_ready: u64,
 }
@@ -37,7 +39,9 @@ pub struct EngineCounters {
 pub struct LoadReport {
     /// When it was made, since the engine's start.
     pub at: Nanos,
-    /// Sequences and blocks by where they are.
+    /// Requests open here: in line, running, reserved or handing over.
+    pub n_open: usize,
+    /// Choices and blocks by where they are.
     pub batch: BatchLoad,
     /// What the scheduler has counted.
     pub scheduler: BatchCounters,
@@ -54,13 +58,16 @@ impl LoadReport {
     }
 }
 
-/// Sequences open on an engine, bounded. A permit counts as one until dropped.
+/// Choices open on an engine, bounded. A permit counts as those of one request until dropped.
 pub(super) struct OpenCount {
     n_open: AtomicUsize,
     max_open: usize,
 }
 
-pub(super) struct OpenPermit(Arc<OpenCount>);
+pub(super) struct OpenPermit {
+    count: Arc<OpenCount>,
+    n_choices: usize,
+}
 
 impl OpenCount {
     pub(super) fn new(max_open: usize) -> Arc<OpenCount> {
@@ -70,12 +77,15 @@ impl OpenCount {
         })
     }
 
-    pub(super) fn acquire(self: &Arc<Self>) -> Option<OpenPermit> {
-        let more = |n_open| (n_open < self.max_open).then_some(n_open + 1);
+    pub(super) fn acquire(self: &Arc<Self>, n_choices: usize) -> Option<OpenPermit> {
+        let more = |n_open| (n_open + n_choices <= self.max_open).then_some(n_open + n_choices);
         self.n_open
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
             .ok()?;
-        Some(OpenPermit(Arc::clone(self)))
+        Some(OpenPermit {
+            count: Arc::clone(self),
+            n_choices,
+        })
     }
 
     pub(super) fn max_open(&self) -> usize {
@@ -85,6 +95,6 @@ impl OpenCount {
 
 impl Drop for OpenPermit {
     fn drop(&mut self) {
-        self.0.n_open.fetch_sub(1, Ordering::AcqRel);
+        self.count.n_open.fetch_sub(self.n_choices, Ordering::AcqRel);
     }
 }

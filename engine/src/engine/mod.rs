@@ -1,9 +1,10 @@
 //! One instance's engine: a thread that owns device, KV cache and batch scheduler, and the handles others hold on it.
-//! Knows sequences and blocks; no peers, no text, no transfer protocol.
+//! Knows requests, their choices and blocks; no peers, no text, no transfer protocol.
 //!
 //! An [`EngineHandle`] sends commands through a bounded channel. What comes back goes through one bounded channel for each
-//! sequence, large enough for all it can ever say, so that the step loop never waits for a reader. Dropping the reading end
-//! (a [`Generation`], [`Reservation`] or [`PrefillJob`]) cancels the sequence before the step after the next.
+//! request, large enough for all it can ever say, so that the step loop never waits for a reader. Dropping the reading end
+//! (a [`Generation`], [`Reservation`] or [`PrefillJob`]) cancels the request before the step after the next. Dropping a
+//! [`RunningMove`] cancels nothing: a paused request goes on.
 
 mod command;
 mod events;
@@ -12,17 +13,20 @@ mod handoff;
 #[cfg(test)]
 pub(crate) mod hash_model;
 mod load;
-mod open_sequence;
+mod moving;
+mod open_group;
 mod step;
 mod step_loop;
+mod step_moves;
 #[cfg(test)]
 mod tests;
 mod watchdog;
 
 pub use events::{EngineEvent, Generation, Timed};
 pub use handle::{EngineConfig, EngineError, EngineHandle, start};
-pub use handoff::{PrefillEvent, PrefillJob, Reservation};
+pub use handoff::{PrefillEvent, PrefillJob, Reservation, ReservedChoice};
 pub use load::{EngineCounters, LoadReport};
+pub use moving::{MoveStage, PausedMove, RunningMove, StageBlocks};
 pub use watchdog::Health;
 
 pub use baton_scheduler::batch::Numerics;

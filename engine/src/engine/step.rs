@@ -1,17 +1,17 @@
 //! One step: the scheduler's batch computed, its KV made known layer by layer, tokens sampled, committed and told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use baton_kernels::{KernelError, KvCache};
-use baton_scheduler::batch::{Batch, BatchItem, BatchScheduler, Samples};
+use baton_scheduler::batch::{Batch, BatchItem, BatchScheduler, Continued, GroupId, Member, Samples};
 use baton_scheduler::ids::{SequenceId, TokenId};
-use baton_scheduler::request::{Failure, Token};
+use baton_scheduler::request::{Failure, Finish, Token};
 
-use super::open_sequence::{OpenSequence, Outlet, ReadyBlocks};
+use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told};
 use super::step_loop::{StepLoop, is_pinned};
 use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
-use crate::sampler::{SampleError, Sampler};
+use crate::sampler::{History, SampleError, Sampler};
 
 impl<F: ForwardPass> StepLoop<F> {
     pub(super) fn step(&mut self, batch: &Batch) {
@@ -22,7 +22,8 @@ impl<F: ForwardPass> StepLoop<F> {
             .items
             .iter()
             .filter_map(|item| {
-                let Outlet::Prefill { events, n_ready } = &self.open[&item.sequence].outlet else {
+                let group = self.scheduler.member(item.sequence).group;
+                let Outlet::Prefill { events, n_ready } = &self.open[&group].outlet else {
                     return None;
                 };
                 let blocks = *n_ready..n_complete_blocks(item, block_size);
@@ -69,28 +70,27 @@ impl<F: ForwardPass> StepLoop<F> {
         );
 
         let mut rows = logits.chunks_exact(vocab_size);
-        let mut outcomes: Vec<Result<Option<Token>, SampleError>> = Vec::with_capacity(batch.items.len());
+        let mut outcomes = Vec::with_capacity(batch.items.len());
         for (item, sequence) in batch.items.iter().zip(&sequences) {
-            let open = self.open.get_mut(&item.sequence).expect("a computed sequence is open");
+            let member = self.scheduler.member(item.sequence);
+            let open = self.open.get_mut(&member.group).expect("a computed request is open");
             let own_rows = rows.by_ref().take(n_logit_rows(sequence));
-            let context = self.scheduler.tokens(item.sequence);
-            outcomes.push(sample(
-                &mut self.sampler,
-                open,
+            let sampled = Sampled {
                 item,
-                sequence.logits,
-                context,
-                own_rows,
-            ));
+                first_choice: member.choice,
+                wanted: sequence.logits,
+                context: self.scheduler.tokens(item.sequence),
+            };
+            outcomes.push((member, sampled.sample(&mut self.sampler, open, own_rows)));
         }
         self.finish_step(batch, outcomes);
     }
 
-    fn finish_step(&mut self, batch: &Batch, outcomes: Vec<Result<Option<Token>, SampleError>>) {
+    fn finish_step(&mut self, batch: &Batch, outcomes: Vec<(Member, Result<Vec<Token>, SampleError>)>) {
         let block_size = self.scheduler.config().block_size;
         let n_layers = self.forward.layout().n_layers;
-        for item in &batch.items {
-            let open = self.open.get_mut(&item.sequence).expect("a computed sequence is open");
+        for (item, (member, _)) in batch.items.iter().zip(&outcomes) {
+            let open = self.open.get_mut(&member.group).expect("a computed request is open");
             if let Outlet::Prefill { n_ready, .. } = &mut open.outlet {
                 let n_complete = n_complete_blocks(item, block_size).max(*n_ready);
                 self.counters.n_layer_blocks_ready += ((n_complete - *n_ready) * n_layers) as u64;
@@ -98,41 +98,59 @@ impl<F: ForwardPass> StepLoop<F> {
             }
         }
         let mut tokens: BTreeMap<SequenceId, Token> = BTreeMap::new();
-        let mut sampled: Vec<Option<TokenId>> = Vec::with_capacity(outcomes.len());
-        for (item, outcome) in batch.items.iter().zip(outcomes) {
+        let mut sampled: Vec<Vec<TokenId>> = Vec::with_capacity(outcomes.len());
+        for (member, outcome) in outcomes {
             match outcome {
-                Ok(token) => {
-                    sampled.push(token.as_ref().map(|token| token.id));
-                    tokens.extend(token.map(|token| (item.sequence, token)));
+                Ok(own) => {
+                    sampled.push(own.iter().map(|token| token.id).collect());
+                    let choices = member.choice..;
+                    tokens.extend(
+                        choices
+                            .zip(own)
+                            .map(|(choice, token)| (member.group.sequence(choice), token)),
+                    );
                 }
                 Err(error) => {
                     // Removed before the commit, so that nothing computed from it enters the prefix cache.
-                    self.fail(item.sequence, Failure::Internal(error.to_string()));
-                    sampled.push(None);
+                    self.fail(member.group, Failure::Internal(error.to_string()));
+                    sampled.push(Vec::new());
                 }
             }
         }
         let committed = self
             .scheduler
             .commit(batch, &sampled, &is_pinned(self.forward.kv_cache()));
-        for (id, finish) in committed {
-            let token = tokens.remove(&id).expect("a committed token was sampled");
-            let open = self.open.get_mut(&id).expect("a sampling sequence is open");
-            open.tell_token(token, finish);
-            let is_handed_over = matches!(open.outlet, Outlet::Prefill { .. });
-            if finish.is_some() || is_handed_over {
+        let mut handed_over: BTreeMap<GroupId, Vec<(Token, Option<Finish>)>> = BTreeMap::new();
+        for &Continued { member, finish, .. } in &committed.continued {
+            let Member { group, choice } = member;
+            let token = tokens
+                .remove(&group.sequence(choice))
+                .expect("a committed token was sampled");
+            let open = self.open.get_mut(&group).expect("a sampling request is open");
+            if matches!(open.outlet, Outlet::Prefill { .. }) {
+                handed_over.entry(group).or_default().push((token, finish));
+            } else if open.tell_token(choice, token, finish) == Told::All {
                 self.counters.n_finished += 1;
-            }
-            if finish.is_some() && !is_handed_over {
-                self.open.remove(&id);
+                self.open.remove(&group);
             }
         }
+        for (group, first) in handed_over {
+            let open = self.open.get_mut(&group).expect("a sampling request is open");
+            open.tell_first_tokens(first);
+            self.counters.n_finished += 1;
+        }
+        self.make_forks(&committed);
     }
 
     fn fail_batch(&mut self, batch: &Batch, error: &KernelError) {
-        tracing::error!(%error, n_sequences = batch.items.len(), "a step failed");
-        for item in &batch.items {
-            self.fail(item.sequence, Failure::Internal(format!("a step failed: {error}")));
+        let groups: BTreeSet<GroupId> = batch
+            .items
+            .iter()
+            .map(|item| self.scheduler.member(item.sequence).group)
+            .collect();
+        tracing::error!(%error, n_requests = groups.len(), "a step failed");
+        for group in groups {
+            self.fail(group, Failure::Internal(format!("a step failed: {error}")));
         }
     }
 }
@@ -140,7 +158,7 @@ impl<F: ForwardPass> StepLoop<F> {
 fn view<'a>(scheduler: &'a BatchScheduler, item: &BatchItem) -> StepSequence<'a> {
     let logits = match item.samples {
         _ if scheduler.wants_prompt_logits(item.sequence) => LogitsWanted::All,
-        Samples::Token => LogitsWanted::Last,
+        Samples::Token | Samples::FirstTokens(_) => LogitsWanted::Last,
         Samples::Nothing => LogitsWanted::None,
     };
     StepSequence {
@@ -163,33 +181,45 @@ fn n_logit_rows(sequence: &StepSequence<'_>) -> usize {
 fn n_complete_blocks(item: &BatchItem, block_size: usize) -> usize {
     let end = item.start_pos + item.n_tokens;
     match item.samples {
-        Samples::Token => end.div_ceil(block_size),
+        Samples::Token | Samples::FirstTokens(_) => end.div_ceil(block_size),
         Samples::Nothing => end / block_size,
     }
 }
 
-/// Log-probabilities of the prompt from every row, if wanted, and the next token from the last row.
-fn sample<'a>(
-    sampler: &mut Sampler,
-    open: &mut OpenSequence,
-    item: &BatchItem,
+/// What is sampled for one item of a batch.
+struct Sampled<'a> {
+    item: &'a BatchItem,
+    first_choice: u32,
     wanted: LogitsWanted,
-    context: &[TokenId],
-    rows: impl Iterator<Item = &'a [f32]>,
-) -> Result<Option<Token>, SampleError> {
-    let mut last = None;
-    for (row_idx, row) in rows.enumerate() {
-        let next_pos = item.start_pos + row_idx + 1;
-        if let (LogitsWanted::All, Some(n_top)) = (wanted, open.sampling.prompt_logprobs)
-            && next_pos < open.n_prompt
-        {
-            let logprobs = sampler.logprobs(row, context[next_pos], usize::from(n_top))?;
-            open.prompt_logprobs.push(logprobs);
+    /// Prompt and output.
+    context: &'a [TokenId],
+}
+
+impl Sampled<'_> {
+    /// Log-probabilities of the prompt from every row, if wanted, and the next tokens from the last row.
+    fn sample<'a>(
+        &self,
+        sampler: &mut Sampler,
+        open: &mut OpenGroup,
+        rows: impl Iterator<Item = &'a [f32]>,
+    ) -> Result<Vec<Token>, SampleError> {
+        let mut last = None;
+        for (row_idx, row) in rows.enumerate() {
+            let next_pos = self.item.start_pos + row_idx + 1;
+            if let (LogitsWanted::All, Some(n_top)) = (self.wanted, open.sampling.prompt_logprobs)
+                && next_pos < open.n_prompt
+            {
+                let logprobs = sampler.logprobs(row, self.context[next_pos], usize::from(n_top))?;
+                open.prompt_logprobs.push(logprobs);
+            }
+            last = Some(row);
         }
-        last = Some(row);
-    }
-    match (item.samples, last) {
-        (Samples::Token, Some(row)) => sampler.sample(row, &open.sampling, 0, open.next_index).map(Some),
-        _ => Ok(None),
+        let Some(row) = last else { return Ok(Vec::new()) };
+        let (prompt, output) = self.context.split_at(open.n_prompt);
+        let history = History { prompt, output };
+        let choices = self.first_choice..self.first_choice + self.item.samples.n_tokens();
+        choices
+            .map(|choice| sampler.sample_after(row, &open.sampling, choice, history))
+            .collect()
     }
 }

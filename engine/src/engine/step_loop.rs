@@ -8,16 +8,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use baton_kernels::KvCache;
-use baton_scheduler::batch::{Batch, BatchScheduler, Numerics, Phase, ReserveOutcome, SequenceKind};
-use baton_scheduler::ids::{BlockId, SequenceId};
-use baton_scheduler::request::{Failure, PortableState, Token};
+use baton_kernels::{KernelError, KvCache};
+use baton_scheduler::batch::{
+    Batch, BatchScheduler, Committed, GroupId, Numerics, Phase, ReserveOutcome, SequenceKind,
+};
+use baton_scheduler::ids::{BlockId, TokenId};
+use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token};
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 
-use super::command::{Command, Granted, PrefixQuery};
+use super::command::{Arrived, Command, Granted, PrefixQuery, Purpose};
 use super::handle::Shared;
+use super::handoff::ReservedChoice;
 use super::load::{EngineCounters, LoadReport};
-use super::open_sequence::{OpenSequence, Outlet, ReadyBlocks};
+use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told, Waiter};
 use crate::forward::ForwardPass;
 use crate::sampler::Sampler;
 
@@ -28,7 +31,7 @@ pub(super) struct StepLoop<F> {
     pub(super) forward: F,
     pub(super) scheduler: BatchScheduler,
     pub(super) sampler: Sampler,
-    pub(super) open: BTreeMap<SequenceId, OpenSequence>,
+    pub(super) open: BTreeMap<GroupId, OpenGroup>,
     pub(super) counters: EngineCounters,
     shared: Arc<Shared>,
     tick: Duration,
@@ -98,10 +101,12 @@ impl<F: ForwardPass> StepLoop<F> {
             }
             let woke = Instant::now();
             self.reap_abandoned();
+            self.resume_abandoned();
             self.shared.heartbeat.beat(self.shared.now(), self.scheduler.has_work());
             let batch = self
                 .scheduler
                 .schedule(self.shared.now(), &is_pinned(self.forward.kv_cache()));
+            self.publish_allocated();
             self.tell_changes(&batch);
             has_stepped = !batch.items.is_empty();
             if has_stepped {
@@ -148,7 +153,7 @@ impl<F: ForwardPass> StepLoop<F> {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Generate { state, events, permit } => {
-                let open = OpenSequence::new(&state, Outlet::Generation(events), permit);
+                let open = OpenGroup::new(&state, Outlet::Generation(events), permit);
                 self.submit(&state, SequenceKind::Local, open);
             }
             Command::Prefill {
@@ -161,24 +166,51 @@ impl<F: ForwardPass> StepLoop<F> {
                     events,
                     n_ready: first_block,
                 };
-                let open = OpenSequence::new(&state, outlet, permit);
+                let open = OpenGroup::new(&state, outlet, permit);
                 self.submit(&state, SequenceKind::PrefillForHandoff, open);
             }
             Command::Reserve {
                 state,
+                purpose,
                 events,
                 reply,
                 permit,
             } => {
-                let mut open = OpenSequence::new(&state, Outlet::Generation(events), permit);
-                open.reply = Some(reply);
-                self.reserve(&state, open);
+                let mut open = OpenGroup::new(&state, Outlet::Generation(events), permit);
+                open.waiter = Some(Waiter { reply, purpose });
+                self.reserve(&state, purpose, open);
             }
             Command::Join {
-                sequence,
-                first,
+                group,
+                arrived,
                 numerics,
-            } => self.join(sequence, first, numerics),
+            } => self.join(group, arrived, numerics),
+            Command::StartMove { request, mover, reply } => {
+                // Whoever asked may have gone, and then no mover lives.
+                let _ = reply.send(self.start_move(request, mover));
+            }
+            Command::PinFull {
+                group,
+                mover,
+                from,
+                reply,
+            } => {
+                let _ = reply.send(self.pin_full(group, &mover, &from));
+            }
+            Command::Pause {
+                group,
+                mover,
+                from,
+                reply,
+            } => {
+                // An answer that is not taken unpins what it holds.
+                let _ = reply.send(self.pause(group, &mover, &from));
+            }
+            Command::Resume { group, mover } => {
+                if self.is_moved_by(group, &mover) {
+                    self.resume(group);
+                }
+            }
             Command::PrefixEvents { query, reply } => {
                 let changes = self.scheduler.take_prefix_events();
                 let events = match query {
@@ -192,10 +224,14 @@ impl<F: ForwardPass> StepLoop<F> {
         }
     }
 
-    fn submit(&mut self, state: &PortableState, kind: SequenceKind, mut open: OpenSequence) {
+    fn submit(&mut self, state: &PortableState, kind: SequenceKind, mut open: OpenGroup) {
+        if kind == SequenceKind::Local && open.tell_ends(self.scheduler.config(), state) == Told::All {
+            self.counters.n_finished += 1;
+            return;
+        }
         match self.scheduler.submit(state, kind) {
-            Ok(id) => {
-                self.open.insert(id, open);
+            Ok(group) => {
+                self.open.insert(group, open);
             }
             Err(failure) => {
                 self.counters.n_failed += 1;
@@ -204,16 +240,23 @@ impl<F: ForwardPass> StepLoop<F> {
         }
     }
 
-    fn reserve(&mut self, state: &PortableState, mut open: OpenSequence) {
+    fn reserve(&mut self, state: &PortableState, purpose: Purpose, mut open: OpenGroup) {
         let now = self.shared.now();
-        let outcome = self.scheduler.reserve(now, state, &is_pinned(self.forward.kv_cache()));
+        let kv = self.forward.kv_cache();
+        let outcome = match purpose {
+            Purpose::Handoff => self.scheduler.reserve(now, state, &is_pinned(kv)),
+            Purpose::Move { n_slack_blocks } => self
+                .scheduler
+                .reserve_moved(state, n_slack_blocks, &is_pinned(kv))
+                .map(ReserveOutcome::Granted),
+        };
         match outcome {
-            Ok(ReserveOutcome::Granted(id)) => {
-                self.open.insert(id, open);
-                self.answer_reservation(id);
+            Ok(ReserveOutcome::Granted(group)) => {
+                self.open.insert(group, open);
+                self.answer_reservation(group);
             }
-            Ok(ReserveOutcome::Deferred(id)) => {
-                self.open.insert(id, open);
+            Ok(ReserveOutcome::Deferred(group)) => {
+                self.open.insert(group, open);
             }
             Err(failure) => {
                 self.counters.n_failed += 1;
@@ -222,99 +265,189 @@ impl<F: ForwardPass> StepLoop<F> {
         }
     }
 
-    fn answer_reservation(&mut self, id: SequenceId) {
-        let grant = self.scheduler.grant(id);
-        let blocks: Vec<u32> = grant.blocks.iter().map(|(block, _)| block.0).collect();
-        match self.forward.kv_cache().reserve_write(&blocks) {
-            Ok(writers) => {
-                let reply = self.open.get_mut(&id).and_then(|open| open.reply.take());
-                let reply = reply.expect("a reservation is answered once");
+    fn answer_reservation(&mut self, group: GroupId) {
+        self.publish_allocated();
+        let waiter = self.open.get_mut(&group).and_then(|open| open.waiter.take());
+        let Waiter { reply, purpose } = waiter.expect("a reservation is answered once");
+        let n_choices = self.open[&group].choices.len() as u32;
+        let grants = match purpose {
+            Purpose::Handoff => vec![self.scheduler.grant(group)],
+            Purpose::Move { .. } => self.scheduler.grants_moved(group, n_choices),
+        };
+        let kv = self.forward.kv_cache();
+        let choices = grants.into_iter().map(|grant| {
+            let blocks: Vec<u32> = grant.blocks.iter().map(|(block, _)| block.0).collect();
+            Ok(ReservedChoice {
+                n_blocks_held: grant.n_blocks_held,
+                n_blocks_total: grant.n_blocks_total,
+                writers: kv.reserve_write(&blocks)?,
+                grant: grant.blocks,
+            })
+        });
+        match choices.collect::<Result<Vec<_>, KernelError>>() {
+            Ok(choices) => {
                 // When the answer is not taken, its events channel is closed too, and it is reaped.
-                let _ = reply.send(Ok(Granted {
-                    sequence: id,
-                    grant,
-                    writers,
-                }));
+                let _ = reply.send(Ok(Granted { group, choices }));
             }
-            Err(error) => self.fail(id, Failure::Internal(format!("writing reserved blocks: {error}"))),
+            Err(error) => {
+                let failure = Failure::Internal(format!("writing reserved blocks: {error}"));
+                let _ = reply.send(Err(failure.clone()));
+                self.fail(group, failure);
+            }
         }
     }
 
-    fn join(&mut self, id: SequenceId, first: Token, numerics: Numerics) {
-        let Some(open) = self.open.get_mut(&id) else { return };
-        if first.index != open.next_index || first.id as usize >= self.forward.vocab_size() {
-            let (index, token) = (open.next_index, first.id);
-            let found = first.index;
-            let message = format!("first token {token} has index {found}, expected a known token with index {index}");
-            return self.fail(id, Failure::Internal(message));
+    fn join(&mut self, group: GroupId, arrived: Arrived, numerics: Numerics) {
+        let Some(open) = self.open.get_mut(&group) else { return };
+        let n_vocab = self.forward.vocab_size();
+        let members = self.scheduler.members(group);
+        let is_move = self.scheduler.is_moved(group);
+        let checked = match &arrived {
+            Arrived::First(_) if is_move => Err("first tokens have come for a request that is moved".to_owned()),
+            Arrived::Outputs(_) if !is_move => Err("outputs have come for a request that is handed over".to_owned()),
+            Arrived::First(first) => open.check_first(first, n_vocab),
+            Arrived::Outputs(outputs) => open.check_outputs(outputs, n_vocab),
+        };
+        if let Err(message) = checked {
+            return self.fail(group, Failure::Internal(message));
         }
         let kv = self.forward.kv_cache();
-        let still_written = self
+        let mut blocks = members.iter().flat_map(|&id| self.scheduler.block_table(id));
+        if let Some(block) = blocks.find(|&&block| kv.is_writing(block)) {
+            let message = format!("block {block} is still being written at the join");
+            return self.fail(group, Failure::Internal(message));
+        }
+        match arrived {
+            Arrived::First(first) => self.join_handed_over(group, first, numerics),
+            Arrived::Outputs(outputs) => self.join_moved(group, outputs, numerics),
+        }
+    }
+
+    fn join_handed_over(&mut self, group: GroupId, first: Vec<Token>, numerics: Numerics) {
+        self.counters.n_joined += 1;
+        let ids: Vec<TokenId> = first.iter().map(|token| token.id).collect();
+        let committed = self
             .scheduler
-            .grant(id)
-            .blocks
-            .into_iter()
-            .find(|(block, _)| kv.is_writing(block.0));
-        if let Some((block, _)) = still_written {
-            let message = format!("block {} is still being written at the join", block.0);
-            return self.fail(id, Failure::Internal(message));
+            .join(group, &ids, numerics, &is_pinned(self.forward.kv_cache()));
+        if !self.make_forks(&committed) {
+            return;
+        }
+        let open = self.open.get_mut(&group).expect("a joining request is open");
+        for (choice, token) in open.choices.iter_mut().zip(first) {
+            choice.output.push(token);
+        }
+        let ends = committed
+            .continued
+            .iter()
+            .filter_map(|it| Some((it.member.choice, it.finish?)));
+        self.tell_ends_of_arrived(group, ends.collect());
+    }
+
+    fn join_moved(&mut self, group: GroupId, outputs: Vec<ChoiceState>, numerics: Numerics) {
+        let joined = self
+            .scheduler
+            .join_moved(group, &outputs, numerics, &is_pinned(self.forward.kv_cache()));
+        if let Err(failure) = joined {
+            return self.fail(group, failure);
         }
         self.counters.n_joined += 1;
-        open.next_index += 1;
-        if let Some(finish) = self.scheduler.join(id, first.id, numerics, &is_pinned(kv)) {
-            open.tell_finished(finish);
-            self.counters.n_finished += 1;
-            self.open.remove(&id);
+        let open = self.open.get_mut(&group).expect("a joining request is open");
+        let mut ends = Vec::new();
+        for (number, (known, arrived)) in (0..).zip(open.choices.iter_mut().zip(outputs)) {
+            if let (None, Some(finish)) = (known.finish, arrived.finish) {
+                ends.push((number, finish));
+            }
+            known.output = arrived.output;
         }
+        self.tell_ends_of_arrived(group, ends);
+    }
+
+    /// What came with a joining request has been told elsewhere, but not here that it was the last.
+    fn tell_ends_of_arrived(&mut self, group: GroupId, ends: Vec<(u32, Finish)>) {
+        let open = self.open.get_mut(&group).expect("a joining request is open");
+        for (choice, finish) in ends {
+            if open.tell_finished(choice, finish) == Told::All {
+                self.counters.n_finished += 1;
+                self.open.remove(&group);
+                return;
+            }
+        }
+    }
+
+    /// Copies the blocks of new choices and tells of those that found no room. False when that ended a request.
+    pub(super) fn make_forks(&mut self, committed: &Committed) -> bool {
+        self.publish_allocated();
+        let mut has_failed = false;
+        for copy in &committed.copies {
+            if let Err(error) = self.forward.kv_cache().copy_block(copy.from.0, copy.to.0) {
+                self.fail(
+                    copy.member.group,
+                    Failure::Internal(format!("copying a block: {error}")),
+                );
+                has_failed = true;
+            }
+        }
+        for member in &committed.preempted {
+            if let Some(open) = self.open.get_mut(&member.group) {
+                open.tell_preempted();
+            }
+        }
+        !has_failed
+    }
+
+    /// The one place where newly allocated blocks become known, before they are written: a reader of the memory that comes
+    /// by itself must see that they are not what they were.
+    pub(super) fn publish_allocated(&mut self) {
+        for (_block, _generation) in self.scheduler.take_allocated() {}
     }
 
     fn reap_abandoned(&mut self) {
-        let abandoned: Vec<SequenceId> = self
+        let abandoned: Vec<GroupId> = self
             .open
             .iter()
             .filter(|(_, open)| open.is_abandoned())
-            .map(|(&id, _)| id)
+            .map(|(&group, _)| group)
             .collect();
-        for id in abandoned {
-            if self.scheduler.phase(id) != Some(Phase::HandingOver) {
+        for group in abandoned {
+            if self.scheduler.phase(group.sequence(0)) != Some(Phase::HandingOver) {
                 self.counters.n_cancelled += 1;
             }
-            self.scheduler.remove(id, &is_pinned(self.forward.kv_cache()));
-            self.open.remove(&id);
+            self.scheduler.remove_group(group, &is_pinned(self.forward.kv_cache()));
+            self.open.remove(&group);
         }
     }
 
-    pub(super) fn fail(&mut self, id: SequenceId, failure: Failure) {
-        self.scheduler.remove(id, &is_pinned(self.forward.kv_cache()));
-        self.counters.n_failed += 1;
-        if let Some(mut open) = self.open.remove(&id) {
+    pub(super) fn fail(&mut self, group: GroupId, failure: Failure) {
+        self.scheduler.remove_group(group, &is_pinned(self.forward.kv_cache()));
+        if let Some(mut open) = self.open.remove(&group) {
+            self.counters.n_failed += 1;
             open.tell_failed(failure);
         }
     }
 
     /// Tells what changed while the batch was chosen. Blocks that were prefix hits are ready in all layers at once.
     fn tell_changes(&mut self, batch: &Batch) {
-        for (id, failure) in &batch.refused {
+        for (group, failure) in &batch.refused {
             self.counters.n_failed += 1;
-            if let Some(mut open) = self.open.remove(id) {
+            if let Some(mut open) = self.open.remove(group) {
                 open.tell_failed(failure.clone());
             }
         }
-        for id in &batch.preempted {
-            self.open
-                .get_mut(id)
-                .expect("a preempted sequence is open")
-                .tell_preempted();
+        for &id in &batch.preempted {
+            // What was preempted and then refused in the same round has gone.
+            if self.scheduler.phase(id).is_some() {
+                let group = self.scheduler.member(id).group;
+                let open = self.open.get_mut(&group).expect("a preempted request is open");
+                open.tell_preempted();
+            }
         }
-        for &id in &batch.granted {
-            self.answer_reservation(id);
+        for &group in &batch.granted {
+            self.answer_reservation(group);
         }
         let layout = self.forward.layout();
         for started in &batch.started {
-            let open = self
-                .open
-                .get_mut(&started.sequence)
-                .expect("a started sequence is open");
+            let group = self.scheduler.member(started.sequence).group;
+            let open = self.open.get_mut(&group).expect("a started request is open");
             open.tell_started(started.n_hit_tokens);
             let n_hit_blocks = started.n_hit_tokens / layout.block_size;
             if let Outlet::Prefill { events, n_ready } = &mut open.outlet
@@ -336,6 +469,7 @@ impl<F: ForwardPass> StepLoop<F> {
     fn publish(&self) {
         *self.shared.load.lock() = LoadReport {
             at: self.shared.now(),
+            n_open: self.open.len(),
             batch: self.scheduler.load(),
             scheduler: self.scheduler.counters(),
             engine: self.counters,

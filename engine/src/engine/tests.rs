@@ -1,6 +1,8 @@
 //! The engine over a model whose tokens depend on every byte of KV: alone, handed over, preempted, cancelled, broken.
 
+mod choices;
 mod handoff;
+mod moves;
 mod stress;
 
 use std::sync::Arc;
@@ -77,7 +79,10 @@ fn prompt(seed: u32, n: usize) -> Vec<TokenId> {
 /// What a generation said, by kind.
 #[derive(Debug, Default, PartialEq)]
 struct Said {
+    /// The first choice's.
     tokens: Vec<Token>,
+    /// Those of all choices, the first included.
+    choices: Vec<ChoiceState>,
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
     n_cached_tokens: Option<usize>,
     n_preemptions: usize,
@@ -92,18 +97,43 @@ async fn listen(mut generation: Generation) -> Said {
             EngineEvent::PrefillStarted { n_cached_tokens } => said.n_cached_tokens = Some(n_cached_tokens),
             EngineEvent::PromptLogprobs(logprobs) => {
                 assert!(
-                    said.tokens.is_empty(),
+                    said.choices.is_empty(),
                     "the prompt's log-probabilities come before the first token"
                 );
                 said.prompt_logprobs = Some(logprobs);
             }
-            EngineEvent::Token(token) => said.tokens.push(token),
+            EngineEvent::Token { choice, token } => {
+                let choice = said.choice(choice);
+                assert_eq!(choice.finish, None, "a token follows the end of its choice");
+                choice.output.push(token);
+            }
+            EngineEvent::ChoiceFinished { choice, finish } => {
+                let before = said.choice(choice).finish.replace(finish);
+                assert_eq!(before, None, "a choice ends once");
+            }
             EngineEvent::Preempted => said.n_preemptions += 1,
-            EngineEvent::Finished(finish) => said.end = Some(Ok(finish)),
+            EngineEvent::Finished(finish) => {
+                let ends = said.choices.iter().filter_map(|choice| choice.finish);
+                assert!(ends.last().is_none() || said.choices.iter().any(|choice| choice.finish == Some(finish)));
+                said.end = Some(Ok(finish));
+            }
             EngineEvent::Failed(failure) => said.end = Some(Err(failure)),
         }
     }
+    said.tokens = said
+        .choices
+        .first()
+        .map(|choice| choice.output.clone())
+        .unwrap_or_default();
     said
+}
+
+impl Said {
+    fn choice(&mut self, choice: u32) -> &mut ChoiceState {
+        let n_choices = self.choices.len().max(choice as usize + 1);
+        self.choices.resize(n_choices, ChoiceState::default());
+        &mut self.choices[choice as usize]
+    }
 }
 
 /// Rounds of the step loop until nobody holds a block.
@@ -210,7 +240,10 @@ async fn a_dropped_generation_is_in_at_most_one_further_step() {
     let permit = || permits.send(()).unwrap();
     permit();
     generation.next().await.unwrap();
-    assert!(matches!(generation.next().await.unwrap().event, EngineEvent::Token(_)));
+    assert!(matches!(
+        generation.next().await.unwrap().event,
+        EngineEvent::Token { .. }
+    ));
     // The loop is in, or on its way to, its second step.
     drop(generation);
     permit();
@@ -259,7 +292,7 @@ async fn a_panic_ends_every_sequence_and_the_engine() {
         logprobs: None,
     };
     assert!(matches!(
-        reservation.join(first, super::Numerics::Same),
+        reservation.join(vec![first], super::Numerics::Same),
         Err(Failure::Internal(_))
     ));
 }

@@ -247,3 +247,95 @@ proptest! {
         prop_assert!(kept.iter().chain(&tolerated).any(|(other, _)| *other == id), "{} not in {:?}", id, kept);
     }
 }
+
+/// The formula, one token at a time, by counting.
+fn penalised_naively(logits: &[f32], params: &SamplingParams, prompt: &[u32], output: &[u32]) -> Vec<f32> {
+    let one = |(id, &logit): (usize, &f32)| {
+        let n_generated = output.iter().filter(|&&token| token as usize == id).count();
+        let mut logit = logit;
+        if n_generated > 0 || prompt.contains(&(id as u32)) {
+            logit = if logit > 0.0 {
+                logit / params.repetition_penalty
+            } else {
+                logit * params.repetition_penalty
+            };
+        }
+        logit -= n_generated as f32 * params.frequency_penalty;
+        logit -= if n_generated > 0 { params.presence_penalty } else { 0.0 };
+        logit
+    };
+    logits.iter().enumerate().map(one).collect()
+}
+
+proptest! {
+    /// Choosing after a history is choosing from the penalised row; what is reported is of the raw one. One sampler for all
+    /// of them: nothing of one row may be left for the next.
+    #[test]
+    fn penalties_are_the_formula(
+        seed in any::<u64>(),
+        rows in prop::collection::vec(
+            (prop::collection::vec(0..40u32, 1..30), prop::collection::vec(0..40u32, 0..30)),
+            1..6,
+        ),
+        presence_penalty in prop_oneof![Just(0.0f32), -2.0..2.0f32],
+        frequency_penalty in prop_oneof![Just(0.0f32), -2.0..2.0f32],
+        repetition_penalty in prop_oneof![Just(1.0f32), 0.5..2.0f32],
+        temperature in prop_oneof![Just(0.0f32), 0.3..2.0f32],
+    ) {
+        let params = SamplingParams {
+            presence_penalty,
+            frequency_penalty,
+            repetition_penalty,
+            logprobs: Some(3),
+            ..params(temperature, 0, 0.9, seed)
+        };
+        let mut sampler = Sampler::new();
+        for (i, (prompt, output)) in rows.iter().enumerate() {
+            let logits = logits_of(40, seed.wrapping_add(i as u64), 8.0);
+            let token = sampler.sample_after(&logits, &params, 2, History { prompt, output }).unwrap();
+            let row = penalised_naively(&logits, &params, prompt, output);
+            let expected = Sampler::new().sample(&row, &params, 2, output.len() as u32).unwrap();
+            prop_assert_eq!((token.id, token.index), (expected.id, output.len() as u32));
+            let raw = Sampler::new().logprobs(&logits, token.id, 3).unwrap();
+            prop_assert_eq!(token.logprobs, Some(raw));
+        }
+    }
+}
+
+#[test]
+fn a_penalty_moves_the_choice() {
+    let logits = [1.0, 3.0, -1.0, 2.9];
+    let greedy = params(0.0, 0, 1.0, 1);
+    let choose = |params: SamplingParams, prompt: &[u32], output: &[u32]| {
+        let history = History { prompt, output };
+        Sampler::new().sample_after(&logits, &params, 0, history).unwrap().id
+    };
+    assert_eq!(choose(greedy.clone(), &[1, 1], &[1]), 1);
+    let presence = SamplingParams {
+        presence_penalty: 0.2,
+        ..greedy.clone()
+    };
+    assert_eq!(
+        (choose(presence.clone(), &[1], &[]), choose(presence, &[], &[1])),
+        (1, 3)
+    );
+    let frequency = SamplingParams {
+        frequency_penalty: 0.06,
+        ..greedy.clone()
+    };
+    assert_eq!(
+        (choose(frequency.clone(), &[], &[1]), choose(frequency, &[], &[1, 1])),
+        (1, 3)
+    );
+    let repetition = SamplingParams {
+        repetition_penalty: 1.1,
+        ..greedy
+    };
+    assert_eq!(choose(repetition.clone(), &[1], &[]), 3);
+    let history = History {
+        prompt: &[4],
+        output: &[],
+    };
+    let unknown = Sampler::new().sample_after(&logits, &repetition, 0, history);
+    assert_eq!(unknown, Err(SampleError::UnknownToken { id: 4, n_tokens: 4 }));
+}

@@ -72,9 +72,9 @@ impl DestinationDriver {
         reservation: Reservation,
         outlet: Outlet,
     ) -> DestinationDriver {
-        let first_block = reservation.n_blocks_held as u32;
+        let first_block = reservation.choices[0].n_blocks_held as u32;
         let n_layers = worker.engine.layout().n_layers as u32;
-        let plan = TransferPlan::handoff(n_layers, first_block, reservation.n_blocks_total as u32);
+        let plan = TransferPlan::handoff(n_layers, first_block, reservation.choices[0].n_blocks_total as u32);
         let transfer = TransferId(NEXT_TRANSFER.fetch_add(1, Relaxed));
         let opened_at = Instant::now();
         add(&worker.counters.n_blocks_not_sent, u64::from(first_block));
@@ -298,7 +298,7 @@ impl DestinationDriver {
             .expect("a frame's fact is applied with the frame at hand");
         let reservation = self.reservation.as_mut().expect("blocks are reserved until the join");
         let first = (range.first_block - self.first_block) as usize;
-        let writers = &mut reservation.writers[first..first + range.n_blocks as usize];
+        let writers = &mut reservation.choices[0].writers[first..first + range.n_blocks as usize];
         match self.worker.transport.land(&frame, writers) {
             Ok(n_bytes) => {
                 self.used.kv_bytes_received += n_bytes;
@@ -323,7 +323,7 @@ impl DestinationDriver {
         };
         self.outlet.moment(Moment::TransferFinished).await?;
         let (token, _) = self.token.clone().expect("a sequence joins with its token");
-        match reservation.join(token, self.numerics) {
+        match reservation.join(vec![token], self.numerics) {
             Ok(generation) => {
                 self.generation = Some(generation);
                 add(&self.worker.counters.n_received, 1);

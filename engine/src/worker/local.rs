@@ -22,14 +22,14 @@ pub(super) async fn forward(outlet: &Outlet, timed: Timed<EngineEvent>, used: &m
             outlet.moment_at(Moment::PrefillStarted, timed.at.into()).await?;
         }
         EngineEvent::PromptLogprobs(logprobs) => outlet.send(Event::PromptLogprobs(prompt_logprobs(&logprobs))).await?,
-        EngineEvent::Token(token) => {
+        EngineEvent::Token { choice, token } => {
             if !std::mem::replace(&mut used.has_token, true) {
                 outlet.moment_at(Moment::PrefillFinished, timed.at.into()).await?;
                 outlet.moment_at(Moment::Joined, timed.at.into()).await?;
             }
-            outlet.send(Event::Token(token_to_wire(0, &token))).await?;
+            outlet.send(Event::Token(token_to_wire(choice, &token))).await?;
         }
-        EngineEvent::Preempted => {}
+        EngineEvent::Preempted | EngineEvent::ChoiceFinished { .. } => {}
         EngineEvent::Finished(finish) => {
             outlet.finish(finish, *used).await;
             return Ok(true);

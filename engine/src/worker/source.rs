@@ -167,10 +167,10 @@ impl SourceDriver {
                 }));
             }
             PrefillEvent::PromptLogprobs(logprobs) => self.push(Frame::PromptLogprobs(prompt_logprobs(&logprobs))),
-            PrefillEvent::FirstToken(token, finish) => {
+            PrefillEvent::FirstTokens(first) => {
                 self.push_moment(Moment::PrefillFinished, timed.at.into());
-                let ends = finish.is_some();
-                self.token = Some((token, finish));
+                let ends = first.iter().all(|(_, finish)| finish.is_some());
+                self.token = first.into_iter().next();
                 self.apply(SourceFact::Token { ends });
             }
             PrefillEvent::Failed(failure) => self.apply(SourceFact::ComputeFailed(failure)),

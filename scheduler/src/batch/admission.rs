@@ -42,7 +42,8 @@ impl BatchScheduler {
             if *budget == 0 {
                 return;
             }
-            if self.n_places_taken() >= self.config.max_num_seqs {
+            let n_places = self.sequences[&id].n_choices as usize;
+            if self.n_places_taken() + n_places > self.config.max_num_seqs {
                 self.left_out = Some(id);
                 return;
             }
@@ -79,16 +80,25 @@ impl BatchScheduler {
             return;
         }
         self.stalled_since = None;
-        self.remove(id, is_pinned);
+        let group = self.sequences[&id].group;
+        self.remove_group(group, is_pinned);
         self.counters.n_refused += 1;
         batch
             .refused
-            .push((id, Failure::Busy("no room to run became free in time".to_owned())));
+            .push((group, Failure::Busy("no room to run became free in time".to_owned())));
     }
 
-    /// Sequences that run or may begin to at any time.
+    /// Choices that run or may begin to at any time.
     pub(super) fn n_places_taken(&self) -> usize {
-        self.running.len() + self.reserved.len() + self.deferred_reservations.len()
+        self.n_choices(&self.running)
+            + self.paused.len()
+            + self.n_choices(&self.reserved)
+            + self.n_choices(&self.deferred_reservations)
+    }
+
+    /// A block for each running sequence to grow into, or else what is admitted now is preempted at once.
+    pub(super) fn n_headroom(&self) -> usize {
+        self.running.len() + self.paused.len()
     }
 
     /// The line is first the preempted sequences, then those that have not begun, the oldest of each first.
@@ -116,17 +126,24 @@ impl BatchScheduler {
             Some(n_hit) => n_hit,
             None => return Attempt::Deferred,
         };
+        let n_running = self.n_headroom();
         let sequence = self.sequences.get_mut(&id).expect("a sequence in line exists");
         let n_context = self.config.blocks_for(sequence.tokens.len());
-        let n_total = match sequence.kind {
-            SequenceKind::Local | SequenceKind::PrefillForHandoff => n_context,
-            SequenceKind::Received => {
-                n_context.max(self.config.blocks_for(sequence.max_kv_tokens()).min(n_context + 1))
+        let n_others = sequence.n_choices as usize - 1;
+        let (n_total, n_spare, n_headroom) = match sequence.kind {
+            // The other choices need a block each in a moment; alone, a request begins even if they will not have one.
+            SequenceKind::Local if n_running > 0 => (n_context, 0, n_running + n_others),
+            SequenceKind::Local | SequenceKind::PrefillForHandoff => (n_context, 0, n_running),
+            SequenceKind::Received | SequenceKind::Moved => {
+                let n_total = n_context.max(self.config.blocks_for(sequence.max_kv_tokens()).min(n_context + 1));
+                let n_spare = match sequence.max_kv_tokens() > sequence.tokens.len() {
+                    true => n_others.min(self.config.n_blocks - n_total),
+                    false => 0,
+                };
+                (n_total, n_spare, n_running)
             }
         };
-        // A block for each running sequence to grow into, or else what is admitted now is preempted at once.
-        let n_headroom = self.running.len();
-        if self.pool.n_available() >= n_total - n_hit + n_headroom {
+        if self.pool.n_available() >= n_total - n_hit + n_spare + n_headroom {
             while sequence.table.len() < n_total {
                 let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) else {
                     break;
@@ -136,9 +153,16 @@ impl BatchScheduler {
                 }
                 sequence.table.push(block);
             }
+            while sequence.spare.len() < n_spare {
+                let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) else {
+                    break;
+                };
+                self.pool.reserve(&block);
+                sequence.spare.push(block);
+            }
         }
-        if sequence.table.len() < n_total {
-            sequence.table.release(&mut self.pool, is_pinned);
+        if sequence.table.len() < n_total || sequence.spare.len() < n_spare {
+            sequence.release_blocks(&mut self.pool, is_pinned);
             return Attempt::NoBlocks;
         }
         sequence.deferred_since = None;
@@ -151,7 +175,7 @@ impl BatchScheduler {
         }
         let arrival = match sequence.kind {
             SequenceKind::Local | SequenceKind::PrefillForHandoff => Arrival::Computed,
-            SequenceKind::Received => Arrival::Received,
+            SequenceKind::Received | SequenceKind::Moved => Arrival::Received,
         };
         if self.config.prefix_caching == PrefixCaching::On {
             let cache = &mut self.cache;
@@ -182,13 +206,13 @@ impl BatchScheduler {
             SequenceKind::Local | SequenceKind::PrefillForHandoff => {
                 (sequence.tokens.len() - 1) / self.config.block_size
             }
-            SequenceKind::Received => sequence.tokens.len() / self.config.block_size,
+            SequenceKind::Received | SequenceKind::Moved => sequence.tokens.len() / self.config.block_size,
         };
         let keys = &sequence.keys[..n_usable];
         let hits = self.cache.lookup(keys, &sequence.tokens, self.config.block_size);
         let arriving = keys.get(hits.len()).and_then(|&key| self.cache.arriving(key));
         let waits_for = match sequence.kind {
-            SequenceKind::Local | SequenceKind::Received => arriving,
+            SequenceKind::Local | SequenceKind::Received | SequenceKind::Moved => arriving,
             // Were a prefill to wait for KV from another instance, two instances could wait for each other.
             SequenceKind::PrefillForHandoff => arriving.filter(|&arrival| arrival == Arrival::Computed),
         };

@@ -27,6 +27,12 @@ impl BlockTable {
         self.blocks.push(block);
     }
 
+    /// Takes the last block away.
+    pub(super) fn pop(&mut self) -> Option<HeldBlock> {
+        self.ids.pop();
+        self.blocks.pop()
+    }
+
     /// Puts another block with the same contents in place of one, which is returned.
     pub(super) fn replace(&mut self, block_idx: usize, block: HeldBlock) -> HeldBlock {
         self.ids[block_idx] = block.id().0;

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::ids::{Fingerprint, Nanos};
-use crate::request::{Failure, PortableState};
+use crate::request::{ChoiceState, Failure, Finish, PortableState};
 
 /// Whether equal prefixes share blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,6 +130,24 @@ impl BatchConfig {
         Ok(())
     }
 
+    /// How a choice has ended, whether its state says so or only its tokens do: the last one may have been told before
+    /// its end was.
+    pub fn finish_of(&self, state: &PortableState, choice: usize) -> Option<Finish> {
+        let ChoiceState { output, finish } = &state.choices[choice];
+        let sampling = &state.request.sampling;
+        let n_tokens = state.request.prompt_ids.len() + output.len();
+        finish.or_else(|| match output.last() {
+            Some(last) if sampling.stop_token_ids.contains(&last.id) => Some(Finish::Stop(last.id)),
+            _ if output.len() >= sampling.max_tokens as usize => Some(Finish::Length),
+            _ => (n_tokens >= self.max_model_len).then_some(Finish::Length),
+        })
+    }
+
+    /// The choices of a state that go on.
+    pub fn unfinished<'a>(&'a self, state: &'a PortableState) -> impl Iterator<Item = u32> + 'a {
+        (0..state.choices.len() as u32).filter(|&choice| self.finish_of(state, choice as usize).is_none())
+    }
+
     /// Refuses a state that can never run here.
     ///
     /// # Errors
@@ -137,10 +155,15 @@ impl BatchConfig {
     pub fn check(&self, state: &PortableState) -> Result<(), Failure> {
         let invalid = |message: String| Err(Failure::Invalid(message));
         let n_prompt = state.request.prompt_ids.len();
-        let max_tokens = state.request.sampling.max_tokens as usize;
-        let [choice] = state.choices.as_slice() else {
-            return invalid(format!("{} choices, expected 1", state.choices.len()));
-        };
+        let sampling = &state.request.sampling;
+        if sampling.n == 0 || sampling.n as usize > self.max_num_seqs {
+            let (n, most) = (sampling.n, self.max_num_seqs);
+            return invalid(format!("n is {n}, expected 1 to {most} (max_num_seqs)"));
+        }
+        if state.choices.len() != sampling.n as usize {
+            let (n_choices, n) = (state.choices.len(), sampling.n);
+            return invalid(format!("{n_choices} choices, expected {n}"));
+        }
         if n_prompt == 0 {
             return invalid("the prompt has 0 tokens, expected at least 1".to_owned());
         }
@@ -148,14 +171,43 @@ impl BatchConfig {
             let most = self.max_model_len - 1;
             return invalid(format!("the prompt has {n_prompt} tokens, expected at most {most}"));
         }
-        if max_tokens == 0 {
+        if sampling.max_tokens == 0 {
             return invalid("max_tokens is 0, expected at least 1".to_owned());
         }
-        let n_output = choice.output.len();
-        if choice.finish.is_some() || n_output >= max_tokens || n_prompt + n_output >= self.max_model_len {
-            return invalid(format!(
-                "the choice has ended after {n_output} tokens, expected one that goes on"
-            ));
+        let most = (sampling.max_tokens as usize).min(self.max_model_len - n_prompt);
+        let outgrown = |choice: &&ChoiceState| choice.output.len() > most;
+        if let Some(choice) = state.choices.iter().find(outgrown) {
+            let n_output = choice.output.len();
+            return invalid(format!("a choice has {n_output} tokens, expected at most {most}"));
+        }
+        Ok(())
+    }
+
+    /// Refuses a state of which nothing is left to generate.
+    ///
+    /// # Errors
+    /// `Invalid`.
+    pub fn check_unfinished(&self, state: &PortableState) -> Result<(), Failure> {
+        if self.unfinished(state).next().is_some() {
+            return Ok(());
+        }
+        let n_output = state.choices[0].output.len();
+        Err(Failure::Invalid(format!(
+            "the choice has ended after {n_output} tokens, expected one that goes on"
+        )))
+    }
+
+    /// Refuses a state whose choices have no context in common: only one context is handed over.
+    ///
+    /// # Errors
+    /// `Invalid`, as [`BatchConfig::check_unfinished`] too.
+    pub fn check_handoff(&self, state: &PortableState) -> Result<(), Failure> {
+        self.check_unfinished(state)?;
+        if state.choices.len() > 1 && !state.is_fresh() {
+            let n_choices = state.choices.len();
+            return Err(Failure::Invalid(format!(
+                "{n_choices} choices have begun, expected none for a handoff"
+            )));
         }
         Ok(())
     }

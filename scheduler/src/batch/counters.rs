@@ -26,11 +26,13 @@ pub struct BatchCounters {
 /// How many sequences and blocks are where.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BatchLoad {
-    /// Sequences in the running set.
+    /// Choices that run, paused ones included.
     pub n_running: usize,
-    /// Sequences waiting to run, preempted ones included.
+    /// Of those, the paused ones: they keep blocks and places, and are in no step.
+    pub n_paused: usize,
+    /// Choices waiting to run, preempted ones included.
     pub n_waiting: usize,
-    /// Reservations, granted and deferred.
+    /// Choices of reservations, granted and deferred.
     pub n_reserved: usize,
     /// Finished prefills whose KV is still being fetched.
     pub n_handing_over: usize,

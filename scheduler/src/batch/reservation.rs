@@ -1,30 +1,30 @@
-//! Blocks reserved for sequences that another instance prefills, from the asking to the join.
+//! Blocks reserved for requests that another instance prefills, from the asking to the join.
 //! How the KV comes here is the transfer's business.
 
 use super::admission::Attempt;
-use super::{Batch, BatchScheduler, SequenceKind};
+use super::{Batch, BatchScheduler, Committed, GroupId, Sequence, SequenceKind};
 use crate::block_pool::IsPinned;
 use crate::ids::{BlockId, Generation, Nanos, SequenceId, TokenId};
-use crate::request::{Failure, Finish, PortableState};
+use crate::request::{Failure, PortableState};
 
 /// What a reservation came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReserveOutcome {
     /// The blocks are there.
-    Granted(SequenceId),
+    Granted(GroupId),
     /// Someone else is about to bring the same prefix; a later batch grants or refuses, within
     /// [`super::BatchConfig::max_defer`].
-    Deferred(SequenceId),
+    Deferred(GroupId),
 }
 
-/// What a granted reservation has.
+/// What one context of a granted reservation has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// Blocks of the context.
+    /// Handoff: blocks of the context. Move: blocks there is room for, which the context may not outgrow.
     pub n_blocks_total: usize,
-    /// Leading blocks that the prefix cache had; they need not be sent.
+    /// Leading blocks that the prefix cache had, or that another choice of the request receives; they need not be sent.
     pub n_blocks_held: usize,
-    /// The blocks to be written, in order: those of the context after the held ones.
+    /// The blocks to be written, in order: those after the held ones.
     pub blocks: Vec<(BlockId, Generation)>,
 }
 
@@ -38,8 +38,8 @@ pub enum Numerics {
 }
 
 impl BatchScheduler {
-    /// Reserves blocks for a sequence computed elsewhere: those of its context that the prefix cache lacks, and one to
-    /// grow into.
+    /// Reserves blocks for a request computed elsewhere: those of its context that the prefix cache lacks, and one to
+    /// grow into for each choice.
     ///
     /// # Errors
     /// `Invalid` when it can never run, `Busy` when there is no room now.
@@ -50,26 +50,19 @@ impl BatchScheduler {
         is_pinned: IsPinned<'_>,
     ) -> Result<ReserveOutcome, Failure> {
         self.config.check(state)?;
-        if self.n_places_taken() >= self.config.max_num_seqs {
-            return Err(Failure::Busy(format!(
-                "{} sequences run or are reserved",
-                self.n_places_taken()
-            )));
-        }
-        // Whoever was left out has waited longer; reservations that overtook it could starve it.
-        if self.left_out.is_some_and(|id| self.sequences.contains_key(&id)) {
-            return Err(Failure::Busy("sequences are waiting for room to run".to_owned()));
-        }
+        self.config.check_handoff(state)?;
+        self.check_places(state.choices.len())?;
         self.pool.sweep(is_pinned);
-        let id = self.insert(state, SequenceKind::Received);
+        let group = self.insert(state, SequenceKind::Received);
+        let id = group.sequence(0);
         match self.try_allocate(id, now, is_pinned) {
             Attempt::Granted => {
                 self.reserved.insert(id);
-                Ok(ReserveOutcome::Granted(id))
+                Ok(ReserveOutcome::Granted(group))
             }
             Attempt::Deferred if self.deferred_reservations.len() < self.config.max_deferred_reservations => {
                 self.deferred_reservations.insert(id);
-                Ok(ReserveOutcome::Deferred(id))
+                Ok(ReserveOutcome::Deferred(group))
             }
             Attempt::Deferred => {
                 self.remove(id, is_pinned);
@@ -78,8 +71,21 @@ impl BatchScheduler {
                     "{n_deferred} reservations are waiting for a prefix"
                 )))
             }
-            Attempt::NoBlocks => Err(self.refuse_reservation(id, is_pinned)),
+            Attempt::NoBlocks => Err(self.refuse_reservation(group, is_pinned)),
         }
+    }
+
+    /// Whether a reservation for `n_choices` may take places now.
+    pub(super) fn check_places(&self, n_choices: usize) -> Result<(), Failure> {
+        let n_taken = self.n_places_taken();
+        if n_taken + n_choices > self.config.max_num_seqs {
+            return Err(Failure::Busy(format!("{n_taken} sequences run or are reserved")));
+        }
+        // Whoever was left out has waited longer; reservations that overtook it could starve it.
+        if self.left_out.is_some_and(|id| self.sequences.contains_key(&id)) {
+            return Err(Failure::Busy("sequences are waiting for room to run".to_owned()));
+        }
+        Ok(())
     }
 
     /// Grants or refuses the deferred reservations whose prefix has arrived, or who have waited long enough.
@@ -89,22 +95,26 @@ impl BatchScheduler {
                 Attempt::Granted => {
                     self.deferred_reservations.remove(&id);
                     self.reserved.insert(id);
-                    batch.granted.push(id);
+                    batch.granted.push(self.sequences[&id].group);
                 }
                 Attempt::Deferred => {}
                 Attempt::NoBlocks => {
-                    let failure = self.refuse_reservation(id, is_pinned);
+                    let group = self.sequences[&id].group;
+                    let failure = self.refuse_reservation(group, is_pinned);
                     self.counters.n_refused += 1;
-                    batch.refused.push((id, failure));
+                    batch.refused.push((group, failure));
                 }
             }
         }
     }
 
-    /// What a granted reservation has.
-    pub fn grant(&self, id: SequenceId) -> Grant {
-        let sequence = &self.sequences[&id];
-        let n_blocks_total = self.config.blocks_for(sequence.tokens.len());
+    /// What the one context of a granted reservation for a handoff has.
+    pub fn grant(&self, group: GroupId) -> Grant {
+        let sequence = &self.sequences[&group.sequence(0)];
+        self.grant_of(sequence, self.config.blocks_for(sequence.tokens.len()))
+    }
+
+    pub(super) fn grant_of(&self, sequence: &Sequence, n_blocks_total: usize) -> Grant {
         let n_blocks_held = sequence.n_hit_blocks;
         let to_write = &sequence.table.blocks()[n_blocks_held..n_blocks_total];
         Grant {
@@ -114,18 +124,31 @@ impl BatchScheduler {
         }
     }
 
-    /// A reservation's KV and first token have come: it runs from the next step on. Returns whether the first token
-    /// already ends it (then it is gone).
+    /// A reservation's KV and the first token of each choice have come: those that go on run from the next step on.
     ///
     /// # Panics
-    /// If the sequence is not a granted reservation.
+    /// If it is not a granted reservation for a handoff, or there is not one token for each choice.
     pub fn join(
         &mut self,
-        id: SequenceId,
-        first: TokenId,
+        group: GroupId,
+        first: &[TokenId],
         numerics: Numerics,
         is_pinned: IsPinned<'_>,
-    ) -> Option<Finish> {
+    ) -> Committed {
+        let id = group.sequence(0);
+        self.receive(id);
+        let sequence = self.sequences.get_mut(&id).expect("a reserved sequence exists");
+        sequence.n_computed = sequence.tokens.len();
+        sequence.numerics = numerics;
+        self.register_full_blocks(id, is_pinned);
+        self.abandon_claims(id);
+        let mut committed = Committed::default();
+        self.append(id, first, is_pinned, &mut committed);
+        committed
+    }
+
+    /// A granted reservation becomes a running sequence.
+    pub(super) fn receive(&mut self, id: SequenceId) {
         assert!(
             self.reserved.remove(&id),
             "sequence {} is not a granted reservation",
@@ -133,23 +156,18 @@ impl BatchScheduler {
         );
         self.running.insert(id);
         let sequence = self.sequences.get_mut(&id).expect("a reserved sequence exists");
-        sequence
-            .table
-            .blocks()
-            .iter()
-            .skip(sequence.n_hit_blocks)
+        let received = sequence.table.blocks().iter().skip(sequence.n_hit_blocks);
+        received
+            .chain(sequence.spare.blocks())
             .for_each(|block| self.pool.receive(block));
         sequence.kind = SequenceKind::Local;
-        sequence.n_computed = sequence.tokens.len();
-        sequence.numerics = numerics;
-        self.register_full_blocks(id, is_pinned);
-        self.abandon_claims(id);
-        self.append(id, first, is_pinned)
     }
 
-    fn refuse_reservation(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) -> Failure {
-        let n_blocks = self.config.blocks_for(self.sequences[&id].tokens.len());
-        self.remove(id, is_pinned);
+    pub(super) fn refuse_reservation(&mut self, group: GroupId, is_pinned: IsPinned<'_>) -> Failure {
+        let members = self.members(group);
+        let n_tokens = members.iter().map(|id| self.sequences[id].tokens.len());
+        let n_blocks: usize = n_tokens.map(|n_tokens| self.config.blocks_for(n_tokens)).sum();
+        self.remove_group(group, is_pinned);
         let n_available = self.pool.n_available();
         Failure::Busy(format!("{n_blocks} blocks are needed and {n_available} are free"))
     }

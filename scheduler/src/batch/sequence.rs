@@ -1,7 +1,10 @@
-//! A request's running state on one instance, as far as scheduling needs it.
+//! The running state of one choice of a request on one instance, as far as scheduling needs it. A fresh request of several
+//! choices is one sequence until their first tokens.
 
 use super::block_table::BlockTable;
-use super::{BatchConfig, Numerics, PrefixCaching};
+use super::group::GroupId;
+use super::{BatchConfig, Numerics, PrefixCaching, Samples};
+use crate::block_pool::{BlockPool, IsPinned};
 use crate::ids::{Nanos, TokenId};
 use crate::prefix_cache::PrefixKey;
 use crate::request::{Finish, PortableState};
@@ -15,6 +18,8 @@ pub enum SequenceKind {
     PrefillForHandoff,
     /// Computed elsewhere; becomes [`SequenceKind::Local`] when it joins.
     Received,
+    /// Generated elsewhere so far; becomes [`SequenceKind::Local`] when it joins.
+    Moved,
 }
 
 /// Where a sequence stands.
@@ -24,6 +29,8 @@ pub enum Phase {
     Waiting,
     /// In the running set.
     Running,
+    /// Holds its blocks and its place, and is in no step until it is resumed.
+    Paused,
     /// A granted reservation, waiting for KV and first token.
     Reserved,
     /// Prefilled; its blocks wait to be fetched.
@@ -32,12 +39,18 @@ pub enum Phase {
 
 #[derive(Debug)]
 pub(super) struct Sequence {
+    pub(super) group: GroupId,
+    pub(super) choice: u32,
+    /// Choices it stands for: all of a fresh request until their first tokens, then one.
+    pub(super) n_choices: u32,
     pub(super) kind: SequenceKind,
     pub(super) tokens: Vec<TokenId>,
     pub(super) n_prompt: usize,
     /// Leading tokens whose KV is in the table's blocks.
     pub(super) n_computed: usize,
     pub(super) table: BlockTable,
+    /// Reserved for the choices that fork from it.
+    pub(super) spare: BlockTable,
     /// Keys of the full blocks of `tokens`, as far as they were needed.
     pub(super) keys: Vec<PrefixKey>,
     /// Leading blocks that came from the prefix cache.
@@ -56,11 +69,22 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(state: &PortableState, kind: SequenceKind, config: &BatchConfig) -> Sequence {
+    /// Of `choice` alone, or of `n_choices` from the first on.
+    pub(super) fn new(
+        state: &PortableState,
+        group: GroupId,
+        choice: u32,
+        n_choices: u32,
+        kind: SequenceKind,
+        config: &BatchConfig,
+    ) -> Sequence {
         let sampling = &state.request.sampling;
         let n_prompt = state.request.prompt_ids.len();
-        let output = &state.choices[0].output;
+        let output = &state.choices[choice as usize].output;
         Sequence {
+            group,
+            choice,
+            n_choices,
             kind,
             tokens: state
                 .request
@@ -72,6 +96,7 @@ impl Sequence {
             n_prompt,
             n_computed: 0,
             table: BlockTable::default(),
+            spare: BlockTable::default(),
             keys: Vec::new(),
             n_hit_blocks: 0,
             n_registered: 0,
@@ -80,12 +105,50 @@ impl Sequence {
             salt: state.request.cache_salt,
             deferred_since: None,
             // They were reported before the first token.
-            has_prompt_logprobs: sampling.prompt_logprobs.is_some() && output.is_empty(),
+            has_prompt_logprobs: sampling.prompt_logprobs.is_some() && state.is_fresh(),
             stop_token_ids: sampling.stop_token_ids.clone(),
             max_len: n_prompt
                 .saturating_add(sampling.max_tokens as usize)
                 .min(config.max_model_len),
         }
+    }
+
+    /// Another choice, which begins with the same tokens. It has no blocks yet.
+    pub(super) fn fork(&self, choice: u32) -> Sequence {
+        Sequence {
+            group: self.group,
+            choice,
+            n_choices: 1,
+            kind: self.kind,
+            tokens: self.tokens.clone(),
+            n_prompt: self.n_prompt,
+            n_computed: self.n_computed,
+            table: BlockTable::default(),
+            spare: BlockTable::default(),
+            keys: self.keys.clone(),
+            n_hit_blocks: 0,
+            n_registered: self.n_registered,
+            claims: Vec::new(),
+            numerics: self.numerics,
+            salt: self.salt,
+            deferred_since: None,
+            has_prompt_logprobs: false,
+            stop_token_ids: self.stop_token_ids.clone(),
+            max_len: self.max_len,
+        }
+    }
+
+    /// What a step that computes all that is left ends with.
+    pub(super) fn samples(&self) -> Samples {
+        match self.n_choices {
+            1 => Samples::Token,
+            n_choices => Samples::FirstTokens(n_choices),
+        }
+    }
+
+    /// Whether it has a token of its own, and only that one's row is left to compute.
+    pub(super) fn is_decoding(&self) -> bool {
+        self.tokens.len() > self.n_prompt && self.n_left() == 1
     }
 
     /// Tokens not computed yet.
@@ -108,13 +171,18 @@ impl Sequence {
         self.max_len - 1
     }
 
-    /// Whether the token appended last ends the sequence.
-    pub(super) fn finish(&self) -> Option<Finish> {
-        let last = *self.tokens.last().expect("a prompt has at least one token");
-        if self.stop_token_ids.contains(&last) {
-            return Some(Finish::Stop(last));
+    /// Whether `token`, appended to the tokens, ends the sequence.
+    pub(super) fn finish_with(&self, token: TokenId) -> Option<Finish> {
+        if self.stop_token_ids.contains(&token) {
+            return Some(Finish::Stop(token));
         }
-        (self.tokens.len() >= self.max_len).then_some(Finish::Length)
+        (self.tokens.len() + 1 >= self.max_len).then_some(Finish::Length)
+    }
+
+    /// Gives all blocks back.
+    pub(super) fn release_blocks(&mut self, pool: &mut BlockPool, is_pinned: IsPinned<'_>) {
+        self.spare.release(pool, is_pinned);
+        self.table.release(pool, is_pinned);
     }
 
     /// Back to the state before any of it was computed; the tokens stay.

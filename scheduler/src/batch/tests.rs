@@ -1,5 +1,6 @@
 //! The batch scheduler against a world whose KV memory holds plain token ids: a wrong block gives a wrong token.
 
+mod groups;
 mod property;
 mod world;
 
@@ -7,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::ids::BlockId;
-use crate::request::ChoiceState;
-use world::{World, alone, config, lively, next_token, prompt, replay, state};
+use crate::request::{ChoiceState, Finish};
+use world::{World, alone, choice_state, config, lively, next_token, prompt, replay, state, state_of};
 
 #[test]
 fn decodes_come_first_and_prefills_in_chunks() {
@@ -263,7 +264,7 @@ fn a_reservation_takes_its_context_and_one_block() {
     let mut world = World::new(config(6));
     let tokens = lively(0, 8, 6);
     let id = world.reserved(&tokens, 6);
-    let grant = world.scheduler.grant(id);
+    let grant = world.scheduler.grant(world.group(id));
     assert_eq!(
         (grant.n_blocks_total, grant.n_blocks_held, grant.blocks.len()),
         (2, 0, 2)
@@ -276,7 +277,7 @@ fn a_reservation_takes_its_context_and_one_block() {
     world.assert_as_alone(id, &tokens, 6);
     // What was received is a hit now, whole blocks and all of them: the last token is computed elsewhere.
     let again = world.reserved(&tokens, 6);
-    let grant = world.scheduler.grant(again);
+    let grant = world.scheduler.grant(world.group(again));
     assert_eq!((grant.n_blocks_total, grant.n_blocks_held), (2, 2));
     world.join(again, Numerics::Same);
     world.run();
@@ -298,14 +299,15 @@ fn a_prefix_is_received_once() {
     let mut world = World::new(config(64));
     let tokens = prompt(1, 14);
     let first = world.reserved(&tokens, 4);
-    let Ok(ReserveOutcome::Deferred(second)) = world.reserve(&state(&tokens, 4)) else {
+    let Ok(ReserveOutcome::Deferred(group)) = world.reserve(&state(&tokens, 4)) else {
         panic!("not deferred")
     };
+    let second = group.sequence(0);
     let local = world.local(&tokens, 4);
     assert_eq!(world.step(), Batch::default(), "both wait for the first");
     world.join(first, Numerics::Same);
     let batch = world.step();
-    assert_eq!(batch.granted, [second]);
+    assert_eq!(batch.granted, [group]);
     assert_eq!(
         batch.started,
         [Started {
@@ -313,7 +315,7 @@ fn a_prefix_is_received_once() {
             n_hit_tokens: 12
         }]
     );
-    assert_eq!(world.scheduler.grant(second).n_blocks_held, 3);
+    assert_eq!(world.scheduler.grant(group).n_blocks_held, 3);
     world.join(second, Numerics::Same);
     world.run();
     [first, second, local]
@@ -368,7 +370,7 @@ fn waiting_for_a_prefix_has_a_bound() {
         }]
     );
     world.remove(never_joined);
-    world.remove(reservation);
+    world.remove_group(reservation);
     world.run();
     world.assert_as_alone(local, &tokens, 4);
 }
@@ -404,7 +406,7 @@ fn a_stalled_line_gives_up() {
         "it would overtake"
     );
     world.step();
-    assert_eq!(world.refused, BTreeSet::from([waiting]));
+    assert_eq!(world.refused, BTreeSet::from([GroupId(waiting.0)]));
     world.remove(reserved);
     world.run();
 }
@@ -412,7 +414,7 @@ fn a_stalled_line_gives_up() {
 #[test]
 fn what_can_never_run_is_refused() {
     let mut world = World::new(config(4));
-    let mut refuse = |state: &PortableState| match world.scheduler.submit(state, SequenceKind::Local) {
+    let mut refuse = |state: &PortableState| match world.scheduler.submit(state, SequenceKind::PrefillForHandoff) {
         Err(Failure::Invalid(message)) => message,
         other => panic!("not refused: {other:?}"),
     };
@@ -431,6 +433,17 @@ fn what_can_never_run_is_refused() {
         ..state(&[1], 1)
     };
     assert_eq!(refuse(&two), "2 choices, expected 1");
+    assert_eq!(refuse(&state_of(&[1], 1, 5)), "n is 5, expected 1 to 4 (max_num_seqs)");
+    assert_eq!(refuse(&state_of(&[1], 1, 0)), "n is 0, expected 1 to 4 (max_num_seqs)");
+    assert_eq!(
+        refuse(&replay(&[1], 2, &[3, 4, 5])),
+        "a choice has 3 tokens, expected at most 2"
+    );
+    let begun = PortableState {
+        choices: vec![choice_state(&[3], 9), ChoiceState::default()],
+        ..state_of(&[1], 9, 2)
+    };
+    assert_eq!(refuse(&begun), "2 choices have begun, expected none for a handoff");
 }
 
 #[test]

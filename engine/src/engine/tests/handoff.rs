@@ -42,7 +42,10 @@ pub(super) async fn pull(
                 }
             }
             PrefillEvent::PromptLogprobs(logprobs) => prompt_logprobs = Some(logprobs),
-            PrefillEvent::FirstToken(token, finish) => return Ok((token, finish, prompt_logprobs)),
+            PrefillEvent::FirstTokens(first) => {
+                let (token, finish) = first.into_iter().next().unwrap();
+                return Ok((token, finish, prompt_logprobs));
+            }
             PrefillEvent::Failed(failure) => return Err(failure),
         }
     }
@@ -55,9 +58,12 @@ pub(super) async fn hand_over(
     state: &PortableState,
 ) -> Result<Handed, Failure> {
     let mut reservation = decode.reserve(state.clone()).await?;
-    let (n_blocks_held, n_blocks_total) = (reservation.n_blocks_held, reservation.n_blocks_total);
-    let writers = std::mem::take(&mut reservation.writers);
-    assert_eq!(writers.len(), reservation.grant.len());
+    let [context] = reservation.choices.as_mut_slice() else {
+        panic!("a handoff has one context")
+    };
+    let (n_blocks_held, n_blocks_total) = (context.n_blocks_held, context.n_blocks_total);
+    let writers = std::mem::take(&mut context.writers);
+    assert_eq!(writers.len(), context.grant.len());
     let mut writers: BTreeMap<usize, KvWrite> = (n_blocks_held..n_blocks_total).zip(writers).collect();
     let mut job = prefill.prefill(state.clone(), n_blocks_held)?;
     assert_eq!(job.n_blocks(), n_blocks_total);
@@ -65,7 +71,7 @@ pub(super) async fn hand_over(
     let (first, finish, prompt_logprobs) = pull(&mut job, &mut writers, &mut moved).await?;
     assert!(job.next().await.is_none());
     drop((job, writers));
-    let mut said = listen(reservation.join(first.clone(), Numerics::Same)?).await;
+    let mut said = listen(reservation.join(vec![first.clone()], Numerics::Same)?).await;
     if let Some(finish) = finish {
         assert_eq!((said.end.as_ref(), said.tokens.len()), (Some(&Ok(finish)), 0));
     }
@@ -169,8 +175,8 @@ async fn the_last_token_may_be_the_first() {
 async fn a_dropped_reservation_waits_for_its_writers() {
     let decode = engine(16);
     let mut reservation = decode.reserve(greedy(&prompt(1, 14), 9)).await.unwrap();
-    let mut writers = std::mem::take(&mut reservation.writers);
-    assert_eq!((writers.len(), reservation.n_blocks_total), (4, 4));
+    let mut writers = std::mem::take(&mut reservation.choices[0].writers);
+    assert_eq!((writers.len(), reservation.choices[0].n_blocks_total), (4, 4));
     drop(reservation);
     let mut late = writers.pop().unwrap();
     drop(writers);
@@ -191,13 +197,13 @@ async fn a_dropped_reservation_waits_for_its_writers() {
 async fn a_join_under_a_live_writer_is_refused() {
     let decode = engine(16);
     let mut reservation = decode.reserve(greedy(&prompt(1, 14), 9)).await.unwrap();
-    let late = reservation.writers.pop().unwrap();
+    let late = reservation.choices[0].writers.pop().unwrap();
     let first = Token {
         index: 0,
         id: 1,
         logprobs: None,
     };
-    let said = listen(reservation.join(first, Numerics::Same).unwrap()).await;
+    let said = listen(reservation.join(vec![first], Numerics::Same).unwrap()).await;
     assert!(matches!(said.end, Some(Err(Failure::Internal(message))) if message.contains("still being written")));
     drop(late);
     settle(&decode).await;
@@ -219,7 +225,7 @@ async fn a_wrong_first_token_is_refused() {
         },
     ] {
         let reservation = decode.reserve(greedy(&prompt(1, 14), 9)).await.unwrap();
-        let said = listen(reservation.join(first, Numerics::Same).unwrap()).await;
+        let said = listen(reservation.join(vec![first], Numerics::Same).unwrap()).await;
         assert!(matches!(said.end, Some(Err(Failure::Internal(_)))));
     }
     settle(&decode).await;

@@ -107,9 +107,10 @@ async fn serve(prefill: &EngineHandle, decode: &EngineHandle, arrival: &Arrival)
 
 async fn cancel_handoff(prefill: &EngineHandle, decode: &EngineHandle, state: &PortableState, n_events: usize) {
     let mut reservation = until_not_busy!(decode, decode.reserve(state.clone()).await).unwrap();
-    let places = reservation.n_blocks_held..reservation.n_blocks_total;
-    let mut writers: BTreeMap<usize, KvWrite> = places.zip(std::mem::take(&mut reservation.writers)).collect();
-    let first_block = reservation.n_blocks_held;
+    let context = &mut reservation.choices[0];
+    let first_block = context.n_blocks_held;
+    let places = first_block..context.n_blocks_total;
+    let mut writers: BTreeMap<usize, KvWrite> = places.zip(std::mem::take(&mut context.writers)).collect();
     let mut job = until_not_busy!(prefill, prefill.prefill(state.clone(), first_block)).unwrap();
     if n_events < 6 {
         for _ in 0..n_events {
@@ -121,7 +122,7 @@ async fn cancel_handoff(prefill: &EngineHandle, decode: &EngineHandle, state: &P
     }
     let (first, _, _) = pull(&mut job, &mut writers, &mut Vec::new()).await.unwrap();
     drop((job, writers));
-    let mut generation = reservation.join(first, Numerics::Same).unwrap();
+    let mut generation = reservation.join(vec![first], Numerics::Same).unwrap();
     for _ in 6..n_events {
         generation.next().await;
     }

@@ -129,6 +129,7 @@ impl Instance {
             instance_id: self.service.identity().instance.to_string(),
             incarnation: self.service.identity().incarnation.0,
             address: self.address.clone(),
+            ..Default::default()
         }
     }
 
@@ -477,6 +478,7 @@ impl FakeSource {
             instance_id: "fake-0".to_owned(),
             incarnation: self.incarnation,
             address: self.address.clone(),
+            ..Default::default()
         }
     }
 }

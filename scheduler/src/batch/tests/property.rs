@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::world::{alone_choice, next_token_of};
 use super::*;
 
 #[derive(Clone, Debug)]
@@ -10,13 +11,36 @@ enum Fact {
         family: u32,
         n_prompt: usize,
         max_tokens: u32,
+        n: u32,
         kind: u8,
+    },
+    /// A request that has run elsewhere for so many tokens; more choices than one have run unevenly far.
+    Replay {
+        family: u32,
+        n_prompt: usize,
+        max_tokens: u32,
+        n: u32,
+        n_known: usize,
     },
     Reserve {
         family: u32,
         n_prompt: usize,
         max_tokens: u32,
+        n: u32,
     },
+    /// As `Replay`, and comes with its KV, having generated so many more tokens in the meantime.
+    Arrive {
+        family: u32,
+        n_prompt: usize,
+        max_tokens: u32,
+        n: u32,
+        n_known: usize,
+        n_meanwhile: usize,
+        n_slack: usize,
+    },
+    Pause(usize),
+    /// Perhaps while a transfer reads its blocks.
+    Resume(usize, bool),
     Join(usize, bool),
     Cancel(usize),
     Release(usize, bool),
@@ -25,18 +49,54 @@ enum Fact {
 }
 
 fn fact() -> impl Strategy<Value = Fact> {
-    let shape = || (0..3u32, 1..24usize, 1..20u32);
+    let shape = || {
+        (
+            0..3u32,
+            1..24usize,
+            1..20u32,
+            prop_oneof![2 => Just(1u32), 1 => 2..5u32],
+        )
+    };
     prop_oneof![
-        4 => (shape(), 0..4u8).prop_map(|((family, n_prompt, max_tokens), kind)| {
-            Fact::Submit { family, n_prompt, max_tokens, kind }
+        4 => (shape(), 0..4u8).prop_map(|((family, n_prompt, max_tokens, n), kind)| {
+            Fact::Submit { family, n_prompt, max_tokens, n, kind }
         }),
-        2 => shape().prop_map(|(family, n_prompt, max_tokens)| Fact::Reserve { family, n_prompt, max_tokens }),
+        1 => (shape(), 0..8usize).prop_map(|((family, n_prompt, max_tokens, n), n_known)| {
+            Fact::Replay { family, n_prompt, max_tokens, n, n_known }
+        }),
+        2 => shape().prop_map(|(family, n_prompt, max_tokens, n)| Fact::Reserve { family, n_prompt, max_tokens, n }),
+        2 => (shape(), 1..8usize, 0..6usize, 0..3usize).prop_map(
+            |((family, n_prompt, max_tokens, n), n_known, n_meanwhile, n_slack)| {
+                Fact::Arrive { family, n_prompt, max_tokens, n, n_known, n_meanwhile, n_slack }
+            },
+        ),
+        2 => (0..8usize).prop_map(Fact::Pause),
+        2 => (0..8usize, any::<bool>()).prop_map(|(i, pinned)| Fact::Resume(i, pinned)),
         2 => (0..8usize, any::<bool>()).prop_map(|(i, same)| Fact::Join(i, same)),
         1 => (0..16usize).prop_map(Fact::Cancel),
         2 => (0..8usize, any::<bool>()).prop_map(|(i, pinned)| Fact::Release(i, pinned)),
         1 => Just(Fact::Unpin),
         6 => (1..12usize).prop_map(Fact::Steps),
     ]
+}
+
+/// What each choice has come to after `n_known` tokens of the first, one less of the second, and so on; at least one.
+fn part_way(prompt: &[TokenId], max_tokens: u32, n: u32, n_known: usize, max_model_len: usize) -> Vec<ChoiceState> {
+    let after = |choice: u32| {
+        let mut output = alone_choice(prompt, choice, max_tokens, max_model_len);
+        output.truncate(n_known.saturating_sub(choice as usize).max(1));
+        let mut state = choice_state(&output, max_tokens);
+        if prompt.len() + output.len() == max_model_len {
+            state.finish.get_or_insert(Finish::Length);
+        }
+        state
+    };
+    (0..n).map(after).collect()
+}
+
+struct Moved {
+    tokens: Vec<TokenId>,
+    outputs: Vec<ChoiceState>,
 }
 
 proptest! {
@@ -53,18 +113,16 @@ proptest! {
     ) {
         let prefix_caching = if is_cached { PrefixCaching::On } else { PrefixCaching::Off };
         let mut world = World::new(BatchConfig { max_batch_tokens: budget, prefix_caching, ..config(n_blocks) });
-        let mut asked: BTreeMap<SequenceId, (Vec<TokenId>, u32)> = BTreeMap::new();
-        let mut prefills: BTreeSet<SequenceId> = BTreeSet::new();
-        let mut cancelled: BTreeSet<SequenceId> = BTreeSet::new();
-        let in_phase = |world: &World, phase| {
-            let ids = world.scheduler.sequences.keys().copied();
-            ids.filter(|&id| world.scheduler.phase(id) == Some(phase)).collect::<Vec<_>>()
-        };
+        let max_model_len = world.scheduler.config().max_model_len;
+        let mut asked: BTreeMap<GroupId, (Vec<TokenId>, u32, u32)> = BTreeMap::new();
+        let mut prefills: BTreeSet<GroupId> = BTreeSet::new();
+        let mut arriving: BTreeMap<GroupId, Moved> = BTreeMap::new();
+        let mut cancelled: BTreeSet<GroupId> = BTreeSet::new();
         for fact in facts {
             match fact {
-                Fact::Submit { family, n_prompt, max_tokens, kind } => {
+                Fact::Submit { family, n_prompt, max_tokens, n, kind } => {
                     let tokens = prompt(family, n_prompt);
-                    let mut state = state(&tokens, max_tokens);
+                    let mut state = state_of(&tokens, max_tokens, n);
                     if kind == 3 {
                         state.request.sampling.prompt_logprobs = Some(1);
                     }
@@ -72,40 +130,91 @@ proptest! {
                         continue;
                     }
                     let kind = if kind == 0 { SequenceKind::PrefillForHandoff } else { SequenceKind::Local };
-                    let id = world.submit(&state, kind);
+                    let group = world.submit_group(&state, kind);
                     if kind == SequenceKind::PrefillForHandoff {
-                        prefills.insert(id);
+                        prefills.insert(group);
                     }
-                    asked.insert(id, (tokens, max_tokens));
+                    asked.insert(group, (tokens, max_tokens, n));
                 }
-                Fact::Reserve { family, n_prompt, max_tokens } => {
+                Fact::Replay { family, n_prompt, max_tokens, n, n_known } => {
                     let tokens = prompt(family, n_prompt);
-                    match world.reserve(&state(&tokens, max_tokens)) {
-                        Ok(ReserveOutcome::Granted(id) | ReserveOutcome::Deferred(id)) => {
-                            asked.insert(id, (tokens, max_tokens));
+                    let mut state = state_of(&tokens, max_tokens, n);
+                    if world.scheduler.config().check(&state).is_err() {
+                        continue;
+                    }
+                    state.choices = part_way(&tokens, max_tokens, n, n_known, max_model_len);
+                    // The last choice's first token was not heard.
+                    if n > 1 {
+                        state.choices[n as usize - 1] = ChoiceState::default();
+                    }
+                    let group = world.submit_group(&state, SequenceKind::Local);
+                    asked.insert(group, (tokens, max_tokens, n));
+                }
+                Fact::Reserve { family, n_prompt, max_tokens, n } => {
+                    let tokens = prompt(family, n_prompt);
+                    match world.reserve(&state_of(&tokens, max_tokens, n)) {
+                        Ok(ReserveOutcome::Granted(group) | ReserveOutcome::Deferred(group)) => {
+                            asked.insert(group, (tokens, max_tokens, n));
                         }
                         Err(Failure::Busy(_) | Failure::Invalid(_)) => {}
                         Err(other) => prop_assert!(false, "{}", other),
                     }
                 }
+                Fact::Arrive { family, n_prompt, max_tokens, n, n_known, n_meanwhile, n_slack } => {
+                    let tokens = prompt(family, n_prompt);
+                    let mut state = state_of(&tokens, max_tokens, n);
+                    if world.scheduler.config().check(&state).is_err() {
+                        continue;
+                    }
+                    state.choices = part_way(&tokens, max_tokens, n, n_known, max_model_len);
+                    match world.reserve_moved(&state, n_slack) {
+                        Ok(group) => {
+                            asked.insert(group, (tokens.clone(), max_tokens, n));
+                            let n_at_pause = n_known + n_meanwhile;
+                            let outputs = part_way(&tokens, max_tokens, n, n_at_pause, max_model_len);
+                            arriving.insert(group, Moved { tokens, outputs });
+                        }
+                        Err(Failure::Busy(_) | Failure::Invalid(_)) => {}
+                        Err(other) => prop_assert!(false, "{}", other),
+                    }
+                }
+                Fact::Pause(i) => {
+                    if let Some(&group) = groups_in(&world, Phase::Running).get(i) {
+                        let can = world.scheduler.check_movable(group).is_ok();
+                        prop_assert_eq!(world.scheduler.pause(group).is_ok(), can);
+                    }
+                }
+                Fact::Resume(i, pinned) => {
+                    if let Some(&group) = groups_in(&world, Phase::Paused).get(i) {
+                        if pinned {
+                            for id in world.scheduler.members(group) {
+                                let blocks = world.scheduler.computed_blocks(id);
+                                world.pins.extend(blocks.iter().map(|(block, _)| *block));
+                            }
+                        }
+                        world.resume(group);
+                    }
+                }
                 Fact::Join(i, same) => {
                     let numerics = if same { Numerics::Same } else { Numerics::Other };
-                    if let Some(&id) = in_phase(&world, Phase::Reserved).get(i) {
-                        world.join(id, numerics);
+                    if let Some(&group) = groups_in(&world, Phase::Reserved).get(i) {
+                        join(&mut world, &mut arriving, &mut cancelled, group, numerics);
                     }
                 }
                 Fact::Cancel(i) => {
                     if let Some(&id) = world.scheduler.sequences.keys().nth(i) {
-                        world.remove(id);
-                        cancelled.insert(id);
+                        let group = world.group(id);
+                        world.remove_group(group);
+                        cancelled.insert(group);
                     }
                 }
                 Fact::Release(i, pinned) => {
-                    if let Some(&id) = in_phase(&world, Phase::HandingOver).get(i) {
+                    if let Some(&group) = groups_in(&world, Phase::HandingOver).get(i) {
                         if pinned {
-                            world.pins.extend(world.scheduler.block_table(id).iter().map(|&block| BlockId(block)));
+                            let table = world.scheduler.block_table(group.sequence(0));
+                            world.pins.extend(table.iter().map(|&block| BlockId(block)));
                         }
-                        world.remove(id);
+                        world.remove_group(group);
                     }
                 }
                 Fact::Unpin => world.pins.clear(),
@@ -121,27 +230,67 @@ proptest! {
             if world.scheduler.is_empty() {
                 break;
             }
-            for id in in_phase(&world, Phase::Reserved) {
-                world.join(id, Numerics::Same);
+            for group in groups_in(&world, Phase::Reserved) {
+                join(&mut world, &mut arriving, &mut cancelled, group, Numerics::Same);
             }
-            for id in in_phase(&world, Phase::HandingOver) {
-                world.remove(id);
+            for group in groups_in(&world, Phase::HandingOver) {
+                world.remove_group(group);
+            }
+            for group in groups_in(&world, Phase::Paused) {
+                world.resume(group);
             }
             world.step();
         }
         prop_assert!(world.scheduler.is_empty(), "it does not come to an end: {:?}", world.scheduler.load());
         world.step();
         prop_assert!(world.scheduler.load().ledger.is_whole());
-        for (id, (tokens, max_tokens)) in asked {
-            if cancelled.contains(&id) || world.refused.contains(&id) {
+        for (group, (tokens, max_tokens, n)) in asked {
+            if cancelled.contains(&group) || world.refused.contains(&group) {
                 continue;
             }
-            if prefills.contains(&id) {
-                prop_assert_eq!(&world.outputs[&id], &[next_token(&tokens)]);
+            if prefills.contains(&group) {
+                for choice in 0..n {
+                    prop_assert_eq!(&world.outputs[&group.sequence(choice)], &[next_token_of(&tokens, choice)]);
+                }
             } else {
-                prop_assert!(world.finished.contains_key(&id));
-                world.assert_as_alone(id, &tokens, max_tokens);
+                for choice in 0..n {
+                    prop_assert!(world.finished.contains_key(&group.sequence(choice)));
+                }
+                world.assert_choices_as_alone(group, &tokens, max_tokens, n);
             }
         }
+    }
+}
+
+fn groups_in(world: &World, phase: Phase) -> Vec<GroupId> {
+    let ids = world.scheduler.sequences.keys().copied();
+    let groups = ids.filter(|&id| world.scheduler.phase(id) == Some(phase));
+    let groups: BTreeSet<GroupId> = groups.map(|id| world.group(id)).collect();
+    groups.into_iter().collect()
+}
+
+/// Joins a reservation; a request that has outgrown its room while it was on its way is given up.
+fn join(
+    world: &mut World,
+    arriving: &mut BTreeMap<GroupId, Moved>,
+    cancelled: &mut BTreeSet<GroupId>,
+    group: GroupId,
+    numerics: Numerics,
+) {
+    let Some(Moved { tokens, outputs }) = arriving.remove(&group) else {
+        return world.join(group.sequence(0), numerics);
+    };
+    let grants = world.scheduler.grants_moved(group, outputs.len() as u32);
+    let has_room = outputs.iter().zip(&grants).all(|(choice, grant)| {
+        let n_kv_tokens = tokens.len() + choice.output.len() - 1;
+        choice.finish.is_some() || n_kv_tokens.div_ceil(world::BLOCK_SIZE) <= grant.n_blocks_total
+    });
+    if has_room {
+        world.join_moved(group, &tokens, &outputs);
+    } else {
+        let refused = world.scheduler.join_moved(group, &outputs, numerics, &|_| false);
+        assert!(matches!(refused, Err(Failure::InstanceLost(_))), "{refused:?}");
+        world.remove_group(group);
+        cancelled.insert(group);
     }
 }

@@ -4,16 +4,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::super::*;
-use crate::ids::{BlockId, Epoch, Fingerprint, RequestId};
-use crate::request::{ChoiceState, Request, SamplingParams, Token};
+use crate::ids::{BlockId, Epoch, Fingerprint, Generation, RequestId};
+use crate::request::{ChoiceState, Finish, Request, SamplingParams, Token};
 
 pub(super) const BLOCK_SIZE: usize = 4;
 pub(super) const N_VOCAB: u32 = 50;
 pub(super) const STOP: TokenId = 7;
 
-/// The model: the next token is a hash of everything before it.
+/// The model of the first choice.
 pub(super) fn next_token(context: &[TokenId]) -> TokenId {
-    let hash = context.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &id| {
+    next_token_of(context, 0)
+}
+
+/// The model: the next token is a hash of everything before it and of the choice.
+pub(super) fn next_token_of(context: &[TokenId], choice: u32) -> TokenId {
+    let start = 0xcbf2_9ce4_8422_2325_u64 ^ u64::from(choice) << 32;
+    let hash = context.iter().fold(start, |hash, &id| {
         (hash ^ u64::from(id))
             .wrapping_mul(0x0000_0100_0000_01b3)
             .rotate_left(17)
@@ -23,9 +29,14 @@ pub(super) fn next_token(context: &[TokenId]) -> TokenId {
 
 /// What a request gives when nothing else is there.
 pub(super) fn alone(prompt: &[TokenId], max_tokens: u32, max_model_len: usize) -> Vec<TokenId> {
+    alone_choice(prompt, 0, max_tokens, max_model_len)
+}
+
+/// What one choice of it gives.
+pub(super) fn alone_choice(prompt: &[TokenId], choice: u32, max_tokens: u32, max_model_len: usize) -> Vec<TokenId> {
     let mut tokens = prompt.to_vec();
     loop {
-        tokens.push(next_token(&tokens));
+        tokens.push(next_token_of(&tokens, choice));
         let n_output = tokens.len() - prompt.len();
         if tokens.last() == Some(&STOP) || n_output == max_tokens as usize || tokens.len() == max_model_len {
             return tokens.split_off(prompt.len());
@@ -46,6 +57,29 @@ pub(super) fn state(prompt: &[TokenId], max_tokens: u32) -> PortableState {
         cache_salt: 0,
     };
     PortableState::fresh(request, Epoch(1))
+}
+
+pub(super) fn state_of(prompt: &[TokenId], max_tokens: u32, n: u32) -> PortableState {
+    let mut request = state(prompt, max_tokens).request;
+    request.sampling.n = n;
+    PortableState::fresh(request, Epoch(1))
+}
+
+/// What a choice has come to after `output`.
+pub(super) fn choice_state(output: &[TokenId], max_tokens: u32) -> ChoiceState {
+    let tokens = output.iter().enumerate().map(|(i, &id)| Token {
+        index: i as u32,
+        id,
+        logprobs: None,
+    });
+    let finish = match output.last() {
+        Some(&STOP) => Some(Finish::Stop(STOP)),
+        _ => (output.len() == max_tokens as usize).then_some(Finish::Length),
+    };
+    ChoiceState {
+        output: tokens.collect(),
+        finish,
+    }
 }
 
 pub(super) fn replay(prompt: &[TokenId], max_tokens: u32, output: &[TokenId]) -> PortableState {
@@ -81,10 +115,12 @@ pub(super) struct World {
     /// `[n_blocks][block_size]`: what the KV memory was computed from.
     memory: Vec<[Option<TokenId>; BLOCK_SIZE]>,
     pub(super) pins: BTreeSet<BlockId>,
+    /// As a reader of the memory knows them.
+    generations: BTreeMap<BlockId, Generation>,
     now: u64,
     pub(super) outputs: BTreeMap<SequenceId, Vec<TokenId>>,
     pub(super) finished: BTreeMap<SequenceId, Finish>,
-    pub(super) refused: BTreeSet<SequenceId>,
+    pub(super) refused: BTreeSet<GroupId>,
     pub(super) n_computed: usize,
 }
 
@@ -94,6 +130,7 @@ impl World {
             memory: vec![[None; BLOCK_SIZE]; config.n_blocks],
             scheduler: BatchScheduler::new(config).unwrap(),
             pins: BTreeSet::new(),
+            generations: BTreeMap::new(),
             now: 0,
             outputs: BTreeMap::new(),
             finished: BTreeMap::new(),
@@ -102,11 +139,22 @@ impl World {
         }
     }
 
+    pub(super) fn submit_group(&mut self, state: &PortableState, kind: SequenceKind) -> GroupId {
+        let group = self.scheduler.submit(state, kind).unwrap();
+        self.remember(group, &state.choices);
+        group
+    }
+
+    fn remember(&mut self, group: GroupId, choices: &[ChoiceState]) {
+        for (choice, ChoiceState { output, finish }) in (0..).zip(choices) {
+            let id = group.sequence(choice);
+            self.outputs.insert(id, output.iter().map(|token| token.id).collect());
+            self.finished.extend(finish.map(|finish| (id, finish)));
+        }
+    }
+
     pub(super) fn submit(&mut self, state: &PortableState, kind: SequenceKind) -> SequenceId {
-        let id = self.scheduler.submit(state, kind).unwrap();
-        self.outputs
-            .insert(id, state.choices[0].output.iter().map(|token| token.id).collect());
-        id
+        self.submit_group(state, kind).sequence(0)
     }
 
     pub(super) fn local(&mut self, prompt: &[TokenId], max_tokens: u32) -> SequenceId {
@@ -120,8 +168,78 @@ impl World {
 
     pub(super) fn reserved(&mut self, prompt: &[TokenId], max_tokens: u32) -> SequenceId {
         match self.reserve(&state(prompt, max_tokens)) {
-            Ok(ReserveOutcome::Granted(id)) => id,
+            Ok(ReserveOutcome::Granted(group)) => group.sequence(0),
             other => panic!("not granted: {other:?}"),
+        }
+    }
+
+    pub(super) fn reserve_moved(&mut self, state: &PortableState, n_slack: usize) -> Result<GroupId, Failure> {
+        let pins = self.pins.clone();
+        let group = self.scheduler.reserve_moved(state, n_slack, &|id| pins.contains(&id))?;
+        self.remember(group, &state.choices);
+        Ok(group)
+    }
+
+    pub(super) fn remove_group(&mut self, group: GroupId) {
+        let pins = self.pins.clone();
+        self.scheduler.remove_group(group, &|id| pins.contains(&id));
+    }
+
+    pub(super) fn group(&self, id: SequenceId) -> GroupId {
+        self.scheduler.member(id).group
+    }
+
+    pub(super) fn resume(&mut self, group: GroupId) -> Resumed {
+        let pins = self.pins.clone();
+        let resumed = self.scheduler.resume(group, &|id| pins.contains(&id));
+        self.copy(&resumed.copies);
+        self.scheduler.check();
+        resumed
+    }
+
+    /// The transfer of what a moved reservation lacks of `outputs`, and the join.
+    pub(super) fn join_moved(&mut self, group: GroupId, prompt: &[TokenId], outputs: &[ChoiceState]) {
+        let grants = self.scheduler.grants_moved(group, outputs.len() as u32);
+        let tokens = |choice: &ChoiceState| {
+            let output = choice.output.iter().map(|token| token.id);
+            prompt.iter().copied().chain(output).collect::<Vec<TokenId>>()
+        };
+        for (choice, grant) in outputs.iter().zip(&grants) {
+            let tokens = tokens(choice);
+            // Of a finished choice only the prompt travels, which others may share.
+            let n_kv = match choice.finish {
+                Some(_) => prompt.len() / BLOCK_SIZE * BLOCK_SIZE,
+                None => tokens.len() - 1,
+            };
+            self.land(grant, &tokens[..n_kv]);
+        }
+        let pins = self.pins.clone();
+        let is_pinned = |id: BlockId| pins.contains(&id);
+        self.scheduler
+            .join_moved(group, outputs, Numerics::Same, &is_pinned)
+            .unwrap();
+        self.remember(group, outputs);
+        for id in self.scheduler.members(group) {
+            let n_computed = self.scheduler.n_computed(id);
+            assert_eq!(self.read_back(id, n_computed), self.scheduler.tokens(id)[..n_computed]);
+        }
+        self.scheduler.check();
+    }
+
+    fn land(&mut self, grant: &Grant, tokens: &[TokenId]) {
+        for (i, (block, _)) in grant.blocks.iter().enumerate() {
+            let start = (grant.n_blocks_held + i) * BLOCK_SIZE;
+            for (slot, &token) in tokens.iter().skip(start).take(BLOCK_SIZE).enumerate() {
+                self.memory[block.0 as usize][slot] = Some(token);
+            }
+        }
+    }
+
+    fn copy(&mut self, copies: &[BlockCopy]) {
+        self.generations.extend(self.scheduler.take_allocated());
+        for copy in copies {
+            assert!(!self.pins.contains(&copy.to), "a block that is read is written");
+            self.memory[copy.to.0 as usize] = self.memory[copy.from.0 as usize];
         }
     }
 
@@ -143,24 +261,30 @@ impl World {
 
     /// The transfer of a reservation's KV, its first token, and the join.
     pub(super) fn join(&mut self, id: SequenceId, numerics: Numerics) {
+        let group = self.group(id);
         let tokens = self.scheduler.tokens(id).to_vec();
-        let grant = self.scheduler.grant(id);
-        for (i, (block, _)) in grant.blocks.iter().enumerate() {
-            let start = (grant.n_blocks_held + i) * BLOCK_SIZE;
-            for (slot, &token) in tokens.iter().skip(start).take(BLOCK_SIZE).enumerate() {
-                self.memory[block.0 as usize][slot] = Some(token);
-            }
-        }
+        let grant = self.scheduler.grant(group);
+        self.land(&grant, &tokens);
         assert_eq!(
             self.read_back(id, tokens.len()),
             tokens,
             "the blocks held and received give the context"
         );
-        let first = next_token(&tokens);
+        let n_choices = self.scheduler.sequences[&id].n_choices;
+        let first: Vec<TokenId> = (0..n_choices).map(|choice| next_token_of(&tokens, choice)).collect();
         let pins = self.pins.clone();
-        let finish = self.scheduler.join(id, first, numerics, &|id| pins.contains(&id));
-        self.outputs.entry(id).or_default().push(first);
-        self.finished.extend(finish.map(|finish| (id, finish)));
+        let committed = self.scheduler.join(group, &first, numerics, &|id| pins.contains(&id));
+        self.take(committed);
+    }
+
+    fn take(&mut self, committed: Committed) {
+        self.copy(&committed.copies);
+        for Continued { member, token, finish } in committed.continued {
+            let id = member.group.sequence(member.choice);
+            self.outputs.entry(id).or_default().push(token);
+            self.finished.extend(finish.map(|finish| (id, finish)));
+        }
+        self.scheduler.check();
     }
 
     pub(super) fn step(&mut self) -> Batch {
@@ -169,14 +293,16 @@ impl World {
         let is_pinned = move |id: BlockId| pins.contains(&id);
         let batch = self.scheduler.schedule(Nanos(self.now), &is_pinned);
         self.scheduler.check();
-        self.refused.extend(batch.refused.iter().map(|(id, _)| *id));
+        self.refused.extend(batch.refused.iter().map(|(group, _)| *group));
+        self.generations.extend(self.scheduler.take_allocated());
 
         let config = self.scheduler.config();
         let n_tokens: usize = batch.items.iter().map(|item| item.n_tokens).sum();
         assert!(n_tokens <= config.max_batch_tokens, "the step is over its budget");
         let in_batch: BTreeSet<SequenceId> = batch.items.iter().map(|item| item.sequence).collect();
         assert_eq!(in_batch.len(), batch.items.len(), "a sequence is in the batch once");
-        assert!(self.scheduler.load().n_running <= config.max_num_seqs);
+        let load = self.scheduler.load();
+        assert!(load.n_running + load.n_reserved <= config.max_num_seqs, "{load:?}");
         for (id, sequence) in &self.scheduler.sequences {
             if self.scheduler.phase(*id) == Some(Phase::Running) && sequence.n_left() == 1 && sequence.n_computed > 0 {
                 assert!(in_batch.contains(id), "a decode is in every step");
@@ -188,6 +314,9 @@ impl World {
             let tokens = self.scheduler.tokens(item.sequence).to_vec();
             let table = self.scheduler.block_table(item.sequence).to_vec();
             let end = item.start_pos + item.n_tokens;
+            for (block, generation) in self.scheduler.computed_blocks(item.sequence) {
+                assert_eq!(self.generations.get(&block), Some(&generation), "told of {block:?}");
+            }
             for pos in item.start_pos..end {
                 let block = table[pos / BLOCK_SIZE];
                 assert!(
@@ -206,18 +335,12 @@ impl World {
                 self.scheduler.tokens(item.sequence)[..end],
                 "the blocks give the context"
             );
-            sampled.push((item.samples == Samples::Token).then(|| next_token(&context)));
+            let first = self.scheduler.member(item.sequence).choice;
+            let choices = first..first + item.samples.n_tokens();
+            sampled.push(choices.map(|choice| next_token_of(&context, choice)).collect());
         }
-        for ((id, finish), token) in self
-            .scheduler
-            .commit(&batch, &sampled, &is_pinned)
-            .into_iter()
-            .zip(sampled.into_iter().flatten())
-        {
-            self.outputs.entry(id).or_default().push(token);
-            self.finished.extend(finish.map(|finish| (id, finish)));
-        }
-        self.scheduler.check();
+        let committed = self.scheduler.commit(&batch, &sampled, &is_pinned);
+        self.take(committed);
         batch
     }
 
@@ -239,6 +362,20 @@ impl World {
             alone(prompt, max_tokens, max_model_len),
             "tokens of {id:?}"
         );
+    }
+}
+
+impl World {
+    pub(super) fn assert_choices_as_alone(&self, group: GroupId, prompt: &[TokenId], max_tokens: u32, n: u32) {
+        let max_model_len = self.scheduler.config().max_model_len;
+        for choice in 0..n {
+            let expected = alone_choice(prompt, choice, max_tokens, max_model_len);
+            assert_eq!(
+                self.outputs[&group.sequence(choice)],
+                expected,
+                "choice {choice} of {group:?}"
+            );
+        }
     }
 }
 

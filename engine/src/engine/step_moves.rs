@@ -1,0 +1,151 @@
+//! What the step loop does for requests that move away, between two steps: pin, pause, resume.
+
+use std::sync::Weak;
+
+use baton_kernels::KvRead;
+use baton_scheduler::batch::{Committed, GroupId, Resumed};
+use baton_scheduler::ids::{BlockId, Generation, RequestId};
+use baton_scheduler::request::Failure;
+
+use super::command::StartedMove;
+use super::moving::{MoveStage, PausedMove, StageBlocks};
+use super::open_group::{OpenGroup, Outlet};
+use super::step_loop::{StepLoop, is_pinned};
+use crate::forward::ForwardPass;
+
+/// Which of a choice's blocks are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    Full,
+    Whole,
+}
+
+impl<F: ForwardPass> StepLoop<F> {
+    pub(super) fn start_move(&mut self, request: RequestId, mover: Weak<()>) -> Result<StartedMove, Failure> {
+        let busy = |message: String| Err(Failure::Busy(message));
+        // Of several attempts at one request the youngest is the one that is meant.
+        let is_meant = |open: &OpenGroup| open.request == request && matches!(open.outlet, Outlet::Generation(_));
+        let found = self.open.iter_mut().rev().find(|(_, open)| is_meant(open));
+        let Some((&group, open)) = found else {
+            return busy(format!("request {request} does not run here"));
+        };
+        if open.is_moving() {
+            return busy(format!("a move of request {request} is under way"));
+        }
+        self.scheduler.check_movable(group)?;
+        open.mover = Some(mover);
+        Ok(StartedMove {
+            group,
+            n_choices: open.choices.len(),
+        })
+    }
+
+    /// Whether this mover lives and is the one that moves the group.
+    pub(super) fn is_moved_by(&self, group: GroupId, mover: &Weak<()>) -> bool {
+        let open = self.open.get(&group);
+        open.is_some_and(|open| open.is_moving() && open.mover.as_ref().is_some_and(|own| own.ptr_eq(mover)))
+    }
+
+    pub(super) fn pin_full(&mut self, group: GroupId, mover: &Weak<()>, from: &[u32]) -> Result<MoveStage, Failure> {
+        self.check_move(group, mover, from)?;
+        self.pin(group, from, Extent::Full)
+    }
+
+    pub(super) fn pause(&mut self, group: GroupId, mover: &Weak<()>, from: &[u32]) -> Result<PausedMove, Failure> {
+        self.check_move(group, mover, from)?;
+        let stage = self.pin(group, from, Extent::Whole)?;
+        self.scheduler.pause(group)?;
+        self.counters.n_paused += 1;
+        Ok(PausedMove {
+            stage,
+            outputs: self.open[&group].choices.clone(),
+        })
+    }
+
+    pub(super) fn resume(&mut self, group: GroupId) {
+        let Resumed { copies, preempted } = self.scheduler.resume(group, &is_pinned(self.forward.kv_cache()));
+        self.make_forks(&Committed {
+            copies,
+            preempted,
+            ..Committed::default()
+        });
+    }
+
+    /// A paused group whose mover has gone goes on.
+    pub(super) fn resume_abandoned(&mut self) {
+        let has_gone = |group: &GroupId, open: &mut OpenGroup| {
+            let has_gone = open.mover.is_some() && !open.is_moving();
+            if has_gone {
+                open.mover = None;
+            }
+            has_gone.then_some(*group)
+        };
+        let gone: Vec<GroupId> = self
+            .open
+            .iter_mut()
+            .filter_map(|(group, open)| has_gone(group, open))
+            .collect();
+        for group in gone {
+            self.resume(group);
+        }
+    }
+
+    fn check_move(&self, group: GroupId, mover: &Weak<()>, from: &[u32]) -> Result<(), Failure> {
+        let Some(open) = self.open.get(&group) else {
+            return Err(Failure::Busy("the request has ended".to_owned()));
+        };
+        if !self.is_moved_by(group, mover) {
+            return Err(Failure::Busy("another move is under way".to_owned()));
+        }
+        if from.len() != open.choices.len() {
+            let n_choices = open.choices.len();
+            return Err(Failure::Invalid(format!(
+                "{} first blocks, expected {n_choices}",
+                from.len()
+            )));
+        }
+        self.scheduler.check_movable(group)
+    }
+
+    /// Pins of each choice its blocks from `from` on, in every layer.
+    fn pin(&mut self, group: GroupId, from: &[u32], extent: Extent) -> Result<MoveStage, Failure> {
+        let block_size = self.scheduler.config().block_size;
+        let members = self.scheduler.members(group);
+        let any = *members.first().expect("a movable group has a member");
+        let n_prompt_blocks = self.scheduler.n_prompt(any) / block_size;
+        let mut choices = Vec::with_capacity(from.len());
+        for (choice, &first) in (0..).zip(from) {
+            let first = first as usize;
+            let id = group.sequence(choice);
+            let is_here = self.scheduler.phase(id).is_some();
+            // Of a choice that has ended, another one's copy of the prompt: they are the same tokens.
+            let table = self.scheduler.computed_blocks(if is_here { id } else { any });
+            let end = match extent {
+                _ if !is_here => n_prompt_blocks.max(first),
+                Extent::Full => self.scheduler.n_computed(id) / block_size,
+                Extent::Whole => table.len(),
+            };
+            if first > table.len().max(end) {
+                return Err(Failure::Invalid(format!(
+                    "choice {choice} is asked for from block {first} on, expected at most {end}"
+                )));
+            }
+            let end = end.max(first);
+            let ids = table.get(first..end).unwrap_or_default().to_vec();
+            choices.push(StageBlocks {
+                reads: self.pin_blocks(&ids),
+                blocks: first..end,
+                ids,
+            });
+        }
+        Ok(MoveStage { choices })
+    }
+
+    fn pin_blocks(&mut self, ids: &[(BlockId, Generation)]) -> Vec<Vec<KvRead>> {
+        let n_layers = self.forward.layout().n_layers;
+        let kv = self.forward.kv_cache();
+        (0..n_layers)
+            .map(|layer| ids.iter().map(|(block, _)| kv.pin(layer, block.0)).collect())
+            .collect()
+    }
+}

@@ -1,0 +1,265 @@
+//! Running groups that go to another instance or come from one: pause and resume, and reservations that join with all
+//! their tokens. When to pause, and how the KV travels, is decided elsewhere.
+
+use super::reservation::Grant;
+use super::{BatchScheduler, BlockCopy, GroupId, Member, Numerics, PrefixCaching, SequenceKind};
+use crate::block_pool::{HeldBlock, IsPinned};
+use crate::ids::SequenceId;
+use crate::request::{ChoiceState, Failure, PortableState};
+
+/// What came of a resumption.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resumed {
+    /// To be done in order, at once.
+    pub copies: Vec<BlockCopy>,
+    /// Choices whose last block is still read, and for whose own copy there was no room: they will recompute.
+    pub preempted: Vec<Member>,
+}
+
+impl BatchScheduler {
+    /// Whether every choice that goes on has a token and is in each step.
+    ///
+    /// # Errors
+    /// `Busy`, saying what is in the way.
+    pub fn check_movable(&self, group: GroupId) -> Result<(), Failure> {
+        let busy = |message: &str| Err(Failure::Busy(message.to_owned()));
+        let members = self.members(group);
+        if members.is_empty() {
+            return busy("the request has ended");
+        }
+        for id in members {
+            if self.preempted.contains(&id) {
+                return busy("preempted");
+            }
+            let is_running = self.running.contains(&id) || self.paused.contains(&id);
+            if !is_running || !self.sequences[&id].is_decoding() {
+                return busy("not every choice is decoding");
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a group out of the coming steps. It keeps blocks and places, and is no victim of a preemption: only running
+    /// sequences are, so that a pool held by paused ones stalls for [`super::BatchConfig::max_stall`] at most before
+    /// somebody in line is refused.
+    ///
+    /// # Errors
+    /// As [`BatchScheduler::check_movable`]; nothing is paused then.
+    pub fn pause(&mut self, group: GroupId) -> Result<(), Failure> {
+        self.check_movable(group)?;
+        for id in self.members(group) {
+            self.running.remove(&id);
+            self.paused.insert(id);
+        }
+        Ok(())
+    }
+
+    /// Puts a paused group into the coming steps again. A last block that a transfer still reads cannot be appended to, so
+    /// its choice gets a copy. Running groups stay as they are.
+    pub fn resume(&mut self, group: GroupId, is_pinned: IsPinned<'_>) -> Resumed {
+        let mut resumed = Resumed::default();
+        for id in self.members(group) {
+            if !self.paused.remove(&id) {
+                continue;
+            }
+            self.running.insert(id);
+            let member = self.member(id);
+            let sequence = self.sequences.get_mut(&id).expect("a paused sequence exists");
+            let block_idx = sequence.n_computed / self.config.block_size;
+            let is_read = |block: &&HeldBlock| is_pinned(block.id());
+            let Some(from) = sequence.table.blocks().get(block_idx).filter(is_read) else {
+                continue;
+            };
+            let from = from.id();
+            match self.cache.allocate(&mut self.pool, is_pinned) {
+                Some(block) => {
+                    let to = block.id();
+                    let read = sequence.table.replace(block_idx, block);
+                    self.pool.release(read, is_pinned);
+                    resumed.copies.push(BlockCopy { member, from, to });
+                }
+                None => {
+                    self.give_blocks_up(id, is_pinned);
+                    resumed.preempted.push(member);
+                }
+            }
+        }
+        resumed
+    }
+
+    /// Reserves blocks for a request that runs elsewhere and comes with its KV: of each choice that goes on those before
+    /// its last token, as far as the prefix cache lacks them, and up to `n_slack_blocks` for what it generates meanwhile.
+    /// The prompt's full blocks are shared: the first choice that goes on receives them for the others.
+    ///
+    /// # Errors
+    /// `Invalid` when it can never run or a choice has no token yet, `Busy` when there is no room now.
+    pub fn reserve_moved(
+        &mut self,
+        state: &PortableState,
+        n_slack_blocks: usize,
+        is_pinned: IsPinned<'_>,
+    ) -> Result<GroupId, Failure> {
+        self.config.check(state)?;
+        self.config.check_unfinished(state)?;
+        let unfinished = Vec::from_iter(self.config.unfinished(state));
+        let begins = |choice: &&u32| state.choices[**choice as usize].output.is_empty();
+        if let Some(choice) = unfinished.iter().find(begins) {
+            return Err(Failure::Invalid(format!(
+                "choice {choice} has no token yet, expected at least 1 for a move"
+            )));
+        }
+        self.check_places(unfinished.len())?;
+        self.pool.sweep(is_pinned);
+        let group = self.insert(state, SequenceKind::Moved);
+        let members = self.members(group);
+        for &id in &members {
+            if !self.allocate_moved(id, members[0], n_slack_blocks, is_pinned) {
+                return Err(self.refuse_reservation(group, is_pinned));
+            }
+        }
+        self.reserved.extend(members);
+        Ok(group)
+    }
+
+    /// Whether a group is a reservation for a move.
+    pub fn is_moved(&self, group: GroupId) -> bool {
+        let mut members = self.sequences.range(group.sequence(0)..);
+        members
+            .next()
+            .is_some_and(|(_, sequence)| sequence.group == group && sequence.kind == SequenceKind::Moved)
+    }
+
+    /// What each choice of a granted reservation for a move has, `[n]`. A choice that had ended counts as holding the
+    /// prompt, so that nothing is owed of it.
+    pub fn grants_moved(&self, group: GroupId, n: u32) -> Vec<Grant> {
+        let n_prompt_blocks = self
+            .members(group)
+            .first()
+            .map_or(0, |id| self.n_prompt(*id) / self.config.block_size);
+        let grant = |choice: u32| match self.sequences.get(&group.sequence(choice)) {
+            Some(sequence) => self.grant_of(sequence, sequence.table.len()),
+            None => Grant {
+                n_blocks_total: n_prompt_blocks,
+                n_blocks_held: n_prompt_blocks,
+                blocks: Vec::new(),
+            },
+        };
+        (0..n).map(grant).collect()
+    }
+
+    /// A moved request's KV and all that it has generated have come: its choices go on after their last tokens. Those that
+    /// have ended meanwhile are freed.
+    ///
+    /// # Errors
+    /// `InstanceLost` when the outputs cannot be what the KV was computed from. The reservation stays.
+    ///
+    /// # Panics
+    /// If it is not a granted reservation for a move.
+    pub fn join_moved(
+        &mut self,
+        group: GroupId,
+        outputs: &[ChoiceState],
+        numerics: Numerics,
+        is_pinned: IsPinned<'_>,
+    ) -> Result<(), Failure> {
+        let members = self.members(group);
+        for &id in &members {
+            self.check_outputs(id, outputs).map_err(Failure::InstanceLost)?;
+        }
+        members.iter().for_each(|&id| self.receive(id));
+        for &id in &members {
+            let sequence = self.sequences.get_mut(&id).expect("a member exists");
+            let choice = &outputs[sequence.choice as usize];
+            if choice.finish.is_some() {
+                self.remove(id, is_pinned);
+                continue;
+            }
+            sequence.tokens.truncate(sequence.n_prompt);
+            sequence.tokens.extend(choice.output.iter().map(|token| token.id));
+            sequence.n_computed = sequence.tokens.len() - 1;
+            sequence.numerics = numerics;
+            self.register_full_blocks(id, is_pinned);
+        }
+        Ok(())
+    }
+
+    fn check_outputs(&self, id: SequenceId, outputs: &[ChoiceState]) -> Result<(), String> {
+        let sequence = &self.sequences[&id];
+        let choice = sequence.choice;
+        let Some(ChoiceState { output, finish }) = outputs.get(choice as usize) else {
+            return Err(format!(
+                "{} choices have come, expected more than {choice}",
+                outputs.len()
+            ));
+        };
+        let known = &sequence.tokens[sequence.n_prompt..];
+        let is_continued = output.len() >= known.len() && output.iter().zip(known).all(|(token, &id)| token.id == id);
+        if !is_continued {
+            let n_known = known.len();
+            return Err(format!("choice {choice} does not continue the {n_known} tokens known"));
+        }
+        if finish.is_some() {
+            return Ok(());
+        }
+        let n_tokens = sequence.n_prompt + output.len();
+        let n_room = sequence.table.len();
+        if self.config.blocks_for(n_tokens - 1) > n_room {
+            return Err(format!("choice {choice} has outgrown its {n_room} blocks"));
+        }
+        if n_tokens > sequence.max_kv_tokens() {
+            return Err(format!("choice {choice} goes on after {} tokens", output.len()));
+        }
+        Ok(())
+    }
+
+    /// Gives a choice its blocks, from the prefix cache and from the first choice as far as they go. False when there is
+    /// no room.
+    fn allocate_moved(&mut self, id: SequenceId, first: SequenceId, n_slack: usize, is_pinned: IsPinned<'_>) -> bool {
+        let n_headroom = self.n_headroom();
+        let block_size = self.config.block_size;
+        let n_prompt_blocks = self.sequences[&id].n_prompt / block_size;
+        let shared: Vec<_> = match id == first {
+            true => Vec::new(),
+            false => {
+                let table = &self.sequences[&first].table;
+                table.blocks()[..n_prompt_blocks]
+                    .iter()
+                    .map(|block| block.id())
+                    .collect()
+            }
+        };
+        let sequence = self.sequences.get_mut(&id).expect("a member exists");
+        let n_kv_tokens = sequence.tokens.len() - 1;
+        let mut held = shared;
+        if self.config.prefix_caching == PrefixCaching::On {
+            self.hasher.extend(sequence.salt, &sequence.tokens, &mut sequence.keys);
+            let keys = &sequence.keys[..n_kv_tokens / block_size];
+            let hits = self.cache.lookup(keys, &sequence.tokens, block_size);
+            self.counters.n_prefix_query_tokens += n_kv_tokens as u64;
+            self.counters.n_prefix_hit_tokens += (hits.len() * block_size) as u64;
+            // The shared ones are hits too as far as there are any, so the longer list contains the other.
+            if hits.len() >= held.len() {
+                sequence.n_registered = hits.len();
+                held = hits;
+            }
+        }
+        for &block in &held {
+            sequence.table.push(self.pool.hold(block));
+        }
+        sequence.n_hit_blocks = held.len();
+        let n_context = self.config.blocks_for(n_kv_tokens);
+        let n_most = self.config.blocks_for(sequence.max_kv_tokens());
+        let n_total = (n_context + n_slack).min(n_most).max(n_context);
+        if self.pool.n_available() < n_total - held.len() + n_headroom {
+            return false;
+        }
+        while sequence.table.len() < n_total {
+            let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) else {
+                return false;
+            };
+            self.pool.reserve(&block);
+            sequence.table.push(block);
+        }
+        true
+    }
+}
