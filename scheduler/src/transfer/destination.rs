@@ -202,8 +202,10 @@ impl Destination {
             DestinationFact::Ended { failure: Some(failure) } => self.fail(failure),
             DestinationFact::Ended { failure: None } => {
                 let tokens = if self.has_tokens { "received" } else { "owed" };
+                let owed = self.n_layer_blocks_owed();
+                let owed = owed.map_or_else(|| "an unknown number of".to_owned(), |owed| owed.to_string());
                 self.fail(Failure::InstanceLost(format!(
-                    "the source ended the transfer too early, with the tokens {tokens}"
+                    "the source ended the transfer with {owed} layer blocks owed, token {tokens}"
                 )))
             }
             DestinationFact::Dropped { reason } => {
@@ -318,12 +320,15 @@ impl Destination {
         actions
     }
 
+    /// `None` in a migration whose state has not come.
+    fn n_layer_blocks_owed(&self) -> Option<u64> {
+        let choices = self.next_block.iter().zip(self.ends.as_ref()?);
+        let owed = choices.flat_map(|(next, &end)| next.iter().map(move |&next| u64::from(end.saturating_sub(next))));
+        Some(owed.sum())
+    }
+
     fn join_if_complete(&mut self, actions: &mut Vec<DestinationAction>) {
-        let Some(ends) = self.ends.as_ref().filter(|_| self.has_tokens) else {
-            return;
-        };
-        let mut layers = self.next_block.iter().zip(ends);
-        if layers.all(|(next, end)| next.iter().all(|next| next >= end)) {
+        if self.has_tokens && self.n_layer_blocks_owed() == Some(0) {
             self.settle(DestinationAction::Join, actions);
         }
     }

@@ -139,7 +139,10 @@ impl MigrationSource {
         assert!(limits.max_blocks_per_frame > 0, "frames of no blocks");
         let from = plan.firsts();
         let first = if limits.max_stages == 0 {
-            vec![MigrationAction::SayMoving, MigrationAction::Pause { from: from.clone() }]
+            vec![
+                MigrationAction::SayMoving,
+                MigrationAction::Pause { from: from.clone() },
+            ]
         } else {
             vec![MigrationAction::PinFull { from: from.clone() }]
         };
@@ -232,7 +235,8 @@ impl MigrationSource {
     fn take_full(&mut self, end: &[u32]) -> Vec<MigrationAction> {
         let stage_blocks = self.enqueue(end);
         self.n_stages += 1;
-        self.is_last_stage = stage_blocks <= FEW_BLOCKS || self.n_stages >= self.limits.max_stages || self.leaves_no_room(end);
+        self.is_last_stage =
+            stage_blocks <= FEW_BLOCKS || self.n_stages >= self.limits.max_stages || self.leaves_no_room(end);
         self.stage = Stage::Streaming;
         Vec::new()
     }
