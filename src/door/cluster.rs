@@ -4,21 +4,23 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use baton_proto::cluster::worker_client::WorkerClient;
-use baton_proto::convert::{WireError, instance_info_from_wire, prefix_events_from_wire};
+use baton_proto::convert::{WireError, instance_info_from_wire, prefix_events_from_wire, role_from_wire};
 use baton_proto::link::{LinkError, LinkOptions, MAX_MESSAGE_BYTES, PresentSecret};
 use baton_proto::{cluster, speaks};
 use baton_scheduler::ids::{Fingerprint, Incarnation, InstanceId, Nanos, RequestId, Role};
 use baton_scheduler::placement::{
-    ClusterView, InstanceLoad, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent, min_protocol_version,
+    ClusterView, InstanceLoad, MOVE_PROTOCOL_VERSION, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent, choose_destination,
+    min_protocol_version,
 };
 use baton_scheduler::prefix_cache::PrefixKey;
 use baton_scheduler::request::Request;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
 use super::admission::Wanted;
+use super::moves::{MoveError, MoveReason};
 use super::{InstanceView, Rejection};
 
 /// A client of an instance's worker service.
@@ -55,7 +57,11 @@ pub struct Member {
     /// When it joined.
     pub joined_at: Instant,
     channel: Channel,
+    commands: Option<Commands>,
 }
+
+/// Commands to a worker.
+pub type Commands = mpsc::Sender<Result<cluster::RegistryCommand, tonic::Status>>;
 
 struct State {
     view: ClusterView,
@@ -79,13 +85,74 @@ pub struct Cluster {
     started_at: Instant,
 }
 
+/// An instance that can be called.
+#[derive(Clone)]
+pub(super) struct Called {
+    pub(super) client: InstanceClient,
+    pub(super) peer: cluster::Peer,
+    pub(super) fingerprint: Vec<u8>,
+}
+
 /// Instances of a placement, ready to be called.
 pub(super) struct Reachable {
     pub(super) placement: Placement,
-    pub(super) decode: InstanceClient,
-    pub(super) decode_incarnation: Incarnation,
-    pub(super) fingerprint: Vec<u8>,
+    pub(super) decode: Called,
     pub(super) prefill: Option<cluster::Peer>,
+}
+
+impl State {
+    fn unknown(&self, id: &InstanceId) -> MoveError {
+        let known: Vec<&str> = self.members.keys().map(|id| &*id.0).collect();
+        MoveError::UnknownInstance {
+            found: id.to_string(),
+            known: known.join(", "),
+        }
+    }
+
+    fn check_known(&self, id: &InstanceId) -> Result<(), MoveError> {
+        if self.members.contains_key(id) {
+            Ok(())
+        } else {
+            Err(self.unknown(id))
+        }
+    }
+
+    /// Whether an instance besides `id` generates and may be given requests.
+    fn others_generate(&self, id: &InstanceId) -> bool {
+        let mut instances = self.view.instances().values();
+        instances.any(|other| {
+            other.info.id != *id && other.info.role != Role::Prefill && !other.is_draining() && other.load.healthy
+        })
+    }
+}
+
+impl Member {
+    /// Whether the command could be given.
+    fn command(&mut self, command: cluster::registry_command::Command) -> bool {
+        let command = cluster::RegistryCommand { command: Some(command) };
+        let commands = self.commands.as_ref();
+        commands.is_some_and(|commands| commands.try_send(Ok(command)).is_ok())
+    }
+
+    fn peer(&self) -> cluster::Peer {
+        cluster::Peer {
+            instance_id: self.join.instance_id.clone(),
+            incarnation: self.join.incarnation,
+            address: self.join.address.clone(),
+            protocol_version: self.join.protocol_version,
+        }
+    }
+
+    fn called(&self, link: &LinkOptions) -> Called {
+        let client = WorkerClient::with_interceptor(self.channel.clone(), link.present_secret())
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Called {
+            client,
+            peer: self.peer(),
+            fingerprint: self.join.fingerprint.clone(),
+        }
+    }
 }
 
 impl Cluster {
@@ -138,6 +205,7 @@ impl Cluster {
             load: cluster::WorkerLoad::default(),
             joined_at: Instant::now(),
             channel,
+            commands: None,
         };
         let mut state = self.state.lock();
         state.members.insert(id.clone(), member);
@@ -163,6 +231,10 @@ impl Cluster {
             state.view.apply(ViewEvent::Prefix(id.clone(), incarnation, events));
         }
         if let Some(load) = report.load {
+            if load.leaving && state.view.instances().get(id).is_some_and(|instance| !instance.is_draining()) {
+                tracing::info!(instance = %id, "asks to be emptied");
+                state.view.apply(ViewEvent::Draining(id.clone(), true));
+            }
             state
                 .view
                 .apply(ViewEvent::Load(id.clone(), incarnation, InstanceLoad::from(&load)));
@@ -277,32 +349,20 @@ impl Cluster {
             n_tokens,
             avoided,
             needs_version: min_protocol_version(&request.sampling),
-            may_hand_over: true,
+            may_hand_over: wanted.may_hand_over,
         };
         let placement = state.policy.place(self.now(), asked, &state.view)?;
         let computing = placement.prefill.as_ref().unwrap_or(&placement.decode);
         let n_cached = state.view.n_cached_tokens(computing, &prefix_keys, n_tokens);
-        let peer = |id: &InstanceId| -> Option<cluster::Peer> {
-            let join = &state.members.get(id)?.join;
-            Some(cluster::Peer {
-                instance_id: join.instance_id.clone(),
-                incarnation: join.incarnation,
-                address: join.address.clone(),
-            })
-        };
         let member = state.members.get(&placement.decode)?;
         let block_size = member.join.block_size;
-        let decode = WorkerClient::with_interceptor(member.channel.clone(), self.link.present_secret())
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let prefill = match &placement.prefill {
+            Some(prefill) => Some(state.members.get(prefill)?.peer()),
+            None => None,
+        };
         let reachable = Reachable {
-            decode,
-            decode_incarnation: Incarnation(member.join.incarnation),
-            fingerprint: member.join.fingerprint.clone(),
-            prefill: match &placement.prefill {
-                Some(prefill) => Some(peer(prefill)?),
-                None => None,
-            },
+            decode: member.called(&self.link),
+            prefill,
             placement: placement.clone(),
         };
         let open = OpenPlacement {
@@ -330,6 +390,158 @@ impl Cluster {
     pub(super) fn close(&self, request: RequestId) {
         self.state.lock().view.apply(ViewEvent::Closed(request));
         self.notify();
+    }
+
+    /// A request that generates on `from` should go on elsewhere: an instance that can take it. It counts there from now
+    /// on, until [`Cluster::moved`] or [`Cluster::move_ended`].
+    ///
+    /// # Errors
+    /// When the named one is unknown or cannot take it, or, without a name, when none can.
+    pub(super) fn destination(
+        &self,
+        request: &Request,
+        from: &InstanceId,
+        to: Option<&InstanceId>,
+        n_tokens: u32,
+        n_choices: u32,
+    ) -> Result<(InstanceId, Called), MoveError> {
+        let mut state = self.state.lock();
+        let refused = |reason: String| MoveError::Refused(reason);
+        let source = state.view.instances().get(from);
+        let source = source.ok_or_else(|| refused(format!("its instance, {from}, is not a member any more")))?;
+        let needs_version = min_protocol_version(&request.sampling).max(MOVE_PROTOCOL_VERSION);
+        let to = match to {
+            Some(to) => {
+                let Some(destination) = state.view.instances().get(to) else {
+                    return Err(state.unknown(to));
+                };
+                let why_not = if to == from {
+                    Some("it runs there already")
+                } else if destination.info.role == Role::Prefill {
+                    Some("it is a prefill instance")
+                } else if destination.info.fingerprint != source.info.fingerprint {
+                    Some("it serves another model, dtype or layout")
+                } else if destination.info.protocol_version < needs_version {
+                    Some("it speaks an older protocol")
+                } else if destination.is_draining() {
+                    Some("it is being drained")
+                } else {
+                    None
+                };
+                match why_not {
+                    Some(why_not) => return Err(refused(format!("not to {to}: {why_not}"))),
+                    None => to.clone(),
+                }
+            }
+            None => {
+                let block_size = source.info.block_size;
+                let n_blocks = n_choices * (n_tokens.div_ceil(block_size) + 1);
+                choose_destination(&state.view, from, n_blocks, n_choices, needs_version)
+                    .ok_or_else(|| refused("no other instance could take it".to_owned()))?
+            }
+        };
+        let Some(member) = state.members.get(&to) else { return Err(state.unknown(&to)) };
+        let called = member.called(&self.link);
+        state.view.apply(ViewEvent::MoveStarted(request.id, to.clone()));
+        Ok((to, called))
+    }
+
+    /// A move has settled: the request generates on `to`.
+    pub(super) fn moved(&self, request: RequestId, to: &InstanceId) {
+        self.state.lock().view.apply(ViewEvent::Moved(request, to.clone()));
+        self.notify();
+    }
+
+    /// A move came to nothing.
+    pub(super) fn move_ended(&self, request: RequestId) {
+        self.state.lock().view.apply(ViewEvent::MoveEnded(request));
+        self.notify();
+    }
+
+    /// Where commands to a member go, as long as its membership lasts.
+    pub fn set_commands(&self, id: &InstanceId, incarnation: Incarnation, commands: Commands) {
+        let mut state = self.state.lock();
+        let current = state.members.get_mut(id);
+        if let Some(member) = current.filter(|member| member.join.incarnation == incarnation.0) {
+            member.commands = Some(commands);
+        }
+    }
+
+    /// Marks an instance as being emptied, or takes it back into use.
+    ///
+    /// # Errors
+    /// When it is unknown, or when nothing else could generate.
+    pub fn set_draining(&self, id: &InstanceId, is_draining: bool) -> Result<(), MoveError> {
+        let mut state = self.state.lock();
+        state.check_known(id)?;
+        if is_draining && !state.others_generate(id) {
+            return Err(MoveError::Refused(format!("nothing but {id} could generate")));
+        }
+        state.view.apply(ViewEvent::Draining(id.clone(), is_draining));
+        drop(state);
+        self.notify();
+        Ok(())
+    }
+
+    /// Uses an instance as `role` from now on. Answers its role before.
+    ///
+    /// # Errors
+    /// When it is unknown, when it cannot be told, or when nothing would be left that generates.
+    pub fn set_role(&self, id: &InstanceId, role: Role) -> Result<Role, MoveError> {
+        let mut state = self.state.lock();
+        state.check_known(id)?;
+        if role == Role::Prefill && !state.others_generate(id) {
+            return Err(MoveError::Refused(format!("nothing but {id} could generate")));
+        }
+        let member = state.members.get_mut(id).expect("it is known");
+        let previous = role_from_wire(&member.join.role).unwrap_or(Role::Mixed);
+        let told = member.command(cluster::registry_command::Command::Role(role.as_str().to_owned()));
+        if !told {
+            return Err(MoveError::Refused(format!("{id} takes no commands now")));
+        }
+        member.join.role = role.as_str().to_owned();
+        let incarnation = Incarnation(member.join.incarnation);
+        state.view.apply(ViewEvent::RoleChanged(id.clone(), incarnation, role));
+        drop(state);
+        self.notify();
+        Ok(previous)
+    }
+
+    /// Tells a member that asked for it that it is empty.
+    pub(super) fn say_drained(&self, id: &InstanceId) {
+        let mut state = self.state.lock();
+        if let Some(member) = state.members.get_mut(id) {
+            member.command(cluster::registry_command::Command::Drained(true));
+        }
+    }
+
+    /// Instances whose generating requests should go elsewhere: being drained, or used for prefill.
+    pub(super) fn to_be_emptied(&self) -> Vec<(InstanceId, MoveReason)> {
+        let state = self.state.lock();
+        let instances = state.view.instances().values();
+        instances
+            .filter_map(|instance| {
+                let reason = if instance.is_draining() {
+                    MoveReason::Drain
+                } else if instance.info.role == Role::Prefill {
+                    MoveReason::Role
+                } else {
+                    return None;
+                };
+                Some((instance.info.id.clone(), reason))
+            })
+            .collect()
+    }
+
+    /// Whether an instance is being emptied.
+    pub fn is_draining(&self, id: &InstanceId) -> bool {
+        let state = self.state.lock();
+        state.view.instances().get(id).is_some_and(|instance| instance.is_draining())
+    }
+
+    /// Runs `look` on the view.
+    pub(super) fn with_view<T>(&self, look: impl FnOnce(&ClusterView) -> T) -> T {
+        look(&self.state.lock().view)
     }
 
     /// Bound on opening a connection, with a little for the answer.

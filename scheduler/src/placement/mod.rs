@@ -2,8 +2,10 @@
 
 mod destination;
 mod least_loaded;
+mod llumnix;
 mod prefix_aware;
 mod round_robin;
+mod slo_aware;
 mod view;
 
 use serde::{Deserialize, Serialize};
@@ -14,8 +16,10 @@ use crate::request::{Request, SamplingParams};
 
 pub use destination::{MOVE_PROTOCOL_VERSION, choose_destination};
 pub use least_loaded::LeastLoaded;
+pub use llumnix::Llumnix;
 pub use prefix_aware::PrefixAware;
 pub use round_robin::RoundRobin;
+pub use slo_aware::{SloAware, SloObjectives};
 pub use view::{ClusterView, InstanceInfo, InstanceLoad, InstanceState, OpenPlacement, ViewEvent};
 
 /// Where a request runs.
@@ -100,18 +104,29 @@ pub trait Policy: Send {
     fn place(&mut self, now: Nanos, request: PlacementRequest<'_>, view: &ClusterView) -> Option<Placement>;
 }
 
-/// The policies by name: `round-robin`, `least-loaded`, `prefix-aware`.
+/// The policies by name, one of [`POLICIES`]; `slo-aware` with the default objectives.
 pub fn policy(name: &str, disaggregation: Disaggregation) -> Option<Box<dyn Policy>> {
+    policy_with_objectives(name, disaggregation, SloObjectives::default())
+}
+
+/// The policies by name, one of [`POLICIES`]; `objectives` are those of `slo-aware`.
+pub fn policy_with_objectives(
+    name: &str,
+    disaggregation: Disaggregation,
+    objectives: SloObjectives,
+) -> Option<Box<dyn Policy>> {
     match name {
         "round-robin" => Some(Box::new(RoundRobin::new(disaggregation))),
         "least-loaded" => Some(Box::new(LeastLoaded::new(disaggregation))),
+        "llumnix" => Some(Box::new(Llumnix::new(disaggregation))),
+        "slo-aware" => Some(Box::new(SloAware::new(disaggregation, objectives))),
         "prefix-aware" => Some(Box::new(PrefixAware::new(disaggregation))),
         _ => None,
     }
 }
 
 /// Names that [`policy`] knows; the last is the default.
-pub const POLICIES: [&str; 3] = ["round-robin", "least-loaded", "prefix-aware"];
+pub const POLICIES: [&str; 5] = ["round-robin", "least-loaded", "llumnix", "slo-aware", "prefix-aware"];
 
 /// Instances that could serve a request now.
 struct Pools<'a> {
@@ -187,6 +202,39 @@ fn predicted_cost(request: &PlacementRequest<'_>, placement: &Placement, view: &
             queue + compute.max(transfer) + (compute + transfer) * OCCUPANCY_WEIGHT
         }
     }
+}
+
+/// What may compute the prompt for `decode` under a rule: prefill instances, and `None` for `decode` itself.
+fn computing_choices<'a>(
+    disaggregation: Disaggregation,
+    request: &PlacementRequest<'_>,
+    decode: &InstanceId,
+    pools: &Pools<'a>,
+    view: &ClusterView,
+) -> Vec<Option<&'a InstanceId>> {
+    let mut prefills = Vec::new();
+    if view.instances()[decode].info.role != Role::Mixed {
+        prefills = pools.prefill_for(decode, view);
+    }
+    let mut allows_local = true;
+    if let (Disaggregation::Threshold(n_tokens), false) = (disaggregation, prefills.is_empty()) {
+        allows_local = n_uncached(request, decode, view) < n_tokens;
+        prefills.retain(|_| !allows_local);
+    }
+    prefills
+        .into_iter()
+        .map(Some)
+        .chain(allows_local.then_some(None))
+        .collect()
+}
+
+/// Fullness of a decode instance in nanoseconds: decoding beside others makes each token later; the square keeps nearly
+/// empty instances alike.
+fn fullness_cost(decode: &InstanceId, view: &ClusterView) -> f64 {
+    let state = &view.instances()[decode];
+    let fill = least_loaded::fill(decode, view);
+    let full_step = state.cost.step(0, u64::from(state.info.max_num_seqs), 0);
+    fill * fill * full_step.0 as f64
 }
 
 /// Whether the decode instance computes the prompt itself although `placement` names a prefill instance.

@@ -1,10 +1,10 @@
 //! Least predicted cost over all pairs, cached prefixes counted on both ends (after Mooncake's TTFT = queue + prefill +
 //! transfer), plus a charge for fullness so that one hot prefix does not fill one instance.
 
-use crate::ids::{Nanos, Role};
-use crate::placement::least_loaded::fill;
+use crate::ids::Nanos;
 use crate::placement::{
-    ClusterView, Disaggregation, Placement, PlacementRequest, Policy, candidates, n_uncached, predicted_cost,
+    ClusterView, Disaggregation, Placement, PlacementRequest, Policy, candidates, computing_choices, fullness_cost,
+    predicted_cost,
 };
 
 /// Predicted time to the first token, with prefix hits; the default.
@@ -29,27 +29,12 @@ impl Policy for PrefixAware {
         let pools = candidates(&request, view);
         let mut best: Option<(f64, Placement)> = None;
         for &decode in &pools.decode {
-            let state = &view.instances()[decode];
-            let mut prefills = Vec::new();
-            if state.info.role != Role::Mixed {
-                prefills = pools.prefill_for(decode, view);
-            }
-            let mut allows_local = true;
-            if let (Disaggregation::Threshold(n_tokens), false) = (self.disaggregation, prefills.is_empty()) {
-                allows_local = n_uncached(&request, decode, view) < n_tokens;
-                prefills.retain(|_| !allows_local);
-            }
-            let pairs = prefills.iter().map(|&prefill| Some(prefill.clone()));
-            for prefill in pairs.chain(allows_local.then_some(None)) {
+            for prefill in computing_choices(self.disaggregation, &request, decode, &pools, view) {
                 let placement = Placement {
                     decode: decode.clone(),
-                    prefill,
+                    prefill: prefill.cloned(),
                 };
-                // Decoding beside others makes each token later; the square keeps nearly empty instances alike.
-                let fill = fill(decode, view);
-                let full_step = state.cost.step(0, u64::from(state.info.max_num_seqs), 0);
-                let fullness = fill * fill * full_step.0 as f64;
-                let cost = predicted_cost(&request, &placement, view) + fullness;
+                let cost = predicted_cost(&request, &placement, view) + fullness_cost(decode, view);
                 if best.as_ref().is_none_or(|(least, _)| cost < *least) {
                     best = Some((cost, placement));
                 }

@@ -399,6 +399,45 @@ fn a_move_counts_at_both_ends_until_it_settles() {
     assert!(view.moves().is_empty());
 }
 
+#[test]
+fn llumnix_takes_the_freest_and_slo_aware_what_keeps_the_objectives() {
+    let mut view = cluster(&[("d0", Role::Mixed), ("d1", Role::Mixed)]);
+    // d0 has more blocks left in all, d1 more for each of its sequences.
+    view.apply(ViewEvent::Placed(RequestId(1), open("d0", None, 16)));
+    view.apply(ViewEvent::Placed(RequestId(2), open("d0", None, 16)));
+    view.apply(ViewEvent::Placed(RequestId(3), open("d1", None, 400)));
+    for id in 1..4 {
+        view.apply(ViewEvent::PrefillDone(RequestId(id)));
+    }
+    let mut llumnix = Llumnix::new(Disaggregation::Auto);
+    assert_eq!(
+        place(&mut llumnix, &view, 40, &[]).unwrap().decode,
+        InstanceId::new("d1")
+    );
+
+    // d0 computes prompts quicker and decodes slowly; only the other keeps the time of each token.
+    let cost = |prefill, decode| CostModel {
+        step_base_ns: 0.0,
+        prefill_ns_per_token: prefill,
+        decode_ns_per_token: decode,
+        attention_ns_per_context_token: 0.0,
+        ..CostModel::default()
+    };
+    view.set_cost(&InstanceId::new("d0"), cost(1e5, 4e7));
+    view.set_cost(&InstanceId::new("d1"), cost(1e6, 1e6));
+    let decode = |ttft, tpot| {
+        let objectives = SloObjectives {
+            ttft: Nanos::from_millis(ttft),
+            tpot: Nanos::from_millis(tpot),
+        };
+        let mut policy = policy_with_objectives("slo-aware", Disaggregation::Auto, objectives).unwrap();
+        place(policy.as_mut(), &view, 400, &[]).unwrap().decode.to_string()
+    };
+    assert_eq!(decode(1000, 100), "d1", "d0 takes 120 ms a token");
+    assert_eq!(decode(100, 200), "d0", "d1 takes 400 ms to the first");
+    assert_eq!(decode(10, 10), "d0", "none keeps both: 12 times too slow against 40");
+}
+
 proptest! {
     /// After any events, closing every placement leaves the view as if nothing had been placed.
     #[test]
