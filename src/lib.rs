@@ -16,4 +16,5 @@ pub mod null_generator;
 pub mod registry;
 pub mod scheduler_process;
 pub mod supervisor;
+pub mod top;
 pub mod worker_process;

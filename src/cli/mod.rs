@@ -5,6 +5,7 @@ mod ctl;
 mod groups;
 mod scheduler;
 mod serve;
+mod top;
 mod worker;
 
 use std::process::ExitCode;
@@ -42,8 +43,10 @@ enum Command {
     Scheduler(Box<scheduler::SchedulerFlags>),
     /// Run one instance of a cluster
     Worker(Box<worker::WorkerFlags>),
-    /// Ask a running cluster
+    /// Ask a running cluster, and change it
     Ctl(Box<ctl::CtlFlags>),
+    /// Watch a running cluster
+    Top(Box<top::TopFlags>),
     /// Measure a running server
     Bench(Box<bench::BenchFlags>),
 }
@@ -93,6 +96,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Ctl(flags) => {
             let (config, order) = flags.resolve(&Layers::open(environment, None)?)?;
             runtime()?.block_on(crate::ctl::run(&config, order))
+        }
+        Command::Top(flags) => {
+            let config = flags.resolve(&Layers::open(environment, None)?)?;
+            runtime()?.block_on(crate::top::run(config))
         }
         Command::Bench(flags) => {
             let config = flags.resolve(&Layers::open(environment, None)?)?;
