@@ -49,6 +49,11 @@ impl ClusterSecret {
         value.set_sensitive(true);
         Ok(ClusterSecret(Arc::new(value)))
     }
+
+    /// The secret itself, to derive keys from. Not to be sent anywhere.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
 }
 
 impl fmt::Debug for ClusterSecret {

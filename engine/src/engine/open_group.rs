@@ -130,6 +130,11 @@ impl OpenGroup {
         }
     }
 
+    /// Its prompt was reported where it was computed.
+    pub(super) fn note_arrival(&mut self) {
+        self.is_fresh = false;
+    }
+
     /// Of a fresh request, once, before its first tokens.
     fn take_prompt_logprobs(&mut self) -> Option<Vec<TokenLogprobs>> {
         let is_due = self.is_fresh && self.sampling.prompt_logprobs.is_some();

@@ -308,6 +308,7 @@ impl<F: ForwardPass> StepLoop<F> {
             Arrived::First(first) => open.check_first(first, n_vocab),
             Arrived::Outputs(outputs) => open.check_outputs(outputs, n_vocab),
         };
+        open.note_arrival();
         if let Err(message) = checked {
             return self.fail(group, Failure::Internal(message));
         }

@@ -73,7 +73,10 @@ mod tests {
     fn suggestions_are_read_and_checked() {
         let config = parse(r#"{"do_sample": true, "temperature": 0.6, "top_p": 0.9, "top_k": -1}"#).unwrap();
         assert_eq!(config.repetition_penalty, None);
-        assert_eq!(parse(r#"{"repetition_penalty": 1.05}"#).unwrap().repetition_penalty, Some(1.05));
+        assert_eq!(
+            parse(r#"{"repetition_penalty": 1.05}"#).unwrap().repetition_penalty,
+            Some(1.05)
+        );
         assert_eq!(
             (config.do_sample, config.temperature, config.top_p, config.top_k),
             (Some(true), Some(0.6), Some(0.9), Some(0))

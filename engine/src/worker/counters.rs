@@ -16,6 +16,10 @@ pub struct TransferCounters {
     pub(super) n_blocks_not_sent: AtomicU64,
     pub(super) n_other_numerics: AtomicU64,
     pub(super) n_early_frames: AtomicU64,
+    pub(super) n_moved_in: AtomicU64,
+    pub(super) n_moved_out: AtomicU64,
+    pub(super) n_moves_failed: AtomicU64,
+    pub(super) n_resumed: AtomicU64,
 }
 
 /// The totals at one moment.
@@ -43,6 +47,14 @@ pub struct TransferTotals {
     pub n_other_numerics: u64,
     /// KV frames sent before the prompt's last layer was computed.
     pub n_early_frames: u64,
+    /// Running requests that were taken over here.
+    pub n_moved_in: u64,
+    /// Running requests that went on elsewhere.
+    pub n_moved_out: u64,
+    /// Moves that failed here, on either end.
+    pub n_moves_failed: u64,
+    /// Paused requests that went on here by their front door's word.
+    pub n_resumed: u64,
 }
 
 impl TransferCounters {
@@ -60,6 +72,10 @@ impl TransferCounters {
             n_blocks_not_sent: self.n_blocks_not_sent.load(Relaxed),
             n_other_numerics: self.n_other_numerics.load(Relaxed),
             n_early_frames: self.n_early_frames.load(Relaxed),
+            n_moved_in: self.n_moved_in.load(Relaxed),
+            n_moved_out: self.n_moved_out.load(Relaxed),
+            n_moves_failed: self.n_moves_failed.load(Relaxed),
+            n_resumed: self.n_resumed.load(Relaxed),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Who this instance is, and whether a caller means it and agrees with it.
 
-use baton_proto::{PROTOCOL_VERSION, cluster, speaks};
+use baton_proto::{PROTOCOL_VERSION, cluster, common_version, speaks};
 use baton_scheduler::ids::{Fingerprint, Incarnation, InstanceId};
 use baton_scheduler::request::Failure;
 
@@ -18,20 +18,20 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// What we say first when we call `callee`.
-    pub fn handshake(&self, callee: Incarnation) -> cluster::Handshake {
+    /// What we say first when we call `callee`, in a version that it speaks.
+    pub fn handshake(&self, callee: &cluster::Peer) -> cluster::Handshake {
         cluster::Handshake {
-            protocol_version: PROTOCOL_VERSION,
+            protocol_version: common_version(callee.protocol_version),
             fingerprint: self.fingerprint.0.to_vec(),
-            callee_incarnation: callee.0,
+            callee_incarnation: callee.incarnation,
         }
     }
 
-    /// What we say first when we are called.
-    pub fn accepted(&self) -> cluster::Accepted {
+    /// What we say first when we are called by `caller`, in its version.
+    pub fn accepted(&self, caller: Option<&cluster::Handshake>) -> cluster::Accepted {
         cluster::Accepted {
             incarnation: self.incarnation.0,
-            protocol_version: PROTOCOL_VERSION,
+            protocol_version: common_version(caller.map_or(0, |caller| caller.protocol_version)),
             fingerprint: self.fingerprint.0.to_vec(),
             numerics_class: self.numerics_class.clone(),
             transport: String::new(),

@@ -29,7 +29,8 @@ pub(super) async fn forward(outlet: &Outlet, timed: Timed<EngineEvent>, used: &m
             }
             outlet.send(Event::Token(token_to_wire(choice, &token))).await?;
         }
-        EngineEvent::Preempted | EngineEvent::ChoiceFinished { .. } => {}
+        EngineEvent::ChoiceFinished { choice, finish } => outlet.choice_finished(choice, finish).await?,
+        EngineEvent::Preempted => {}
         EngineEvent::Finished(finish) => {
             outlet.finish(finish, *used).await;
             return Ok(true);

@@ -296,6 +296,10 @@ fn counters(report: &LoadReport, service: &WorkerService) -> HashMap<String, u64
         ("handoffs_sent_total", transfer.n_sent),
         ("handoffs_failed_total", transfer.n_failed),
         ("handoffs_other_numerics_total", transfer.n_other_numerics),
+        ("moves_in_total", transfer.n_moved_in),
+        ("moves_out_total", transfer.n_moved_out),
+        ("moves_failed_total", transfer.n_moves_failed),
+        ("moves_resumed_total", transfer.n_resumed),
     ]
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))

@@ -3,9 +3,12 @@
 
 mod counters;
 mod destination;
+mod frames;
 mod identity;
 mod local;
 mod membership;
+mod mover;
+mod open_requests;
 mod outlet;
 mod peers;
 mod service;
@@ -15,12 +18,15 @@ mod transport;
 use std::time::Duration;
 
 use baton_proto::link::LinkOptions;
+use baton_scheduler::transfer::MAX_STAGES;
 
 pub use counters::{TransferCounters, TransferTotals};
 pub use identity::Identity;
 pub use membership::{Membership, Standing, join_registry};
 pub use service::{WorkerService, serve};
-pub use transport::{GrpcTransport, KvTransport, TransportError};
+pub use transport::{
+    KvReceiver, KvSender, KvTransports, Offer, Packed, TransportChoice, TransportError, TransportKind, TransportTotals,
+};
 
 /// Bounds of a worker's dealings with others.
 #[derive(Clone, Debug)]
@@ -35,6 +41,15 @@ pub struct WorkerOptions {
     pub heartbeat: Duration,
     /// How often a membership reports changes.
     pub report_interval: Duration,
+    /// By what KV may travel.
+    pub kv_transport: TransportChoice,
+    /// A request that is paused for a move and hears nothing from its front door ends after this.
+    pub resume_deadline: Duration,
+    /// KV bytes a second that all moves out of here may send together while their requests still decode; `None` is no
+    /// limit.
+    pub move_bytes_per_second: Option<u64>,
+    /// Stages of a move before its request pauses; with none everything is copied while it stands still.
+    pub move_stages: u32,
 }
 
 impl Default for WorkerOptions {
@@ -45,6 +60,10 @@ impl Default for WorkerOptions {
             stall_deadline: Duration::from_secs(30),
             heartbeat: Duration::from_secs(1),
             report_interval: Duration::from_millis(100),
+            kv_transport: TransportChoice::Auto,
+            resume_deadline: Duration::from_secs(10),
+            move_bytes_per_second: None,
+            move_stages: MAX_STAGES,
         }
     }
 }

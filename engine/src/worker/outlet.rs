@@ -1,5 +1,9 @@
 //! The stream of one request's events to its front door: numbered by epoch, bounded, and cut when nobody reads it.
 
+use std::sync::atomic::{
+    AtomicU32,
+    Ordering::{AcqRel, Acquire},
+};
 use std::time::Duration;
 
 use baton_proto::cluster::{self, generate_event::Event};
@@ -28,7 +32,8 @@ pub(super) struct Used {
 
 pub(super) struct Outlet {
     events: mpsc::Sender<Result<cluster::GenerateEvent, Status>>,
-    epoch: Epoch,
+    /// Grows when the front door lets a paused request go on.
+    epoch: AtomicU32,
     opened_at: Instant,
     stall_deadline: Duration,
 }
@@ -42,12 +47,33 @@ impl Outlet {
         (
             Outlet {
                 events,
-                epoch,
+                epoch: AtomicU32::new(epoch.0),
                 opened_at: Instant::now(),
                 stall_deadline,
             },
             receiver,
         )
+    }
+
+    /// The epoch in which events are said.
+    pub(super) fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Acquire))
+    }
+
+    /// From now on events are said in `epoch`.
+    ///
+    /// # Errors
+    /// `Invalid` unless it is newer.
+    pub(super) fn advance_epoch(&self, epoch: Epoch) -> Result<(), Failure> {
+        let before = self.epoch.fetch_max(epoch.0, AcqRel);
+        if before < epoch.0 {
+            Ok(())
+        } else {
+            Err(Failure::Invalid(format!(
+                "epoch is {}, expected more than {before}",
+                epoch.0
+            )))
+        }
     }
 
     /// Ends when the front door closes the stream.
@@ -57,7 +83,7 @@ impl Outlet {
 
     pub(super) async fn send(&self, event: Event) -> Result<(), Gone> {
         let event = cluster::GenerateEvent {
-            epoch: self.epoch.0,
+            epoch: self.epoch().0,
             event: Some(event),
         };
         self.events
@@ -85,6 +111,13 @@ impl Outlet {
         .await
     }
 
+    pub(super) async fn choice_finished(&self, choice: u32, finish: Finish) -> Result<(), Gone> {
+        let finish = Some(finish.into());
+        self.send(Event::ChoiceFinished(cluster::ChoiceFinished { choice, finish }))
+            .await
+    }
+
+    /// Ends the stream well; `finish` is the choice's that ended last.
     pub(super) async fn finish(&self, finish: Finish, used: Used) {
         self.end(cluster::ended::How::Finish(finish.into()), used).await;
     }

@@ -7,23 +7,31 @@ use std::time::Duration;
 use baton_proto::cluster;
 use baton_proto::cluster::generate_event::Event;
 use baton_proto::cluster::worker_server::{self, WorkerServer};
+use baton_proto::convert::request_id_from_wire;
 use baton_proto::link::MAX_MESSAGE_BYTES;
+use baton_scheduler::ids::Epoch;
+use baton_scheduler::pacer::Pacer;
 use baton_scheduler::request::{Failure, PortableState};
 use baton_scheduler::timeline::Moment;
 use futures::Stream;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
 
-use super::counters::{TransferCounters, TransferTotals};
+use super::counters::{TransferCounters, TransferTotals, add};
+use super::destination::Taken;
 use super::identity::Identity;
+use super::open_requests::OpenRequests;
 use super::outlet::{Outlet, Used};
 use super::peers::Peers;
-use super::transport::KvTransport;
-use super::{WorkerOptions, destination, local, source};
+use super::transport::{KvTransports, TransportTotals};
+use super::{WorkerOptions, destination, local, mover, source};
 use crate::engine::EngineHandle;
 
 /// What the tasks of a worker share.
@@ -31,8 +39,12 @@ pub(super) struct Worker {
     pub(super) engine: EngineHandle,
     pub(super) identity: Identity,
     pub(super) options: WorkerOptions,
-    pub(super) transport: Box<dyn KvTransport>,
+    pub(super) transports: KvTransports,
     pub(super) peers: Peers,
+    pub(super) open: OpenRequests,
+    /// Of the background frames of all moves out of here.
+    pub(super) pacer: Mutex<Pacer>,
+    pub(super) started_at: Instant,
     pub(super) counters: TransferCounters,
     pub(super) tasks: TaskTracker,
 }
@@ -48,16 +60,20 @@ impl WorkerService {
     pub fn new(
         engine: EngineHandle,
         identity: Identity,
-        transport: Box<dyn KvTransport>,
+        transports: KvTransports,
         options: WorkerOptions,
     ) -> WorkerService {
         let peers = Peers::new(options.link.clone());
+        let pacer = Pacer::new(options.move_bytes_per_second);
         let worker = Worker {
             engine,
             identity,
             options,
-            transport,
+            transports,
             peers,
+            open: OpenRequests::default(),
+            pacer: Mutex::new(pacer),
+            started_at: Instant::now(),
             counters: TransferCounters::default(),
             tasks: TaskTracker::new(),
         };
@@ -69,6 +85,11 @@ impl WorkerService {
     /// What was moved and refused so far.
     pub fn totals(&self) -> TransferTotals {
         self.worker.counters.totals()
+    }
+
+    /// What was moved by which transport so far.
+    pub fn transport_totals(&self) -> TransportTotals {
+        self.worker.transports.totals()
     }
 
     /// The engine behind the service.
@@ -91,6 +112,7 @@ impl WorkerService {
     }
 }
 
+type EventReceiver = mpsc::Receiver<Result<cluster::GenerateEvent, Status>>;
 type EventStream = Pin<Box<dyn Stream<Item = Result<cluster::GenerateEvent, Status>> + Send>>;
 type FrameStream = Pin<Box<dyn Stream<Item = Result<cluster::TransferFrame, Status>> + Send>>;
 
@@ -102,30 +124,43 @@ impl worker_server::Worker for WorkerService {
     type AttachStream = EventStream;
     type MigrateStream = FrameStream;
 
-    async fn attach(&self, _request: Request<cluster::AttachRequest>) -> Result<Response<EventStream>, Status> {
-        Err(Status::unimplemented("attach"))
-    }
-
-    async fn migrate(&self, _request: Request<cluster::MigrateRequest>) -> Result<Response<FrameStream>, Status> {
-        Err(Status::unimplemented("migrate"))
-    }
-
-    async fn resume(
-        &self,
-        _request: Request<cluster::ResumeRequest>,
-    ) -> Result<Response<cluster::ResumeResponse>, Status> {
-        Err(Status::unimplemented("resume"))
-    }
-
     async fn generate(&self, request: Request<cluster::GenerateRequest>) -> Result<Response<EventStream>, Status> {
         let request = request.into_inner();
-        let epoch = request.state.as_ref().map_or(0, |state| state.epoch);
-        let stall_deadline = self.worker.options.stall_deadline;
-        let (outlet, events) = Outlet::new(baton_scheduler::ids::Epoch(epoch), stall_deadline);
+        let (outlet, events) = self.outlet(request.state.as_ref());
         let worker = Arc::clone(&self.worker);
-        self.worker
-            .tasks
-            .spawn(async move { generate(&worker, request, outlet).await });
+        self.worker.tasks.spawn(async move {
+            let accepted = worker.identity.accepted(request.handshake.as_ref());
+            let state = worker.check(request.handshake.as_ref(), request.state);
+            match (state, request.prefill) {
+                (Err(failure), _) => outlet.fail(&failure, "", Used::default()).await,
+                (Ok(state), Some(source)) => {
+                    let taken = worker.take(state, source, accepted, outlet);
+                    destination::receive(&worker, taken).await;
+                }
+                (Ok(state), None) => generate_here(&worker, state, accepted, outlet).await,
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
+    }
+
+    async fn attach(&self, request: Request<cluster::AttachRequest>) -> Result<Response<EventStream>, Status> {
+        let request = request.into_inner();
+        let (outlet, events) = self.outlet(request.state.as_ref());
+        let worker = Arc::clone(&self.worker);
+        self.worker.tasks.spawn(async move {
+            let accepted = worker.identity.accepted(request.handshake.as_ref());
+            let state = worker.check(request.handshake.as_ref(), request.state);
+            let source = request
+                .source
+                .ok_or_else(|| Failure::Invalid("field source is missing".into()));
+            match state.and_then(|state| Ok((state, source?))) {
+                Err(failure) => outlet.fail(&failure, "", Used::default()).await,
+                Ok((state, source)) => {
+                    let taken = worker.take(state, source, accepted, outlet);
+                    destination::attach(&worker, taken).await;
+                }
+            }
+        });
         Ok(Response::new(Box::pin(ReceiverStream::new(events))))
     }
 
@@ -135,29 +170,80 @@ impl worker_server::Worker for WorkerService {
             request.into_inner(),
         ))))
     }
-}
 
-async fn generate(worker: &Arc<Worker>, request: cluster::GenerateRequest, outlet: Outlet) {
-    let state = worker.identity.check_caller(request.handshake.as_ref()).and_then(|()| {
-        let state = request
-            .state
-            .ok_or_else(|| Failure::Invalid("field state is missing".into()))?;
-        PortableState::try_from(state).map_err(|error| Failure::Invalid(error.to_string()))
-    });
-    match (state, request.prefill) {
-        (Err(failure), _) => outlet.fail(&failure, "", Used::default()).await,
-        (Ok(state), Some(source)) => destination::receive(worker, state, source, outlet).await,
-        (Ok(state), None) => generate_here(worker, state, outlet).await,
+    async fn migrate(&self, request: Request<cluster::MigrateRequest>) -> Result<Response<FrameStream>, Status> {
+        Ok(Response::new(Box::pin(mover::serve_migrate(
+            &self.worker,
+            request.into_inner(),
+        ))))
+    }
+
+    async fn resume(
+        &self,
+        request: Request<cluster::ResumeRequest>,
+    ) -> Result<Response<cluster::ResumeResponse>, Status> {
+        let request = request.into_inner();
+        let resumed = self
+            .worker
+            .identity
+            .check_caller(request.handshake.as_ref())
+            .and_then(|()| {
+                let id = request_id_from_wire("request_id", &request.request_id);
+                id.map_err(|error| Failure::Invalid(error.to_string()))
+            })
+            .and_then(|id| self.worker.open.resume(id, Epoch(request.epoch)));
+        if resumed.is_ok() {
+            add(&self.worker.counters.n_resumed, 1);
+        }
+        let failure = resumed.err().map(|failure| (&failure).into());
+        Ok(Response::new(cluster::ResumeResponse { failure }))
     }
 }
 
-async fn generate_here(worker: &Arc<Worker>, state: PortableState, outlet: Outlet) {
+impl WorkerService {
+    fn outlet(&self, state: Option<&cluster::PortableState>) -> (Arc<Outlet>, EventReceiver) {
+        let epoch = Epoch(state.map_or(0, |state| state.epoch));
+        let (outlet, events) = Outlet::new(epoch, self.worker.options.stall_deadline);
+        (Arc::new(outlet), events)
+    }
+}
+
+impl Worker {
+    fn check(
+        &self,
+        handshake: Option<&cluster::Handshake>,
+        state: Option<cluster::PortableState>,
+    ) -> Result<PortableState, Failure> {
+        self.identity.check_caller(handshake)?;
+        let state = state.ok_or_else(|| Failure::Invalid("field state is missing".into()))?;
+        PortableState::try_from(state).map_err(|error| Failure::Invalid(error.to_string()))
+    }
+
+    fn take(
+        &self,
+        state: PortableState,
+        source: cluster::Peer,
+        accepted: cluster::Accepted,
+        outlet: Arc<Outlet>,
+    ) -> Taken {
+        let registered = self.open.register(state.request.id, outlet);
+        Taken {
+            state,
+            source,
+            accepted,
+            registered,
+        }
+    }
+}
+
+async fn generate_here(worker: &Arc<Worker>, state: PortableState, accepted: cluster::Accepted, outlet: Arc<Outlet>) {
+    let registered = worker.open.register(state.request.id, Arc::clone(&outlet));
     let mut generation = match worker.engine.generate(state) {
         Ok(generation) => generation,
         Err(failure) => return outlet.fail(&failure, "", Used::default()).await,
     };
     let answered = async {
-        outlet.send(Event::Accepted(worker.identity.accepted())).await?;
+        outlet.send(Event::Accepted(accepted)).await?;
         outlet.moment(Moment::Reserved).await
     };
     if answered.await.is_err() {
@@ -168,6 +254,7 @@ async fn generate_here(worker: &Arc<Worker>, state: PortableState, outlet: Outle
         let timed = tokio::select! {
             timed = generation.next() => timed,
             () = outlet.closed() => return,
+            failure = registered.open.given_up() => return outlet.fail(&failure, "", used).await,
         };
         let Some(timed) = timed else { return };
         match local::forward(&outlet, timed, &mut used).await {

@@ -7,3 +7,4 @@ mod departures;
 mod ends;
 mod handoffs;
 mod membership;
+mod moves;

@@ -92,7 +92,7 @@ const BREAKS: &[(Break, &str, u64, usize)] = &[
             frames.push(frames[1].clone());
             then_silence(frames)
         },
-        "KV frame out of order: layer 0, blocks 0..4",
+        "KV frame out of order: choice 0, layer 0, blocks 0..4",
         1,
         4,
     ),
@@ -357,8 +357,8 @@ async fn silence_is_lost_at_the_progress_deadline() {
     .await;
     for (source, words) in [
         (unanswering, "no answer to the call"),
-        (stalled, "no progress from the prefill instance for 0.4 s"),
-        (hung, "no progress from the prefill instance for 0.4 s"),
+        (stalled, "no progress from the source for 0.4 s"),
+        (hung, "no progress from the source for 0.4 s"),
     ] {
         let began = Instant::now();
         assert_lost(&decode, &source, words).await;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 
+use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::worker_client::WorkerClient;
 use baton_proto::cluster::worker_server::{self, WorkerServer};
 use baton_proto::cluster::{self, ended::How, generate_event::Event, transfer_frame::Frame};
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
-use super::super::{GrpcTransport, Identity, TransferTotals, WorkerOptions, WorkerService, serve};
+use super::super::{Identity, KvTransports, TransferTotals, TransportChoice, WorkerOptions, WorkerService, serve};
 use crate::engine::hash_model::{self, HashModel};
 use crate::engine::{EngineConfig, LoadReport, start};
 
@@ -73,8 +74,9 @@ impl Setup {
             fingerprint: Fingerprint(self.fingerprint),
             numerics_class: self.numerics_class.to_owned(),
         };
-        let transport = Box::new(GrpcTransport::new(engine.layout()));
-        WorkerService::new(engine, identity, transport, self.options)
+        let link = &self.options.link;
+        let transports = KvTransports::new(&identity, engine.layout(), TransportChoice::Auto, link, None).unwrap();
+        WorkerService::new(engine, identity, transports, self.options)
     }
 
     pub(super) async fn start(self) -> Instance {
@@ -129,14 +131,13 @@ impl Instance {
             instance_id: self.service.identity().instance.to_string(),
             incarnation: self.service.identity().incarnation.0,
             address: self.address.clone(),
-            ..Default::default()
+            protocol_version: PROTOCOL_VERSION,
         }
     }
 
     /// What a front door that knows this instance says first.
     pub(super) fn handshake(&self) -> cluster::Handshake {
-        let identity = self.service.identity();
-        identity.handshake(identity.incarnation)
+        self.service.identity().handshake(&self.peer())
     }
 
     pub(super) fn client(&self) -> WorkerClient<Channel> {
@@ -478,7 +479,7 @@ impl FakeSource {
             instance_id: "fake-0".to_owned(),
             incarnation: self.incarnation,
             address: self.address.clone(),
-            ..Default::default()
+            protocol_version: PROTOCOL_VERSION,
         }
     }
 }
@@ -491,7 +492,7 @@ pub(super) fn frame(frame: Frame) -> FrameResult {
 pub(super) fn accepted(request: &cluster::PrefillRequest) -> cluster::Accepted {
     cluster::Accepted {
         incarnation: request.handshake.as_ref().unwrap().callee_incarnation,
-        protocol_version: baton_proto::PROTOCOL_VERSION,
+        protocol_version: PROTOCOL_VERSION,
         fingerprint: FINGERPRINT.to_vec(),
         numerics_class: "hash".to_owned(),
         transport: String::new(),

@@ -34,7 +34,7 @@ const CASES: &[Case] = &[
     (
         |request| handshake(request).protocol_version = PROTOCOL_VERSION + 1,
         "incompatible",
-        "protocol version 2, expected 1",
+        "protocol version 3, expected 2",
     ),
     (
         |request| handshake(request).fingerprint = vec![8; 32],
@@ -214,7 +214,7 @@ async fn a_source_that_is_not_who_was_meant_is_blamed() {
     let cases = [
         (earlier_life, "lost", "the caller means"),
         (other_model.peer(), "incompatible", "fingerprint"),
-        (nobody, "lost", "the prefill stream broke"),
+        (nobody, "lost", "the transfer's stream broke"),
         (nowhere, "lost", "address \"\" is neither host:port nor unix:/path"),
     ];
     let state = greedy(&prompt(1, 20), 4);

@@ -1,0 +1,277 @@
+//! One instance's end of all its transfers: what it can do, what it offers, what it picks. It moves no bytes itself.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use baton_kernels::{ForeignKv, KvLayout, KvShare};
+use baton_proto::cluster;
+use baton_proto::link::LinkOptions;
+use baton_scheduler::transfer::TransferId;
+use parking_lot::Mutex;
+
+use super::counters::{TransportCounters, TransportTotals};
+use super::grpc::{GrpcReceiver, GrpcSender};
+use super::handover::{Credentials, HandoverError, Owner};
+use super::in_process::{InProcessReceiver, InProcessSender, LivesHere, lives_here};
+use super::mappings::Mappings;
+use super::shared_memory::{SharedMemoryReceiver, SharedMemorySender};
+use super::{KvReceiver, KvSender, TransportChoice, TransportError, TransportKind};
+use crate::worker::Identity;
+
+/// Peers of which it is remembered what was said about them; beyond it the oldest names are said again.
+const MAX_PEERS_SAID: usize = 1024;
+
+/// The transports of one instance.
+pub struct KvTransports {
+    layout: KvLayout,
+    choice: TransportChoice,
+    mappings: Mappings,
+    /// Hands out our memory, if it is shared.
+    owner: Option<Owner>,
+    counters: Arc<TransportCounters>,
+    /// By peer: the transport last said to be used from it.
+    said: Mutex<BTreeMap<u64, TransportKind>>,
+    _lives_here: LivesHere,
+}
+
+/// What a destination can take from one source.
+pub struct Offer {
+    kinds: Vec<TransportKind>,
+    mapping: Option<Arc<ForeignKv>>,
+    source: String,
+    source_incarnation: u64,
+    /// Why shared memory is not among them although the source seems to run on this host.
+    missing: Option<String>,
+}
+
+impl Offer {
+    /// What is said to the source.
+    pub fn to_wire(&self) -> cluster::TransportOffer {
+        cluster::TransportOffer {
+            transports: self.kinds.iter().map(|kind| kind.as_str().to_owned()).collect(),
+        }
+    }
+
+    /// The transports offered, the best first.
+    pub fn kinds(&self) -> &[TransportKind] {
+        &self.kinds
+    }
+
+    /// Why shared memory is not offered, if it was tried.
+    pub fn missing(&self) -> Option<&str> {
+        self.missing.as_deref()
+    }
+}
+
+impl KvTransports {
+    /// The transports of an instance whose KV has `layout`; `share` is its memory when other processes may read it.
+    /// Within a runtime.
+    ///
+    /// # Errors
+    /// Shared memory was asked for, and there is none to share or its socket cannot be opened.
+    pub fn new(
+        identity: &Identity,
+        layout: KvLayout,
+        choice: TransportChoice,
+        link: &LinkOptions,
+        share: Option<KvShare>,
+    ) -> Result<KvTransports, TransportError> {
+        let must_share = choice == TransportChoice::Only(TransportKind::SharedMemory);
+        let credentials = Credentials::new(link.secret.as_ref());
+        let share = share.filter(|_| choice.allows(TransportKind::SharedMemory));
+        let owner = match share {
+            None => Err("the KV cache is not in shared memory".to_owned()),
+            Some(share) => Owner::start(
+                identity.incarnation,
+                share,
+                &identity.numerics_class,
+                credentials.clone(),
+            )
+            .map_err(|error| error.to_string()),
+        };
+        let owner = match owner {
+            Ok(owner) => Some(owner),
+            Err(reason) if must_share => {
+                return Err(TransportError::Impossible {
+                    wanted: choice,
+                    peer: identity.instance.to_string(),
+                    reason,
+                });
+            }
+            Err(reason) => {
+                tracing::debug!(reason, "this KV memory is not shared");
+                None
+            }
+        };
+        Ok(KvTransports {
+            layout,
+            choice,
+            mappings: Mappings::new(layout, credentials),
+            owner,
+            counters: Arc::default(),
+            said: Mutex::default(),
+            _lives_here: LivesHere::new(identity.incarnation),
+        })
+    }
+
+    /// What was moved by which transport.
+    pub fn totals(&self) -> TransportTotals {
+        self.counters.totals()
+    }
+
+    /// At the destination: what it can take from `source`. The first time it maps the source's memory, which takes at
+    /// most a second.
+    ///
+    /// # Errors
+    /// The one transport asked for cannot be had from this source.
+    pub async fn offer(&self, source: &cluster::Peer) -> Result<Offer, TransportError> {
+        let mut offer = Offer {
+            kinds: Vec::new(),
+            mapping: None,
+            source: source.instance_id.clone(),
+            source_incarnation: source.incarnation,
+            missing: None,
+        };
+        let is_here = lives_here(source.incarnation);
+        if is_here && self.choice.allows(TransportKind::InProcess) {
+            offer.kinds.push(TransportKind::InProcess);
+        } else if self.choice.allows(TransportKind::SharedMemory) {
+            match self.mappings.get(source.incarnation).await {
+                Ok(mapping) => {
+                    offer.mapping = Some(mapping);
+                    offer.kinds.push(TransportKind::SharedMemory);
+                }
+                Err(HandoverError::NotHere) if !is_local(&source.address) => {}
+                Err(error) => offer.missing = Some(error.to_string()),
+            }
+        }
+        if self.choice.allows(TransportKind::Grpc) {
+            offer.kinds.push(TransportKind::Grpc);
+        }
+        if offer.kinds.is_empty() {
+            let reason = match offer.missing {
+                Some(reason) => reason,
+                None if self.choice.allows(TransportKind::InProcess) => "it runs in another process".to_owned(),
+                None => HandoverError::NotHere.to_string(),
+            };
+            return Err(self.impossible(offer.source, reason));
+        }
+        Ok(offer)
+    }
+
+    /// At the source: the best of what the destination `to` offers, to be named in the answer.
+    ///
+    /// # Errors
+    /// Nothing of it can be used here.
+    pub fn sender(
+        &self,
+        transfer: TransferId,
+        offer: Option<&cluster::TransportOffer>,
+        to: &str,
+    ) -> Result<Box<dyn KvSender>, TransportError> {
+        let offered: &[String] = offer.map_or(&[], |offer| &offer.transports);
+        let is_offered = |kind: TransportKind| match offered {
+            [] => kind == TransportKind::Grpc,
+            names => names.iter().any(|name| name == kind.as_str()),
+        };
+        let can = |kind: &TransportKind| {
+            let is_possible = *kind != TransportKind::SharedMemory || self.owner.is_some();
+            is_possible && self.choice.allows(*kind) && is_offered(*kind)
+        };
+        let Some(kind) = TransportKind::ALL.into_iter().find(can) else {
+            let offered = if offered.is_empty() {
+                TransportKind::Grpc.to_string()
+            } else {
+                offered.join(", ")
+            };
+            return Err(self.impossible(to.to_owned(), format!("it takes {offered}")));
+        };
+        let (layout, counters) = (self.layout, Arc::clone(&self.counters));
+        Ok(match kind {
+            TransportKind::InProcess => Box::new(InProcessSender::new(transfer, counters)),
+            TransportKind::SharedMemory => Box::new(SharedMemorySender {
+                transfer,
+                layout,
+                counters,
+            }),
+            TransportKind::Grpc => Box::new(GrpcSender {
+                transfer,
+                layout,
+                counters,
+            }),
+        })
+    }
+
+    /// At the destination: what the source has picked of `offer`.
+    ///
+    /// # Errors
+    /// It picked what was not offered.
+    pub fn receiver(&self, offer: &Offer, accepted: &cluster::Accepted) -> Result<Box<dyn KvReceiver>, TransportError> {
+        let name = match accepted.transport.as_str() {
+            "" => TransportKind::Grpc.as_str(),
+            name => name,
+        };
+        let kind = TransportKind::from_name(name).filter(|kind| offer.kinds.contains(kind));
+        let Some(kind) = kind else {
+            return Err(self.impossible(
+                offer.source.clone(),
+                format!("it sends by {name}, which was not offered"),
+            ));
+        };
+        self.say(kind, offer);
+        let counters = Arc::clone(&self.counters);
+        Ok(match kind {
+            TransportKind::InProcess => Box::new(InProcessReceiver { counters }),
+            TransportKind::SharedMemory => Box::new(SharedMemoryReceiver {
+                source: Arc::clone(
+                    offer
+                        .mapping
+                        .as_ref()
+                        .expect("shared memory is offered with its mapping"),
+                ),
+                counters,
+            }),
+            TransportKind::Grpc => Box::new(GrpcReceiver {
+                layout: self.layout,
+                counters,
+            }),
+        })
+    }
+
+    fn impossible(&self, peer: String, reason: String) -> TransportError {
+        TransportError::Impossible {
+            wanted: self.choice,
+            peer,
+            reason,
+        }
+    }
+
+    /// Says once for each peer by what its KV comes, and again when that changes.
+    fn say(&self, kind: TransportKind, offer: &Offer) {
+        let mut said = self.said.lock();
+        if said.insert(offer.source_incarnation, kind) == Some(kind) {
+            return;
+        }
+        if said.len() > MAX_PEERS_SAID {
+            said.pop_first();
+        }
+        drop(said);
+        let source = &offer.source;
+        match &offer.missing {
+            Some(reason) if kind == TransportKind::Grpc => {
+                tracing::warn!(source, transport = %kind, reason, "KV comes by gRPC on one host: no shared memory");
+            }
+            _ => tracing::info!(source, transport = %kind, "KV comes from another instance"),
+        }
+    }
+}
+
+/// Whether an address can only be of this host.
+fn is_local(address: &str) -> bool {
+    let address = address.split_once("://").map_or(address, |(_, rest)| rest);
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    address.starts_with("unix:")
+        || host == "localhost"
+        || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}

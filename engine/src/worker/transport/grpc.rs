@@ -1,0 +1,108 @@
+//! The payload travels inside the frame, with its checksum.
+
+use std::sync::Arc;
+
+use baton_kernels::{KvLayout, KvRead, KvWrite};
+use baton_proto::cluster::KvFrame;
+use baton_scheduler::transfer::{KvRange, TransferId};
+use bytes::{Bytes, BytesMut};
+use twox_hash::XxHash3_64;
+
+use super::counters::TransportCounters;
+use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind};
+
+/// XXH3-64, seed 0: what `KvFrame.checksum` says of `KvFrame.data`.
+pub(super) fn checksum(data: &[u8]) -> u64 {
+    XxHash3_64::oneshot(data)
+}
+
+/// A frame of `range` that says nothing about its payload.
+pub(super) fn bare_frame(transfer: TransferId, range: KvRange, reads: &[KvRead]) -> KvFrame {
+    assert_eq!(reads.len(), range.n_blocks as usize, "a frame's reads are its blocks");
+    KvFrame {
+        transfer_id: transfer.0,
+        layer: range.layer,
+        first_block: range.first_block,
+        n_blocks: range.n_blocks,
+        choice: range.choice,
+        ..KvFrame::default()
+    }
+}
+
+pub(super) struct GrpcSender {
+    pub(super) transfer: TransferId,
+    pub(super) layout: KvLayout,
+    pub(super) counters: Arc<TransportCounters>,
+}
+
+impl KvSender for GrpcSender {
+    fn kind(&self) -> TransportKind {
+        TransportKind::Grpc
+    }
+
+    fn pack(&mut self, range: KvRange, reads: Vec<KvRead>) -> Result<Packed, TransportError> {
+        let mut data = BytesMut::with_capacity(reads.len() * self.layout.layer_block_bytes());
+        reads.iter().for_each(|read| data.extend_from_slice(read.key()));
+        reads.iter().for_each(|read| data.extend_from_slice(read.value()));
+        let n_bytes = data.len() as u64;
+        self.counters.sent(self.kind(), n_bytes);
+        let frame = KvFrame {
+            checksum: Some(checksum(&data)),
+            data: Bytes::from(data),
+            ..bare_frame(self.transfer, range, &reads)
+        };
+        Ok(Packed {
+            frame,
+            pins: Vec::new(),
+            n_bytes,
+        })
+    }
+}
+
+pub(super) struct GrpcReceiver {
+    pub(super) layout: KvLayout,
+    pub(super) counters: Arc<TransportCounters>,
+}
+
+impl KvReceiver for GrpcReceiver {
+    fn kind(&self) -> TransportKind {
+        TransportKind::Grpc
+    }
+
+    fn land(&mut self, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+        let landed = land(self.layout, frame, writers);
+        self.counters.landed(self.kind(), landed)
+    }
+}
+
+fn land(layout: KvLayout, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+    let part = layout.part_bytes();
+    let expected = writers.len() * 2 * part;
+    if frame.data.len() != expected {
+        return Err(TransportError::Size {
+            layer: frame.layer,
+            found: frame.data.len(),
+            expected,
+        });
+    }
+    // A peer of version 1 says none.
+    if let Some(expected) = frame.checksum {
+        let found = checksum(&frame.data);
+        if found != expected {
+            return Err(TransportError::Checksum {
+                layer: frame.layer,
+                found,
+                expected,
+            });
+        }
+    }
+    let (keys, values) = frame.data.split_at(writers.len() * part);
+    for ((writer, key), value) in writers
+        .iter_mut()
+        .zip(keys.chunks_exact(part))
+        .zip(values.chunks_exact(part))
+    {
+        writer.write(frame.layer as usize, key, value)?;
+    }
+    Ok(expected as u64)
+}

@@ -1,0 +1,77 @@
+//! Between processes of one host: a frame names the source's blocks, and the destination copies them out of the source's
+//! memory, which it has mapped. The source keeps them pinned meanwhile; their generations prove that it did.
+
+use std::sync::Arc;
+
+use baton_kernels::{ForeignKv, KernelError, KvLayout, KvRead, KvWrite};
+use baton_proto::cluster::KvFrame;
+use baton_scheduler::transfer::{KvRange, TransferId};
+
+use super::counters::TransportCounters;
+use super::grpc::bare_frame;
+use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind};
+
+pub(super) struct SharedMemorySender {
+    pub(super) transfer: TransferId,
+    pub(super) layout: KvLayout,
+    pub(super) counters: Arc<TransportCounters>,
+}
+
+impl KvSender for SharedMemorySender {
+    fn kind(&self) -> TransportKind {
+        TransportKind::SharedMemory
+    }
+
+    fn pack(&mut self, range: KvRange, reads: Vec<KvRead>) -> Result<Packed, TransportError> {
+        let frame = KvFrame {
+            source_blocks: reads.iter().map(KvRead::block).collect(),
+            generations: reads.iter().map(KvRead::generation).collect(),
+            ..bare_frame(self.transfer, range, &reads)
+        };
+        let n_bytes = (reads.len() * self.layout.layer_block_bytes()) as u64;
+        self.counters.sent(self.kind(), n_bytes);
+        Ok(Packed {
+            frame,
+            pins: reads,
+            n_bytes,
+        })
+    }
+}
+
+pub(super) struct SharedMemoryReceiver {
+    pub(super) source: Arc<ForeignKv>,
+    pub(super) counters: Arc<TransportCounters>,
+}
+
+impl KvReceiver for SharedMemoryReceiver {
+    fn kind(&self) -> TransportKind {
+        TransportKind::SharedMemory
+    }
+
+    fn land(&mut self, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+        self.counters.landed(self.kind(), land(&self.source, frame, writers))
+    }
+}
+
+fn land(source: &ForeignKv, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+    if frame.source_blocks.len() != writers.len() || frame.generations.len() != writers.len() {
+        return Err(TransportError::Malformed {
+            layer: frame.layer,
+            reason: "expected one source block and one generation for each block",
+        });
+    }
+    let blocks: Vec<(u32, u32)> = frame
+        .source_blocks
+        .iter()
+        .copied()
+        .zip(frame.generations.iter().copied())
+        .collect();
+    match source.copy(frame.layer as usize, &blocks, writers) {
+        Ok(()) => Ok((writers.len() * source.layout().layer_block_bytes()) as u64),
+        Err(error @ KernelError::Stale { .. }) => Err(TransportError::Stale {
+            layer: frame.layer,
+            error,
+        }),
+        Err(error) => Err(error.into()),
+    }
+}
