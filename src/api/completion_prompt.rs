@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::encode::{SpecialTokens, encode};
 use super::error::ApiError;
 use super::fields::{Fields, kind_of, token_id};
-use super::options::check_prompt_ids;
+use super::model_limits::check_prompt_ids;
 use super::served_model::ServedModel;
 
 /// One prompt. Nothing is added to ids.

@@ -22,9 +22,10 @@ use super::encode::{SpecialTokens, encode};
 use super::error::{ApiError, ErrorKind};
 use super::health::HealthService;
 use super::metrics::Endpoint;
+use super::model_limits::{check_prompt_ids, resolve_max_tokens};
 use super::options::{
-    DEFAULT_MAX_TOKENS, MAX_CHOICES, MAX_LOGPROBS, MAX_PENALTY, check_prompt_ids, check_stop_strings, fresh_seed,
-    parse_grpc_timeout, resolve_max_tokens, stop_token_ids,
+    DEFAULT_MAX_TOKENS, MAX_CHOICES, MAX_LOGPROBS, MAX_PENALTY, check_stop_strings, fresh_seed, parse_grpc_timeout,
+    stop_token_ids,
 };
 use super::output::{ChoiceEnd, FinishReason, Job, Output, OutputStream, OutputToken, TextOptions, timeline_from};
 use super::request_label::RequestLabel;

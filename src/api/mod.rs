@@ -17,6 +17,7 @@ pub(crate) mod grpc;
 mod health;
 mod logprobs;
 pub mod metrics;
+mod model_limits;
 mod models;
 mod neutral;
 mod options;

@@ -29,19 +29,22 @@ const WARNING: Style = Style::new().fg(Color::Yellow);
 impl View {
     /// Lines that show everything.
     pub fn height(&self) -> u16 {
-        let Some(snapshot) = &self.snapshot else { return 3 };
+        let Some(snapshot) = &self.snapshot else {
+            return (HEAD + FOOT) as u16;
+        };
         let n_lines = HEAD + 1 + snapshot.instances.len() + between(&move_lines(snapshot)) + FOOT;
         let n_requests = self.requests().len().max(1) + 1;
         u16::try_from(n_lines + n_requests).unwrap_or(u16::MAX)
     }
 
-    /// Everything as plain text, `width` columns wide.
+    /// Everything but the keys as plain text, `width` columns wide.
     pub fn to_text(&self, width: u16) -> String {
         let area = Rect::new(0, 0, width, self.height());
         let mut buffer = Buffer::empty(area);
         self.render(area, &mut buffer);
         let mut text = String::new();
-        for y in area.rows() {
+        let n_lines = self.height() - FOOT as u16;
+        for y in area.rows().take(usize::from(n_lines)) {
             let line: String = y.columns().map(|cell| buffer[cell.as_position()].symbol()).collect();
             text.push_str(line.trim_end());
             text.push('\n');
@@ -145,7 +148,7 @@ fn instance_table(lines: &[InstanceLine]) -> Table<'static> {
         "UP",
     ];
     let widths = [
-        Constraint::Min(12),
+        widest(lines.iter().map(|line| line.row.id.clone()), header[0]),
         Constraint::Length(7),
         Constraint::Length(8),
         Constraint::Length(BAR_WIDTH as u16),
@@ -159,6 +162,13 @@ fn instance_table(lines: &[InstanceLine]) -> Table<'static> {
         Constraint::Length(6),
     ];
     Table::new(lines.iter().map(instance_row), widths).header(Row::new(header).style(HEADER))
+}
+
+/// A column as wide as its widest cell, within reason.
+fn widest(cells: impl Iterator<Item = String>, header: &str) -> Constraint {
+    const WIDEST: usize = 40;
+    let widest = cells.map(|cell| cell.chars().count()).max().unwrap_or(0);
+    Constraint::Length(widest.max(header.len()).min(WIDEST) as u16)
 }
 
 fn instance_row(line: &InstanceLine) -> Row<'static> {
@@ -247,9 +257,9 @@ fn requests(view: &View, area: Rect, buffer: &mut Buffer) {
         "REQUEST", "STAGE", "INSTANCE", "TOKENS", "PROMPT", "N", "MOVES", "AGE", "LABEL",
     ];
     let widths = [
-        Constraint::Length(36),
+        widest(rows.iter().map(|row| row.id.clone()), header[0]),
         Constraint::Length(7),
-        Constraint::Min(24),
+        widest(rows.iter().map(|row| row.place()), header[2]),
         Constraint::Length(11),
         Constraint::Length(6),
         Constraint::Length(3),
@@ -441,7 +451,7 @@ mod tests {
         );
         assert!(text.contains("and 195 more"), "{text}");
         assert!(
-            text.trim_end().ends_with("scroll") && !text.contains('\u{1b}'),
+            text.trim_end().ends_with("client r-000") && !text.contains('\u{1b}'),
             "{text}"
         );
         let quiet = View {

@@ -321,3 +321,45 @@ async fn grpc_messages_name_their_choice() {
             .all(|message| message.finish == 0 && message.usage.is_none())
     );
 }
+
+#[tokio::test]
+async fn grpc_refuses_what_is_out_of_range_by_field() {
+    let server = start(null("abc")).await;
+    let mut client = BatonClient::connect(server.url("")).await.unwrap();
+    let off = wire::SamplingParams::default;
+    let wrong = [
+        ("sampling.n", wire::SamplingParams { n: Some(0), ..off() }),
+        ("sampling.n", wire::SamplingParams { n: Some(129), ..off() }),
+        (
+            "sampling.presence_penalty",
+            wire::SamplingParams {
+                presence_penalty: Some(f32::NAN),
+                ..off()
+            },
+        ),
+        (
+            "sampling.frequency_penalty",
+            wire::SamplingParams {
+                frequency_penalty: Some(-2.5),
+                ..off()
+            },
+        ),
+        (
+            "sampling.repetition_penalty",
+            wire::SamplingParams {
+                repetition_penalty: Some(0.0),
+                ..off()
+            },
+        ),
+    ];
+    for (field, sampling) in wrong {
+        let request = wire::GenerateRequest {
+            prompt: Some(Prompt::TokenIds(wire::TokenIds { ids: vec![1] })),
+            sampling: Some(sampling),
+            ..Default::default()
+        };
+        let status = client.generate(request).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::InvalidArgument, "{field}");
+        assert!(status.message().starts_with(field), "{status:?}");
+    }
+}

@@ -229,46 +229,6 @@ async fn wrong_requests_name_the_field() {
             Code::InvalidArgument,
         ),
         (
-            sampled(wire::SamplingParams {
-                n: Some(0),
-                ..default()
-            }),
-            "sampling.n",
-            Code::InvalidArgument,
-        ),
-        (
-            sampled(wire::SamplingParams {
-                n: Some(129),
-                ..default()
-            }),
-            "sampling.n",
-            Code::InvalidArgument,
-        ),
-        (
-            sampled(wire::SamplingParams {
-                presence_penalty: Some(f32::NAN),
-                ..default()
-            }),
-            "presence_penalty",
-            Code::InvalidArgument,
-        ),
-        (
-            sampled(wire::SamplingParams {
-                frequency_penalty: Some(-2.5),
-                ..default()
-            }),
-            "frequency_penalty",
-            Code::InvalidArgument,
-        ),
-        (
-            sampled(wire::SamplingParams {
-                repetition_penalty: Some(0.0),
-                ..default()
-            }),
-            "repetition_penalty",
-            Code::InvalidArgument,
-        ),
-        (
             wire::GenerateRequest {
                 model: "other".into(),
                 ..text("a", default())
