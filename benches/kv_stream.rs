@@ -17,7 +17,7 @@ use baton_kernels::{DType, KvCache, KvLayout, KvWrite};
 use baton_proto::cluster::worker_client::WorkerClient;
 use baton_proto::cluster::worker_server::{Worker, WorkerServer};
 use baton_proto::cluster::{
-    GenerateEvent, GenerateRequest, PrefillEnded, TransferFrame, PrefillRequest, transfer_frame::Frame,
+    GenerateEvent, GenerateRequest, PrefillEnded, PrefillRequest, TransferFrame, transfer_frame::Frame,
 };
 use baton_proto::link::{KV_FRAME_BYTES, LinkOptions, MAX_MESSAGE_BYTES};
 use baton_scheduler::transfer::{KvRange, TransferId};

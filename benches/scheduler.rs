@@ -178,31 +178,32 @@ fn placement(criterion: &mut Criterion) {
 
 /// A whole handoff of 2,048 tokens and 16 layers at 4 blocks a frame, both ends, without its bytes.
 fn transfer(criterion: &mut Criterion) {
-    let plan = TransferPlan {
-        n_layers: 16,
-        first_block: 0,
-        n_blocks: 128,
-    };
-    let n_frames = u64::from(plan.n_layers * plan.n_blocks / 4);
+    const N_BLOCKS: u32 = 128;
+    let plan = TransferPlan::handoff(16, 0, N_BLOCKS);
+    let n_frames = u64::from(plan.n_layers * N_BLOCKS / 4);
     let mut group = criterion.benchmark_group("transfer");
     group.throughput(Throughput::Elements(n_frames));
     group.bench_function("handoff_of_512_frames", |bencher| {
         bencher.iter(|| {
             let (now, deadline) = (Nanos::ZERO, Nanos::from_secs(10));
-            let mut source = Source::new(plan, 2, 4, deadline);
-            let mut destination = Destination::new(TransferId(1), plan, deadline, now);
-            destination.apply(now, DestinationFact::Accepted);
+            let mut source = Source::new(plan.clone(), 2, 4, EndsBy::Source, deadline);
+            let mut destination = Destination::handoff(TransferId(1), plan.clone(), deadline, now);
+            destination.apply(now, DestinationFact::Accepted {
+                ends_by: EndsBy::Source,
+            });
             for layer in 0..plan.n_layers {
                 let whole = KvRange {
+                    choice: 0,
                     layer,
                     first_block: 0,
-                    n_blocks: plan.n_blocks,
+                    n_blocks: N_BLOCKS,
                 };
                 source.apply(now, SourceFact::Ready(whole));
-                for first_block in (0..plan.n_blocks).step_by(4) {
+                for first_block in (0..N_BLOCKS).step_by(4) {
                     black_box(source.apply(now, SourceFact::Sent));
                     let range = KvRange {
-                        layer,
+                        choice: 0,
+                    layer,
                         first_block,
                         n_blocks: 4,
                     };

@@ -6,10 +6,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_engine::model::LoadFormat as WeightsFrom;
+use baton_engine::worker::{TransportChoice, TransportKind};
 use baton_engine::{DType, Isa};
 use baton_proto::link::{ClusterSecret, LinkError, LinkOptions};
 
-use crate::config::{ByteSize, ComputeDtype, HubEnvironment, InstructionSet, LoadFormat, ModelSource, Secret};
+use crate::config::{
+    ByteSize, ComputeDtype, HubEnvironment, InstructionSet, KvTransportKind, LoadFormat, ModelSource, Secret, Switch,
+};
 
 /// Which model, and where its files come from and go to.
 #[derive(Clone, Debug)]
@@ -45,6 +48,8 @@ pub struct EngineConfig {
     pub max_num_seqs: u32,
     /// Most tokens computed in one step.
     pub max_batch_tokens: u32,
+    /// Whether the KV of earlier prompts is used again.
+    pub prefix_caching: Switch,
 }
 
 impl From<ComputeDtype> for DType {
@@ -78,6 +83,18 @@ impl InstructionSet {
     }
 }
 
+impl KvTransportKind {
+    /// The worker's word for it.
+    pub fn choice(self) -> TransportChoice {
+        match self {
+            KvTransportKind::Auto => TransportChoice::Auto,
+            KvTransportKind::Grpc => TransportChoice::Only(TransportKind::Grpc),
+            KvTransportKind::SharedMemory => TransportChoice::Only(TransportKind::SharedMemory),
+            KvTransportKind::InProcess => TransportChoice::Only(TransportKind::InProcess),
+        }
+    }
+}
+
 impl EngineConfig {
     /// The defaults that do not depend on the machine.
     pub const DEFAULT_BLOCK_SIZE: u32 = 16;
@@ -98,6 +115,14 @@ pub struct LinkConfig {
     pub progress_deadline: Duration,
     /// What every process of the cluster must show.
     pub cluster_secret: Option<Secret>,
+    /// How KV travels.
+    pub kv_transport: KvTransportKind,
+    /// KV bytes a second that the moves out of an instance may send while their requests decode.
+    pub move_rate: ByteSize,
+    /// Stages of a move before its request pauses.
+    pub move_stages: u32,
+    /// How long an instance that is told to end may take to hand its requests over.
+    pub drain_timeout: Duration,
 }
 
 impl LinkConfig {
@@ -120,6 +145,10 @@ impl LinkConfig {
 
     /// Drops a silent cut after this long.
     pub const DEFAULT_KEEPALIVE: Duration = Duration::from_secs(5);
+    /// A tenth or so of what loopback or a fast network carries: other requests' handoffs come first.
+    pub const DEFAULT_MOVE_RATE: ByteSize = ByteSize(256 << 20);
+    /// Long enough for many long contexts over a slow link.
+    pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(60);
     /// Longer than any single step of a machine that still works.
     pub const DEFAULT_PROGRESS_DEADLINE: Duration = Duration::from_secs(30);
 }

@@ -13,6 +13,7 @@ pub mod logging;
 pub mod metric_names;
 pub mod model_files;
 pub mod null_generator;
+pub mod operator;
 pub mod registry;
 pub mod scheduler_process;
 pub mod supervisor;

@@ -1,12 +1,11 @@
-//! The registry of a scheduler process: workers are members for as long as their stream lives, and operators see them. It
-//! stores nothing.
+//! The registry of a scheduler process: workers are members for as long as their stream lives. It stores nothing.
 
 use std::pin::Pin;
 use std::sync::Arc;
 
 use baton_proto::cluster::registry_command::Command;
 use baton_proto::cluster::registry_server::RegistryServer;
-use baton_proto::cluster::{self, operator_server, registry_server};
+use baton_proto::cluster::{self, registry_server};
 use baton_proto::link::RequireSecret;
 use baton_scheduler::ids::{Incarnation, InstanceId};
 use futures::Stream;
@@ -76,6 +75,8 @@ impl registry_server::Registry for RegistryService {
         };
         membership.report(first)?;
         let (commands, receiver) = mpsc::channel(MAX_COMMANDS);
+        self.cluster
+            .set_commands(&membership.id, membership.incarnation, commands.clone());
         let welcome = cluster::RegistryCommand {
             command: Some(Command::Welcome(true)),
         };
@@ -105,37 +106,6 @@ impl registry_server::Registry for RegistryService {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
-    }
-}
-
-/// What operators ask, behind the API key.
-#[derive(Clone)]
-pub struct OperatorService {
-    cluster: Arc<Cluster>,
-}
-
-impl OperatorService {
-    /// Answers from `cluster`.
-    pub fn new(cluster: Arc<Cluster>) -> OperatorService {
-        OperatorService { cluster }
-    }
-}
-
-#[tonic::async_trait]
-impl operator_server::Operator for OperatorService {
-    async fn list_instances(
-        &self,
-        _request: Request<cluster::ListInstancesRequest>,
-    ) -> Result<Response<cluster::ListInstancesResponse>, Status> {
-        let members = self.cluster.members().into_iter();
-        let instances = members
-            .map(|member| cluster::InstanceStatus {
-                joined_seconds_ago: member.joined_at.elapsed().as_secs(),
-                join: Some(member.join),
-                load: Some(member.load),
-            })
-            .collect();
-        Ok(Response::new(cluster::ListInstancesResponse { instances }))
     }
 }
 

@@ -19,9 +19,10 @@ use tonic::service::interceptor::InterceptedService;
 use crate::api::metrics::MetricsRegistry;
 use crate::api::{self, ApiKey, ApiOptions, ApiState, ServeOptions, grpc};
 use crate::config::{ComputeDtype, PolicyKind, Secret};
-use crate::door::{Cluster, FrontDoor, FrontDoorOptions, Generator as _};
+use crate::door::{Cluster, EmptyingTotals, FrontDoor, FrontDoorOptions, Generator as _, keep_emptying};
 use crate::engine_config::{LinkConfig, ModelSelection};
-use crate::registry::{OperatorService, RegistryService};
+use crate::operator::OperatorService;
+use crate::registry::RegistryService;
 use crate::{announce, cluster_metrics, model_files, registry};
 
 /// Everything a scheduler process is told.
@@ -102,7 +103,16 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     let registry = RegistryService::new(Arc::clone(&cluster), shutdown.clone());
     let registry = RegistryServer::new(registry).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let registry = InterceptedService::new(registry, link.require_secret());
-    let operator = OperatorServer::new(OperatorService::new(Arc::clone(&cluster)));
+    let emptying = EmptyingTotals::default();
+    let emptied = keep_emptying(
+        Arc::clone(&cluster),
+        door.requests(),
+        emptying.clone(),
+        shutdown.clone(),
+    );
+    let emptied = tokio::spawn(emptied);
+    let operator = OperatorService::new(Arc::clone(&cluster), door.requests(), emptying);
+    let operator = OperatorServer::new(operator);
     let operator = grpc::add(axum::Router::new(), operator);
     let router = api::router(state.clone(), operator).merge(registry::route(registry.clone()));
 
@@ -123,6 +133,7 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     served?;
     // Open requests have ended or were cut with their connections, which ends their tasks.
     let _ = tokio::time::timeout(config.drain_timeout, door.drained()).await;
+    emptied.await.context("the task that empties instances panicked")?;
     match socket {
         Some(serving) => serving.await.context("the registry's socket panicked")?,
         None => Ok(()),

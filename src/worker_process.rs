@@ -8,9 +8,11 @@ use anyhow::Context as _;
 use baton_engine::engine::{EngineConfig, Health, start};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, ModelFolder, load_cpu};
-use baton_engine::worker::{GrpcTransport, Identity, Membership, Standing, WorkerOptions, WorkerService, join_registry, serve};
+use baton_engine::worker::{
+    Identity, KvTransports, Membership, Standing, WorkerOptions, WorkerService, join_registry, serve,
+};
 use baton_engine::{Cpu, DType, keep_freed_memory};
-use baton_scheduler::batch::BatchConfig;
+use baton_scheduler::batch::{BatchConfig, PrefixCaching};
 use baton_scheduler::ids::{Incarnation, InstanceId, Role};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinHandle;
@@ -18,7 +20,7 @@ use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Address, ConfigError, LoadFormat, Span};
+use crate::config::{Address, ConfigError, LoadFormat, Span, Switch};
 use crate::engine_config::{EngineConfig as Limits, LinkConfig, ModelSelection};
 use crate::{announce, model_files};
 
@@ -76,6 +78,14 @@ impl WorkerConfig {
             "--progress-deadline",
             Span(self.links.progress_deadline).to_string().into(),
         );
+        flag("--prefix-caching", self.engine.prefix_caching.as_str().into());
+        flag("--kv-transport", self.links.kv_transport.as_str().into());
+        flag(
+            "--move-rate",
+            self.links.move_rate.to_string().into(),
+        );
+        flag("--move-stages", self.links.move_stages.to_string().into());
+        flag("--drain-timeout", Span(self.links.drain_timeout).to_string().into());
         arguments
     }
 }
@@ -100,18 +110,24 @@ pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> an
         fingerprint: decoder.transfer_fingerprint(),
         numerics_class: decoder.numerics_class(),
     };
+    let share = decoder.kv_cache().share();
     let batch = batch_config(&config.engine, &mut decoder);
     let engine = start(decoder, EngineConfig::new(batch))?;
     let options = WorkerOptions {
         link: config.links.options()?,
         progress_deadline: config.links.progress_deadline,
+        move_bytes_per_second: Some(config.links.move_rate.0),
+        move_stages: config.links.move_stages,
         ..WorkerOptions::default()
     };
-    let service = WorkerService::new(engine, identity, Box::new(GrpcTransport::new(layout)), options);
-    let stop = shutdown.child_token();
+    let choice = config.links.kv_transport.choice();
+    let transports = KvTransports::new(&identity, layout, choice, &options.link, share)?;
+    let service = WorkerService::new(engine, identity, transports, options);
+    let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let (advertise, serving) = listen(&config.listen, service.clone(), stop.clone()).await?;
     tracing::info!(instance = %config.id, address = advertise, "serving");
+    let standing = Arc::new(Standing::new(config.role));
     let membership = Membership {
         scheduler: config.scheduler.to_string(),
         advertise: config
@@ -119,14 +135,16 @@ pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> an
             .as_ref()
             .map_or(advertise, |address| address.to_string()),
         model: config.model.served_name.clone(),
-        standing: Arc::new(Standing::new(config.role)),
+        standing: Arc::clone(&standing),
     };
     let ready_line = announce::worker_ready_line(&config.id.to_string());
     let joining = join_registry(&service, &membership, stop.clone(), || announce::print(&ready_line));
     let health = watch(&service, stop.clone());
+    let left = leave(&service, &standing, config.links.drain_timeout, &shutdown);
     tokio::select! {
         joined = joining => joined?,
         died = health => died?,
+        () = left => {}
     }
     stop.cancel();
     serving.await.context("the worker service panicked")?
@@ -196,6 +214,10 @@ fn batch_config(limits: &Limits, decoder: &mut Decoder<Cpu>) -> BatchConfig {
         max_num_seqs,
         max_batch_tokens: limits.max_batch_tokens as usize,
         max_model_len: decoder.limits().max_model_len,
+        prefix_caching: match limits.prefix_caching {
+            Switch::On => PrefixCaching::On,
+            Switch::Off => PrefixCaching::Off,
+        },
         ..BatchConfig::new(n_blocks, limits.block_size as usize, decoder.transfer_fingerprint())
     }
 }
@@ -229,6 +251,30 @@ async fn listen(
             });
             let serving = async move { Ok(serve(service, incoming, stop, STREAM_GRACE).await?) };
             Ok((advertise, tokio::spawn(serving)))
+        }
+    }
+}
+
+/// Once told to end, waits until the requests here have gone on elsewhere: as long as they may take, or until nothing is
+/// open and no scheduler process is there that could say so.
+async fn leave(service: &WorkerService, standing: &Standing, drain_timeout: Duration, shutdown: &CancellationToken) {
+    shutdown.cancelled().await;
+    standing.leave();
+    tracing::info!(n_open = service.n_open(), "told to end");
+    let alone = async {
+        let mut ticks = tokio::time::interval(Duration::from_millis(20));
+        loop {
+            ticks.tick().await;
+            if service.n_open() == 0 && !standing.is_member() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = standing.drained() => tracing::info!("empty"),
+        () = alone => {}
+        () = tokio::time::sleep(drain_timeout) => {
+            tracing::warn!(n_open = service.n_open(), "ending with requests open: they are replayed elsewhere");
         }
     }
 }

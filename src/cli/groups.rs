@@ -4,11 +4,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
+use baton_scheduler::transfer::MAX_STAGES;
 use clap::Args;
 
 use crate::config::{
-    ByteSize, ComputeDtype, ConfigError, Device, InstructionSet, Layers, LoadFormat, LogFormat, Machine, ModelSource,
-    PolicyKind, Secret, Span, flag,
+    ByteSize, ComputeDtype, ConfigError, Device, InstructionSet, KvTransportKind, Layers, LoadFormat, LogFormat,
+    Machine, ModelSource, PolicyKind, Secret, Span, Switch, flag,
 };
 use crate::engine_config::{EngineConfig, LinkConfig, ModelSelection};
 use crate::logging::LogConfig;
@@ -112,6 +113,9 @@ pub struct EngineFlags {
     /// Most tokens computed in one step; longer prompts are computed in chunks [default: 512]
     #[arg(long, value_name = "TOKENS", value_parser = flag::<NonZeroU32>)]
     pub max_batch_tokens: Option<NonZeroU32>,
+    /// Use the KV of earlier prompts with the same beginning again [default: on]
+    #[arg(long, value_enum)]
+    pub prefix_caching: Option<Switch>,
 }
 
 impl EngineFlags {
@@ -160,6 +164,9 @@ impl EngineFlags {
             max_model_len,
             max_num_seqs: max_num_seqs.get(),
             max_batch_tokens: max_batch_tokens.unwrap_or(EngineConfig::DEFAULT_MAX_BATCH_TOKENS).get(),
+            prefix_caching: layers
+                .pick("prefix_caching", self.prefix_caching)?
+                .unwrap_or(Switch::On),
         })
     }
 }
@@ -177,6 +184,18 @@ pub struct LinkFlags {
     /// Secret that all processes of the cluster share; better given as BATON_CLUSTER_SECRET, which no process list shows
     #[arg(long, value_name = "SECRET", value_parser = flag::<Secret>)]
     pub cluster_secret: Option<Secret>,
+    /// How KV travels between instances [default: auto, the best that both ends can do]
+    #[arg(long, value_enum)]
+    pub kv_transport: Option<KvTransportKind>,
+    /// Most KV a second that moves out of an instance send while their requests decode [default: 256MiB]
+    #[arg(long, value_name = "SIZE", value_parser = flag::<ByteSize>)]
+    pub move_rate: Option<ByteSize>,
+    /// Stages of a move before its request pauses; with 0 everything is copied while it stands still [default: 8]
+    #[arg(long, value_name = "N", value_parser = flag::<u32>)]
+    pub move_stages: Option<u32>,
+    /// How long an instance that is told to end may take to hand its requests over [default: 60s]
+    #[arg(long, value_name = "DURATION", value_parser = flag::<Span>)]
+    pub drain_timeout: Option<Span>,
 }
 
 impl LinkFlags {
@@ -188,6 +207,14 @@ impl LinkFlags {
             keepalive: keepalive.map_or(LinkConfig::DEFAULT_KEEPALIVE, |span| span.0),
             progress_deadline: progress_deadline.map_or(LinkConfig::DEFAULT_PROGRESS_DEADLINE, |span| span.0),
             cluster_secret: layers.pick("cluster_secret", self.cluster_secret)?,
+            kv_transport: layers
+                .pick("kv_transport", self.kv_transport)?
+                .unwrap_or(KvTransportKind::Auto),
+            move_rate: layers.pick("move_rate", self.move_rate)?.unwrap_or(LinkConfig::DEFAULT_MOVE_RATE),
+            move_stages: layers.pick("move_stages", self.move_stages)?.unwrap_or(MAX_STAGES),
+            drain_timeout: layers
+                .pick("drain_timeout", self.drain_timeout)?
+                .map_or(LinkConfig::DEFAULT_DRAIN_TIMEOUT, |span| span.0),
         })
     }
 }

@@ -56,6 +56,28 @@ macro_rules! choice {
 }
 
 choice! {
+    /// Whether something is done.
+    Switch, "on or off";
+    /// It is.
+    On = "on",
+    /// It is not.
+    Off = "off",
+}
+
+choice! {
+    /// How KV gets from one instance to another.
+    KvTransportKind, "auto, grpc, shared-memory or in-process";
+    /// The best that both ends can do.
+    Auto = "auto",
+    /// Inside the messages.
+    Grpc = "grpc",
+    /// Between processes of one host, read in place.
+    SharedMemory = "shared-memory",
+    /// Between instances of one process.
+    InProcess = "in-process",
+}
+
+choice! {
     /// Element type of weights, KV cache and the inputs of matrix products.
     ComputeDtype, "bf16 or f32";
     /// bfloat16, accumulated in f32.

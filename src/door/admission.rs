@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use baton_scheduler::ids::{InstanceId, Nanos, TokenId};
 use baton_scheduler::prefix_cache::{PrefixHasher, PrefixKey};
-use baton_scheduler::request::{Request, Token};
+use baton_scheduler::request::{ChoiceState, Request};
 use tokio::sync::Mutex;
 
 use super::Rejection;
@@ -79,8 +79,10 @@ impl Admission {
 pub(super) struct Wanted {
     pub(super) request: Request,
     pub(super) avoided: Vec<InstanceId>,
-    /// Prompt, and what was generated so far.
+    /// Prompt, and what the first choice that goes on has generated so far.
     tokens: Vec<TokenId>,
+    /// Choices that have begun differ, so that no one prefill could serve them all.
+    pub(super) may_hand_over: bool,
     /// Of these tokens, and for whom they are valid.
     keys: Option<(KeySpace, Vec<PrefixKey>)>,
 }
@@ -92,14 +94,19 @@ impl Wanted {
             request,
             avoided: Vec::new(),
             tokens,
+            may_hand_over: true,
             keys: None,
         }
     }
 
     /// The same request again, elsewhere, with the tokens generated so far.
-    pub(super) fn go_on_after(&mut self, output: &[Token], avoided: &[InstanceId]) {
+    pub(super) fn go_on_after(&mut self, choices: &[ChoiceState], avoided: &[InstanceId]) {
         self.tokens.truncate(self.request.prompt_ids.len());
-        self.tokens.extend(output.iter().map(|token| token.id));
+        if let Some(first) = choices.iter().find(|choice| choice.finish.is_none()) {
+            self.tokens.extend(first.output.iter().map(|token| token.id));
+        }
+        let is_fresh = choices.iter().all(|choice| choice.output.is_empty());
+        self.may_hand_over = choices.len() == 1 || is_fresh;
         self.avoided = avoided.to_vec();
         self.keys = None;
     }

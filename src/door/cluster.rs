@@ -9,8 +9,8 @@ use baton_proto::link::{LinkError, LinkOptions, MAX_MESSAGE_BYTES, PresentSecret
 use baton_proto::{cluster, speaks};
 use baton_scheduler::ids::{Fingerprint, Incarnation, InstanceId, Nanos, RequestId, Role};
 use baton_scheduler::placement::{
-    ClusterView, InstanceLoad, MOVE_PROTOCOL_VERSION, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent, choose_destination,
-    min_protocol_version,
+    ClusterView, InstanceLoad, MOVE_PROTOCOL_VERSION, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent,
+    choose_destination, min_protocol_version,
 };
 use baton_scheduler::prefix_cache::PrefixKey;
 use baton_scheduler::request::Request;
@@ -231,7 +231,13 @@ impl Cluster {
             state.view.apply(ViewEvent::Prefix(id.clone(), incarnation, events));
         }
         if let Some(load) = report.load {
-            if load.leaving && state.view.instances().get(id).is_some_and(|instance| !instance.is_draining()) {
+            if load.leaving
+                && state
+                    .view
+                    .instances()
+                    .get(id)
+                    .is_some_and(|instance| !instance.is_draining())
+            {
                 tracing::info!(instance = %id, "asks to be emptied");
                 state.view.apply(ViewEvent::Draining(id.clone(), true));
             }
@@ -440,7 +446,9 @@ impl Cluster {
                     .ok_or_else(|| refused("no other instance could take it".to_owned()))?
             }
         };
-        let Some(member) = state.members.get(&to) else { return Err(state.unknown(&to)) };
+        let Some(member) = state.members.get(&to) else {
+            return Err(state.unknown(&to));
+        };
         let called = member.called(&self.link);
         state.view.apply(ViewEvent::MoveStarted(request.id, to.clone()));
         Ok((to, called))
@@ -536,7 +544,11 @@ impl Cluster {
     /// Whether an instance is being emptied.
     pub fn is_draining(&self, id: &InstanceId) -> bool {
         let state = self.state.lock();
-        state.view.instances().get(id).is_some_and(|instance| instance.is_draining())
+        state
+            .view
+            .instances()
+            .get(id)
+            .is_some_and(|instance| instance.is_draining())
     }
 
     /// Runs `look` on the view.

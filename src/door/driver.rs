@@ -1,21 +1,25 @@
-//! One request at the front door: carries out what its arbiter says, over one stream at a time.
+//! One request at the front door: carries out what its arbiter says, over the stream that speaks and, while it moves, over
+//! its destination's.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
-use baton_proto::PROTOCOL_VERSION;
-use baton_proto::convert::token_from_wire;
 use baton_proto::cluster::{self, ended::How, generate_event::Event};
+use baton_proto::convert::token_from_wire;
 use baton_scheduler::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
 use baton_scheduler::ids::{Epoch, InstanceId, Nanos};
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token, TokenLogprobs};
 use baton_scheduler::timeline::{Moment, Timeline};
-use tokio::sync::mpsc;
+use futures::future::BoxFuture;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
-use tonic::Streaming;
 
 use super::admission::{Admission, QueuePlace, Wanted, place_when_possible};
-use super::cluster::{Cluster, Reachable};
+use super::cluster::{Called, Cluster, Reachable};
 use super::front_door::FrontDoorOptions;
+use super::moves::{Listed, MoveError, MoveOrder, Moved, RequestStage};
+use super::streams::{self, OpenStream, Opening};
 use super::{DoorEvent, Submission, Usage};
 
 pub(super) struct RequestDriver {
@@ -25,8 +29,19 @@ pub(super) struct RequestDriver {
     submission: Submission,
     deadline: Option<Instant>,
     events: mpsc::Sender<DoorEvent>,
+    listed: Listed,
     arbiter: Arbiter,
-    output: Vec<Token>,
+    wanted: Wanted,
+    /// What was delivered.
+    choices: Vec<ChoiceState>,
+    placed: Option<Reachable>,
+    speaking: Option<OpenStream>,
+    attached: Option<OpenStream>,
+    /// The call to the destination, until it is answered.
+    attaching: Option<(Epoch, Opening)>,
+    resuming: Option<(Epoch, BoxFuture<'static, Result<(), Failure>>)>,
+    order: Option<Order>,
+    facts: VecDeque<ArbiterFact>,
     usage: Usage,
     has_prompt_logprobs: bool,
     /// The last epoch in which a token came, so that its prompt is computed.
@@ -34,18 +49,32 @@ pub(super) struct RequestDriver {
     timeline: Timeline,
 }
 
-/// A stream to a decode instance.
-struct OpenStream {
-    epoch: Epoch,
-    events: Streaming<cluster::GenerateEvent>,
-    decode: InstanceId,
-    opened_at: Nanos,
+/// A move under way.
+struct Order {
+    from: InstanceId,
+    to: InstanceId,
+    destination: Option<Called>,
+    began: Instant,
+    /// Why the destination failed, when it said so.
+    failure: Option<Failure>,
+    reply: oneshot::Sender<Result<Moved, MoveError>>,
 }
 
 /// What the driver waits for.
 enum Woken {
     Fact(ArbiterFact),
-    Event(cluster::GenerateEvent),
+    Speaking(Result<cluster::GenerateEvent, Failure>),
+    Attached(Result<cluster::GenerateEvent, Failure>),
+    Attach(Epoch, Result<OpenStream, (Failure, InstanceId)>),
+    Resumed(Epoch, Result<(), Failure>),
+    Ordered(MoveOrder),
+}
+
+/// Which of the two streams.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    Speaking,
+    Attached,
 }
 
 impl RequestDriver {
@@ -55,141 +84,192 @@ impl RequestDriver {
         options: FrontDoorOptions,
         submission: Submission,
         events: mpsc::Sender<DoorEvent>,
+        listed: Listed,
     ) -> RequestDriver {
         let usage = Usage {
             n_prompt_tokens: submission.request.prompt_ids.len() as u32,
             ..Usage::default()
         };
-        let timeline = submission.timeline.clone();
-        let deadline = submission.deadline.map(|left| Instant::now() + left);
+        let n = submission.request.sampling.n;
+        let move_deadline = Nanos(options.move_deadline.as_nanos() as u64);
         RequestDriver {
             cluster,
             admission,
             options,
-            submission,
-            deadline,
+            deadline: submission.deadline.map(|left| Instant::now() + left),
             events,
-            arbiter: Arbiter::new(),
-            output: Vec::new(),
+            listed,
+            arbiter: Arbiter::new(n, move_deadline),
+            wanted: Wanted::new(submission.request.clone()),
+            choices: vec![ChoiceState::default(); n as usize],
+            placed: None,
+            speaking: None,
+            attached: None,
+            attaching: None,
+            resuming: None,
+            order: None,
+            facts: VecDeque::new(),
             usage,
             has_prompt_logprobs: false,
             prefilled_in: None,
-            timeline,
+            timeline: submission.timeline.clone(),
+            submission,
         }
     }
 
     /// To the terminal state. Every wait ends by the client's leaving, the request's deadline, or its own bound.
     pub(super) async fn run(mut self, place: QueuePlace) {
-        let admission = Arc::clone(&self.admission);
-        let cluster = Arc::clone(&self.cluster);
-        let request = self.submission.request.clone();
-        let mut wanted = Wanted::new(request);
-        let first = self.placed(admission.place_in_turn(place, &cluster, &mut wanted)).await;
-        let mut stream = None;
-        let mut reachable = None;
-        let mut fact = Some(match first {
-            Ok((placed, admitted_at)) => {
-                self.timeline.mark(Moment::Admitted, admitted_at);
-                reachable = Some(placed);
-                ArbiterFact::Placed
-            }
-            Err(fact) => fact,
-        });
+        let fact = self.place_first(place).await;
+        self.facts.push_back(fact);
         loop {
-            let mut next = None;
-            for action in fact.take().map(|fact| self.arbiter.apply(fact)).unwrap_or_default() {
-                match action {
-                    ArbiterAction::Open(epoch) => {
-                        self.timeline.mark(Moment::Placed, self.cluster.now());
-                        let placed = reachable.take().expect("the arbiter opens what was placed");
-                        match self.open(epoch, placed).await {
-                            Ok(opened) => stream = Some(opened),
-                            Err(fact) => next = Some(fact),
-                        }
-                    }
-                    ArbiterAction::Close => {
-                        stream = None;
-                        self.cluster.close(self.submission.request.id);
-                    }
-                    ArbiterAction::Place => {
-                        wanted.go_on_after(&self.output, self.arbiter.avoided());
-                        next = Some(match self.placed(place_when_possible(&cluster, &mut wanted)).await {
-                            Ok(placed) => {
-                                reachable = Some(placed);
-                                ArbiterFact::Placed
-                            }
-                            Err(fact) => fact,
-                        });
-                    }
-                    ArbiterAction::Deliver | ArbiterAction::Discard => unreachable!("tokens are applied as they come"),
-                    ArbiterAction::Finish(finish) => {
-                        self.finish(finish).await;
-                        return;
-                    }
-                    ArbiterAction::Fail(failure) => {
-                        self.end(DoorEvent::Failed(failure)).await;
-                        return;
-                    }
-                }
+            while let Some(fact) = self.facts.pop_front() {
+                let actions = self.arbiter.apply(self.cluster.now(), fact);
+                self.obey(actions).await;
             }
             if self.arbiter.is_ended() {
                 return;
             }
-            fact = match next {
-                Some(fact) => Some(fact),
-                None => match self.wait(&mut stream).await {
-                    Woken::Fact(fact) => Some(fact),
-                    Woken::Event(event) => {
-                        let stream = stream.as_ref().expect("an event comes from an open stream");
-                        self.take_event(stream.epoch, stream.opened_at, stream.decode.clone(), event)
-                            .await
+            match self.wait().await {
+                Woken::Fact(fact) => self.facts.push_back(fact),
+                Woken::Speaking(said) => self.hear(Stream::Speaking, said).await,
+                Woken::Attached(said) => self.hear(Stream::Attached, said).await,
+                Woken::Attach(epoch, opened) => {
+                    self.attaching = None;
+                    match opened {
+                        Ok(opened) => self.attached = Some(opened),
+                        Err((failure, blamed)) => self.destination_failed(epoch, failure, blamed),
                     }
-                },
-            };
+                }
+                Woken::Resumed(epoch, resumed) => {
+                    self.resuming = None;
+                    if let Err(failure) = resumed {
+                        self.facts.push_back(ArbiterFact::ResumeFailed { epoch, failure });
+                    }
+                }
+                Woken::Ordered(order) => self.take_order(order),
+            }
+        }
+    }
+
+    async fn place_first(&mut self, place: QueuePlace) -> ArbiterFact {
+        let (admission, cluster) = (Arc::clone(&self.admission), Arc::clone(&self.cluster));
+        let mut wanted = std::mem::replace(&mut self.wanted, Wanted::new(self.submission.request.clone()));
+        let placing = admission.place_in_turn(place, &cluster, &mut wanted);
+        match self.placed(placing).await {
+            Ok((placed, admitted_at)) => {
+                self.timeline.mark(Moment::Admitted, admitted_at);
+                self.placed = Some(placed);
+                ArbiterFact::Placed
+            }
+            Err(fact) => fact,
+        }
+    }
+
+    async fn place_again(&mut self) -> ArbiterFact {
+        let cluster = Arc::clone(&self.cluster);
+        let mut wanted = std::mem::replace(&mut self.wanted, Wanted::new(self.submission.request.clone()));
+        wanted.go_on_after(&self.choices, self.arbiter.avoided());
+        match self.placed(place_when_possible(&cluster, &mut wanted)).await {
+            Ok(placed) => {
+                self.placed = Some(placed);
+                ArbiterFact::Placed
+            }
+            Err(fact) => fact,
         }
     }
 
     /// A placement, unless the client, the deadline or the bound of the wait comes first.
-    async fn placed<T>(&self, placing: impl Future<Output = T>) -> Result<T, ArbiterFact> {
-        tokio::select! {
-            placed = placing => Ok(placed),
-            fact = self.interrupted() => Err(fact),
-            () = tokio::time::sleep(self.options.max_queue_wait) => Err(ArbiterFact::NoRoom),
+    fn placed<T, F: Future<Output = T>>(&self, placing: F) -> impl Future<Output = Result<T, ArbiterFact>> + use<T, F> {
+        let interrupted = self.interrupted();
+        let max_queue_wait = self.options.max_queue_wait;
+        async move {
+            tokio::select! {
+                placed = placing => Ok(placed),
+                fact = interrupted => Err(fact),
+                () = tokio::time::sleep(max_queue_wait) => Err(ArbiterFact::NoRoom),
+            }
         }
     }
 
-    async fn interrupted(&self) -> ArbiterFact {
-        tokio::select! {
-            () = self.events.closed() => ArbiterFact::ClientGone,
-            () = sleep_until(self.deadline) => ArbiterFact::DeadlinePassed,
+    fn interrupted(&self) -> impl Future<Output = ArbiterFact> + use<> {
+        let (events, deadline) = (self.events.clone(), self.deadline);
+        async move {
+            tokio::select! {
+                () = events.closed() => ArbiterFact::ClientGone,
+                () = sleep_until(deadline) => ArbiterFact::DeadlinePassed,
+            }
         }
     }
 
-    async fn wait(&self, stream: &mut Option<OpenStream>) -> Woken {
-        let Some(open) = stream else {
-            return Woken::Fact(self.interrupted().await);
-        };
+    async fn wait(&mut self) -> Woken {
+        let interrupted = self.interrupted();
+        let tick = self.arbiter.next_tick();
+        let tick_in = tick.map(|at| Duration::from_nanos(at.saturating_sub(self.cluster.now()).0));
         tokio::select! {
-            fact = self.interrupted() => Woken::Fact(fact),
-            message = open.events.message() => match message {
-                Ok(Some(event)) => Woken::Event(event),
-                Ok(None) => Woken::Fact(lost(open.epoch, &open.decode, "its stream ended without a typed end")),
-                Err(status) => {
-                    let reason = format!("{}: {}", status.code(), status.message());
-                    Woken::Fact(lost(open.epoch, &open.decode, &reason))
+            fact = interrupted => Woken::Fact(fact),
+            said = next(&mut self.speaking), if self.speaking.is_some() => Woken::Speaking(said),
+            said = next(&mut self.attached), if self.attached.is_some() => Woken::Attached(said),
+            (epoch, opened) = answer(&mut self.attaching), if self.attaching.is_some() => Woken::Attach(epoch, opened),
+            (epoch, resumed) = answer(&mut self.resuming), if self.resuming.is_some() => Woken::Resumed(epoch, resumed),
+            Some(order) = self.listed.orders.recv() => Woken::Ordered(order),
+            () = tokio::time::sleep(tick_in.unwrap_or_default()), if tick_in.is_some() => {
+                Woken::Fact(ArbiterFact::Tick)
+            }
+        }
+    }
+
+    async fn obey(&mut self, actions: Vec<ArbiterAction>) {
+        for action in actions {
+            match action {
+                ArbiterAction::Place => {
+                    self.listed.request.update(|progress| {
+                        progress.stage = RequestStage::Queued;
+                        (progress.decode, progress.prefill) = (None, None);
+                    });
+                    let fact = self.place_again().await;
+                    self.facts.push_back(fact);
                 }
-            },
+                ArbiterAction::Open(epoch) => self.open(epoch).await,
+                ArbiterAction::Close => {
+                    self.speaking = None;
+                    self.resuming = None;
+                    self.cluster.close(self.submission.request.id);
+                }
+                ArbiterAction::Attach(epoch) => self.attach(epoch),
+                ArbiterAction::Detach => self.detach(),
+                ArbiterAction::Settle => self.settle(),
+                ArbiterAction::RefuseMove(reason) => {
+                    if let Some(order) = self.order.take() {
+                        self.cluster.move_ended(self.submission.request.id);
+                        let _ = order.reply.send(Err(MoveError::Refused(reason.to_owned())));
+                    }
+                }
+                ArbiterAction::Resume(epoch) => {
+                    let state = self.state(epoch);
+                    let source = self.speaking.as_ref().expect("a source that can resume has its stream");
+                    self.resuming = Some((epoch, streams::resume(&self.cluster, source, &state, epoch)));
+                    self.listed.request.update(|progress| progress.epoch = epoch.0);
+                }
+                ArbiterAction::Deliver | ArbiterAction::Discard => unreachable!("tokens are applied as they come"),
+                ArbiterAction::Finish(finish) => self.finish(finish).await,
+                ArbiterAction::Fail(failure) => self.end(DoorEvent::Failed(failure)).await,
+            }
         }
     }
 
-    async fn open(&mut self, epoch: Epoch, placed: Reachable) -> Result<OpenStream, ArbiterFact> {
-        let Reachable {
-            placement,
-            mut decode,
-            decode_incarnation,
-            fingerprint,
-            prefill,
-        } = placed;
+    /// The request as the client has it, for an instance that is to go on in `epoch`.
+    fn state(&self, epoch: Epoch) -> PortableState {
+        PortableState {
+            request: self.submission.request.clone(),
+            choices: self.choices.clone(),
+            epoch,
+        }
+    }
+
+    async fn open(&mut self, epoch: Epoch) {
+        self.timeline.mark(Moment::Placed, self.cluster.now());
+        let placed = self.placed.take().expect("the arbiter opens what was placed");
+        let placement = placed.placement.clone();
         tracing::debug!(
             request_id = %self.submission.request.id,
             label = %self.submission.label,
@@ -198,118 +278,291 @@ impl RequestDriver {
             prefill = placement.prefill.as_ref().map(|id| id.to_string()),
             "placed"
         );
-        let state = PortableState {
-            request: self.submission.request.clone(),
-            choices: vec![ChoiceState {
-                output: self.output.clone(),
-                finish: None,
-            }],
-            epoch,
-        };
-        let request = cluster::GenerateRequest {
-            handshake: Some(cluster::Handshake {
-                protocol_version: PROTOCOL_VERSION,
-                fingerprint,
-                callee_incarnation: decode_incarnation.0,
-            }),
-            state: Some((&state).into()),
-            prefill,
-        };
-        let opened_at = self.cluster.now();
-        let opening = tokio::time::timeout(self.cluster.call_timeout(), decode.generate(request));
+        self.listed.request.update(|progress| {
+            progress.stage = RequestStage::Prefill;
+            progress.epoch = epoch.0;
+            progress.decode = Some(placement.decode.clone());
+            progress.prefill = placement.prefill.clone();
+        });
+        let opening = streams::generate(&self.cluster, &self.state(epoch), placed);
+        let interrupted = self.interrupted();
         let opened = tokio::select! {
             opened = opening => opened,
-            fact = self.interrupted() => return Err(fact),
+            fact = interrupted => {
+                self.facts.push_back(fact);
+                return;
+            }
         };
         match opened {
-            Ok(Ok(response)) => Ok(OpenStream {
+            Ok(stream) => self.speaking = Some(stream),
+            Err((failure, blamed)) => self.facts.push_back(ArbiterFact::Failed {
                 epoch,
-                events: response.into_inner(),
-                decode: placement.decode,
-                opened_at,
+                failure,
+                blamed: Some(blamed),
             }),
-            Ok(Err(status)) => {
-                let reason = format!("{}: {}", status.code(), status.message());
-                Err(lost(epoch, &placement.decode, &reason))
-            }
-            Err(_) => Err(lost(epoch, &placement.decode, "no answer to the call")),
         }
     }
 
-    /// What an event of the stream means to the arbiter, if anything.
+    fn take_order(&mut self, order: MoveOrder) {
+        if self.order.is_some() {
+            return order.refuse(MoveError::Refused("a move of it is under way".to_owned()));
+        }
+        let Some(source) = &self.speaking else {
+            return order.refuse(MoveError::Refused("it is being placed".to_owned()));
+        };
+        let longest = self.choices.iter().map(|choice| choice.output.len() as u32).max();
+        let n_tokens = self.usage.n_prompt_tokens + longest.unwrap_or(0);
+        let n_running = self.choices.iter().filter(|choice| choice.finish.is_none()).count();
+        let request = &self.submission.request;
+        let to = order.to.as_ref();
+        match self
+            .cluster
+            .destination(request, &source.instance, to, n_tokens, n_running as u32)
+        {
+            Ok((to, called)) => {
+                tracing::debug!(
+                    request_id = %self.submission.request.id,
+                    from = %source.instance,
+                    %to,
+                    reason = order.reason.as_str(),
+                    "move wanted"
+                );
+                self.order = Some(Order {
+                    from: source.instance.clone(),
+                    to,
+                    destination: Some(called),
+                    began: Instant::now(),
+                    failure: None,
+                    reply: order.reply,
+                });
+                self.facts.push_back(ArbiterFact::MoveWanted);
+            }
+            Err(error) => order.refuse(error),
+        }
+    }
+
+    fn attach(&mut self, epoch: Epoch) {
+        let state = self.state(epoch);
+        let order = self.order.as_mut().expect("a move was ordered");
+        let destination = order.destination.take().expect("a destination is attached to once");
+        let source = self
+            .speaking
+            .as_ref()
+            .expect("a request moves from where it speaks")
+            .peer();
+        self.attaching = Some((epoch, streams::attach(&self.cluster, &state, source, destination)));
+        let to = order.to.clone();
+        self.listed.request.update(|progress| {
+            progress.stage = RequestStage::Moving;
+            progress.epoch = epoch.0;
+            progress.destination = Some(to);
+        });
+    }
+
+    fn detach(&mut self) {
+        (self.attached, self.attaching) = (None, None);
+        self.cluster.move_ended(self.submission.request.id);
+        self.listed.request.update(|progress| {
+            progress.stage = RequestStage::Decode;
+            progress.destination = None;
+        });
+        if let Some(order) = self.order.take() {
+            let reason = match order.failure {
+                Some(failure) => failure.to_string(),
+                None => "it was given up by the source, or not complete in time".to_owned(),
+            };
+            tracing::info!(
+                request_id = %self.submission.request.id,
+                from = %order.from,
+                to = %order.to,
+                reason,
+                "move failed"
+            );
+            let to = order.to;
+            let _ = order.reply.send(Err(MoveError::Failed { to, reason }));
+        }
+    }
+
+    fn settle(&mut self) {
+        self.speaking = self.attached.take();
+        let Some(order) = self.order.take() else { return };
+        self.cluster.moved(self.submission.request.id, &order.to);
+        // The destination had the prompt computed before.
+        self.prefilled_in = Some(self.arbiter.epoch());
+        let n_moves = self.arbiter.n_moves();
+        self.listed.request.update(|progress| {
+            progress.stage = RequestStage::Decode;
+            progress.decode = progress.destination.take();
+            progress.prefill = None;
+            progress.n_moves = n_moves;
+        });
+        tracing::debug!(request_id = %self.submission.request.id, from = %order.from, to = %order.to, "moved");
+        let moved = Moved {
+            from: order.from,
+            to: order.to,
+            took: order.began.elapsed(),
+        };
+        let _ = order.reply.send(Ok(moved));
+    }
+
+    fn destination_failed(&mut self, epoch: Epoch, failure: Failure, blamed: InstanceId) {
+        if let Some(order) = &mut self.order {
+            order.failure = Some(failure.clone());
+        }
+        self.facts.push_back(ArbiterFact::Failed {
+            epoch,
+            failure,
+            blamed: Some(blamed),
+        });
+    }
+
+    /// What one of the streams said, or that it broke.
+    async fn hear(&mut self, from: Stream, said: Result<cluster::GenerateEvent, Failure>) {
+        let stream = match from {
+            Stream::Speaking => &self.speaking,
+            Stream::Attached => &self.attached,
+        };
+        let stream = stream.as_ref().expect("what was heard came from an open stream");
+        let (instance, opened_at) = (stream.instance.clone(), stream.opened_at);
+        match (said, from) {
+            (Ok(event), _) => self.take_event(from, instance, opened_at, event).await,
+            (Err(failure), Stream::Speaking) => self.facts.push_back(ArbiterFact::Failed {
+                epoch: self.arbiter.epoch(),
+                failure,
+                blamed: Some(instance),
+            }),
+            (Err(failure), Stream::Attached) => {
+                self.attached = None;
+                self.destination_failed(self.arbiter.newest_epoch(), failure, instance);
+            }
+        }
+    }
+
     async fn take_event(
         &mut self,
-        epoch: Epoch,
+        from: Stream,
+        instance: InstanceId,
         opened_at: Nanos,
-        decode: InstanceId,
         event: cluster::GenerateEvent,
-    ) -> Option<ArbiterFact> {
-        match event.event? {
-            Event::Accepted(_) => None,
-            Event::Moment(moment) => {
+    ) {
+        let epoch = Epoch(event.epoch);
+        let Some(event) = event.event else { return };
+        if from == Stream::Attached && streams::is_joined(&event) {
+            return self.facts.push_back(ArbiterFact::Joined { epoch });
+        }
+        match event {
+            Event::Accepted(_) => {}
+            // The moments of a request that moves are those of its placement.
+            Event::Moment(moment) if from == Stream::Speaking && self.arbiter.n_moves() == 0 => {
                 self.mark(moment, opened_at);
-                None
             }
+            Event::Moment(_) => {}
             Event::PromptLogprobs(logprobs) => {
-                if std::mem::replace(&mut self.has_prompt_logprobs, true) {
-                    return None;
+                if !std::mem::replace(&mut self.has_prompt_logprobs, true) {
+                    let logprobs: Vec<TokenLogprobs> = logprobs.tokens.into_iter().map(Into::into).collect();
+                    self.deliver(DoorEvent::PromptLogprobs(logprobs)).await;
                 }
-                let logprobs: Vec<TokenLogprobs> = logprobs.tokens.into_iter().map(Into::into).collect();
-                self.deliver(DoorEvent::PromptLogprobs(logprobs)).await
             }
-            Event::Token(token) => self.take_token(epoch, token_from_wire(token).1).await,
-            Event::ChoiceFinished(_) | Event::Moving(_) | Event::MoveCancelled(_) => None,
+            Event::Token(token) => {
+                let (choice, token) = token_from_wire(token);
+                self.take_token(epoch, choice, token).await;
+            }
+            Event::ChoiceFinished(finished) => match finished.finish.map(Finish::try_from) {
+                Some(Ok(finish)) => self.take_choice_finished(epoch, finished.choice, finish).await,
+                Some(Err(_)) | None => self.facts.push_back(ArbiterFact::Failed {
+                    epoch,
+                    failure: Failure::Internal("an end of a choice without a reason".to_owned()),
+                    blamed: Some(instance),
+                }),
+            },
+            Event::Moving(_) => self.facts.push_back(ArbiterFact::Moving { epoch }),
+            Event::MoveCancelled(cancelled) => {
+                if let Some(order) = &mut self.order {
+                    order.failure = cancelled.failure.map(Into::into);
+                }
+                self.facts.push_back(ArbiterFact::MoveCancelled { epoch });
+            }
             Event::Ended(ended) => {
                 self.usage.n_cached_tokens = self.usage.n_cached_tokens.max(ended.n_cached_tokens);
-                Some(self.ended(epoch, decode, ended))
+                self.take_end(epoch, from, instance, ended).await;
             }
         }
     }
 
-    async fn take_token(&mut self, epoch: Epoch, token: Token) -> Option<ArbiterFact> {
-        let mut unsettled = None;
-        for action in self.arbiter.apply(ArbiterFact::Token {
-            epoch,
-            index: token.index,
-        }) {
+    async fn take_token(&mut self, epoch: Epoch, choice: u32, token: Token) {
+        let index = token.index;
+        let fact = ArbiterFact::Token { epoch, choice, index };
+        for action in self.arbiter.apply(self.cluster.now(), fact) {
             match action {
                 ArbiterAction::Deliver => {
-                    if self.prefilled_in != Some(epoch) {
-                        self.prefilled_in = Some(epoch);
+                    if self.prefilled_in != Some(self.arbiter.epoch()) {
+                        self.prefilled_in = Some(self.arbiter.epoch());
                         self.cluster.prefill_done(self.submission.request.id);
                     }
-                    if self.output.is_empty() {
+                    if self.choices.iter().all(|choice| choice.output.is_empty()) {
                         self.timeline.mark(Moment::FirstToken, self.cluster.now());
                     }
-                    self.output.push(token.clone());
-                    unsettled = self.deliver(DoorEvent::Token(token.clone())).await;
+                    self.choices[choice as usize].output.push(token.clone());
+                    let is_decoding = self
+                        .choices
+                        .iter()
+                        .all(|choice| !choice.output.is_empty() || choice.finish.is_some());
+                    self.listed.request.update(|progress| {
+                        progress.n_output_tokens += 1;
+                        if progress.stage == RequestStage::Prefill && is_decoding {
+                            progress.stage = RequestStage::Decode;
+                            progress.prefill = None;
+                        }
+                    });
+                    let token = token.clone();
+                    self.deliver(DoorEvent::Token { choice, token }).await;
                 }
-                ArbiterAction::Fail(failure) => self.end(DoorEvent::Failed(failure)).await,
-                ArbiterAction::Close => self.cluster.close(self.submission.request.id),
-                ArbiterAction::Discard | ArbiterAction::Place | ArbiterAction::Open(_) | ArbiterAction::Finish(_) => {}
+                ArbiterAction::Discard => {}
+                other => self.obey(vec![other]).await,
             }
         }
-        unsettled
     }
 
-    fn ended(&self, epoch: Epoch, decode: InstanceId, ended: cluster::Ended) -> ArbiterFact {
+    async fn take_choice_finished(&mut self, epoch: Epoch, choice: u32, finish: Finish) {
+        let fact = ArbiterFact::ChoiceFinished { epoch, choice };
+        for action in self.arbiter.apply(self.cluster.now(), fact) {
+            match action {
+                ArbiterAction::Deliver => {
+                    self.choices[choice as usize].finish = Some(finish);
+                    self.deliver(DoorEvent::ChoiceFinished { choice, finish }).await;
+                }
+                ArbiterAction::Discard => {}
+                other => self.obey(vec![other]).await,
+            }
+        }
+    }
+
+    async fn take_end(&mut self, epoch: Epoch, from: Stream, instance: InstanceId, ended: cluster::Ended) {
         let failed = |failure: Failure, blamed: InstanceId| ArbiterFact::Failed {
             epoch,
             failure,
             blamed: Some(blamed),
         };
-        match ended.how {
+        let fact = match ended.how {
             Some(How::Finish(finish)) => match Finish::try_from(finish) {
-                Ok(finish) => ArbiterFact::Finished { epoch, finish },
-                Err(error) => failed(Failure::Internal(error.to_string()), decode),
+                Ok(finish) => {
+                    // A peer of version 1 has one choice and says its end only so.
+                    for choice in 0..self.choices.len() {
+                        if self.choices[choice].finish.is_none() {
+                            self.take_choice_finished(epoch, choice as u32, finish).await;
+                        }
+                    }
+                    ArbiterFact::Finished { epoch, finish }
+                }
+                Err(error) => failed(Failure::Internal(error.to_string()), instance),
             },
             Some(How::Failure(failure)) => {
                 let blamed = match failure.instance_id.as_str() {
-                    "" => decode,
+                    "" => instance,
                     name => InstanceId::new(name),
                 };
                 let failure = Failure::from(failure);
-                if matches!(failure, Failure::Busy(_)) {
+                if matches!(failure, Failure::Busy(_)) && from == Stream::Speaking {
                     self.cluster.busy(&blamed);
                 }
                 // The instance says cancelled only when its stream was closed, and ours is open.
@@ -317,10 +570,14 @@ impl RequestDriver {
                     Failure::Cancelled => Failure::InstanceLost("cancelled by the instance".into()),
                     other => other,
                 };
+                if from == Stream::Attached {
+                    return self.destination_failed(epoch, failure, blamed);
+                }
                 failed(failure, blamed)
             }
-            None => failed(Failure::Internal("a typed end of an unknown kind".into()), decode),
-        }
+            None => failed(Failure::Internal("a typed end of an unknown kind".into()), instance),
+        };
+        self.facts.push_back(fact);
     }
 
     fn mark(&mut self, moment: cluster::MomentReached, opened_at: Nanos) {
@@ -334,16 +591,20 @@ impl RequestDriver {
     }
 
     /// Hands an event to the client; a client that takes nothing for too long counts as gone.
-    async fn deliver(&self, event: DoorEvent) -> Option<ArbiterFact> {
-        match self.events.send_timeout(event, self.options.client_stall).await {
-            Ok(()) => None,
-            Err(_) => Some(ArbiterFact::ClientGone),
+    async fn deliver(&mut self, event: DoorEvent) {
+        if self
+            .events
+            .send_timeout(event, self.options.client_stall)
+            .await
+            .is_err()
+        {
+            self.facts.push_back(ArbiterFact::ClientGone);
         }
     }
 
     async fn finish(&mut self, finish: Finish) {
         self.timeline.mark(Moment::Finished, self.cluster.now());
-        self.usage.n_completion_tokens = self.output.len() as u32;
+        self.usage.n_completion_tokens = self.choices.iter().map(|choice| choice.output.len() as u32).sum();
         let event = DoorEvent::Ended {
             finish,
             usage: self.usage,
@@ -358,20 +619,26 @@ impl RequestDriver {
             tracing::info!(
                 request_id = %self.submission.request.id,
                 label = %self.submission.label,
-                n_tokens = self.output.len(),
+                n_tokens = self.choices.iter().map(|choice| choice.output.len()).sum::<usize>(),
                 %failure,
                 "request failed"
             );
         }
-        let _ = self.deliver(event).await;
+        self.deliver(event).await;
     }
 }
 
-fn lost(epoch: Epoch, instance: &InstanceId, reason: &str) -> ArbiterFact {
-    ArbiterFact::Failed {
-        epoch,
-        failure: Failure::InstanceLost(format!("{instance}: {reason}")),
-        blamed: Some(instance.clone()),
+async fn next(stream: &mut Option<OpenStream>) -> Result<cluster::GenerateEvent, Failure> {
+    match stream {
+        Some(stream) => stream.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn answer<T>(asked: &mut Option<(Epoch, BoxFuture<'static, T>)>) -> (Epoch, T) {
+    match asked {
+        Some((epoch, asked)) => (*epoch, asked.await),
+        None => std::future::pending().await,
     }
 }
 

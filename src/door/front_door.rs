@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use super::admission::Admission;
 use super::cluster::Cluster;
 use super::driver::RequestDriver;
+use super::moves::OpenRequests;
 use super::{DoorLoad, Generator, Rejection, RequestStream, Submission};
 
 /// Events that may wait for a client; behind them the instance's own buffer holds all its tokens.
@@ -25,6 +26,8 @@ pub struct FrontDoorOptions {
     pub max_queue_wait: Duration,
     /// A client that takes nothing for this long is cancelled.
     pub client_stall: Duration,
+    /// How long a request may stand still for a move before its source goes on.
+    pub move_deadline: Duration,
 }
 
 impl Default for FrontDoorOptions {
@@ -33,6 +36,7 @@ impl Default for FrontDoorOptions {
             max_queue: 1024,
             max_queue_wait: Duration::from_secs(120),
             client_stall: Duration::from_secs(60),
+            move_deadline: Duration::from_secs(2),
         }
     }
 }
@@ -43,6 +47,7 @@ pub struct FrontDoor {
     cluster: Arc<Cluster>,
     admission: Arc<Admission>,
     options: FrontDoorOptions,
+    requests: OpenRequests,
     tasks: TaskTracker,
     n_running: Arc<AtomicUsize>,
 }
@@ -55,9 +60,15 @@ impl FrontDoor {
             cluster,
             admission,
             options,
+            requests: OpenRequests::default(),
             tasks: TaskTracker::new(),
             n_running: Arc::default(),
         }
+    }
+
+    /// The requests open here.
+    pub fn requests(&self) -> OpenRequests {
+        self.requests.clone()
     }
 
     /// Waits until every request has ended; no further ones may be submitted.
@@ -76,12 +87,14 @@ impl Generator for FrontDoor {
             self.cluster.check_fits(&submission.request)?;
             let place = self.admission.enter()?;
             let (events, stream) = RequestStream::channel(CLIENT_CAPACITY);
+            let listed = self.requests.list(&submission);
             let driver = RequestDriver::new(
                 Arc::clone(&self.cluster),
                 Arc::clone(&self.admission),
                 self.options.clone(),
                 submission,
                 events,
+                listed,
             );
             let running = Running::count(&self.n_running);
             self.tasks.spawn(async move {

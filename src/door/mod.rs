@@ -4,7 +4,10 @@
 mod admission;
 mod cluster;
 mod driver;
+mod emptying;
 mod front_door;
+mod moves;
+mod streams;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,8 +18,10 @@ use baton_scheduler::timeline::Timeline;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
-pub use cluster::{Cluster, JoinError, Member};
+pub use cluster::{Cluster, Commands, JoinError, Member};
+pub use emptying::{EmptyingTotals, keep_emptying, n_open};
 pub use front_door::{FrontDoor, FrontDoorOptions};
+pub use moves::{MoveError, MoveReason, Moved, OpenRequest, OpenRequests, RequestProgress, RequestStage};
 
 /// A validated request on its way in.
 #[derive(Clone, Debug)]
@@ -47,11 +52,23 @@ pub struct Usage {
 pub enum DoorEvent {
     /// Log-probabilities of each prompt token after the first; before the first token.
     PromptLogprobs(Vec<TokenLogprobs>),
-    /// The next token; indexes are consecutive from 0.
-    Token(Token),
+    /// The next token of a choice; its indexes are consecutive from 0.
+    Token {
+        /// Which of the choices.
+        choice: u32,
+        /// The token.
+        token: Token,
+    },
+    /// A choice ended well; one for each, before `Ended`.
+    ChoiceFinished {
+        /// Which of the choices.
+        choice: u32,
+        /// Why.
+        finish: Finish,
+    },
     /// The request ended well.
     Ended {
-        /// Why.
+        /// Of the choice that ended last.
         finish: Finish,
         /// What it used.
         usage: Usage,

@@ -51,6 +51,24 @@ impl worker_server::Worker for Scripted {
         }))
     }
 
+    type AttachStream = Events;
+    type MigrateStream = Frames;
+
+    async fn attach(&self, _: tonic::Request<cluster::AttachRequest>) -> Result<Response<Events>, Status> {
+        Err(Status::unimplemented("no moves here"))
+    }
+
+    async fn migrate(&self, _: tonic::Request<cluster::MigrateRequest>) -> Result<Response<Frames>, Status> {
+        Err(Status::unimplemented("no moves here"))
+    }
+
+    async fn resume(
+        &self,
+        _: tonic::Request<cluster::ResumeRequest>,
+    ) -> Result<Response<cluster::ResumeResponse>, Status> {
+        Err(Status::unimplemented("no moves here"))
+    }
+
     async fn prefill(&self, _: tonic::Request<cluster::PrefillRequest>) -> Result<Response<Frames>, Status> {
         Err(Status::unimplemented("no prefill here"))
     }
@@ -129,6 +147,7 @@ fn token(index: u32) -> Event {
         index,
         id: 100 + index,
         logprobs: None,
+        choice: 0,
     })
 }
 
@@ -156,8 +175,8 @@ async fn outcome(bench: &Bench, submission: Submission) -> (Vec<u32>, DoorEvent)
     while let Some(event) = stream.next().await {
         assert!(last.is_none(), "an event after the terminal one: {event:?}");
         match event {
-            DoorEvent::Token(token) => indexes.push(token.index),
-            DoorEvent::PromptLogprobs(_) => {}
+            DoorEvent::Token { token, .. } => indexes.push(token.index),
+            DoorEvent::PromptLogprobs(_) | DoorEvent::ChoiceFinished { .. } => {}
             terminal => last = Some(terminal),
         }
     }
@@ -255,7 +274,7 @@ async fn a_busy_instance_is_asked_again_only_after_it_reports() {
         }
     };
     assert!(
-        matches!(first, Some(DoorEvent::Token(_))),
+        matches!(first, Some(DoorEvent::Token { .. })),
         "{first:?} after {n_reports} reports"
     );
     assert_eq!(bench.worker.calls.lock().len(), 2);
@@ -273,7 +292,7 @@ async fn a_full_queue_refuses_and_a_deadline_ends_the_wait() {
     let mut held = Vec::new();
     for id in 0..2 {
         let mut stream = bench.door.submit(submission(id, None)).await.expect("admitted");
-        assert!(matches!(stream.next().await, Some(DoorEvent::Token(_))));
+        assert!(matches!(stream.next().await, Some(DoorEvent::Token { .. })));
         held.push(stream);
     }
     let began = bench.door.now();

@@ -169,13 +169,17 @@ impl Cluster {
             .collect()
     }
 
-    /// The instances as operators see them.
-    pub async fn instances(&self) -> Vec<InstanceStatus> {
+    /// What an operator talks to.
+    pub fn operator(&self) -> OperatorClient<tonic::transport::Channel> {
         let channel = tonic::transport::Endpoint::from_shared(self.door_url.clone())
             .expect("a URL")
             .connect_lazy();
-        let mut client = OperatorClient::new(channel);
-        client
+        OperatorClient::new(channel)
+    }
+
+    /// The instances as operators see them.
+    pub async fn instances(&self) -> Vec<InstanceStatus> {
+        self.operator()
             .list_instances(ListInstancesRequest {})
             .await
             .expect("an answer")

@@ -399,7 +399,9 @@ impl<F: ForwardPass> StepLoop<F> {
     /// The one place where newly allocated blocks become known, before they are written: a reader of the memory that comes
     /// by itself must see that they are not what they were.
     pub(super) fn publish_allocated(&mut self) {
-        for (_block, _generation) in self.scheduler.take_allocated() {}
+        for (block, generation) in self.scheduler.take_allocated() {
+            self.forward.kv_cache().set_generation(block.0, generation.0);
+        }
     }
 
     fn reap_abandoned(&mut self) {

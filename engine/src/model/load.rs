@@ -93,7 +93,10 @@ pub fn load_cpu(
             )
         }
     };
-    let kv = KvCache::new(config.kv_layout(options.block_size, dtype), options.n_kv_blocks).map_err(kernel)?;
+    let layout = config.kv_layout(options.block_size, dtype);
+    // In a file that other processes of the host can map, where there are such files.
+    let kv = KvCache::shared(layout, options.n_kv_blocks).or_else(|_| KvCache::new(layout, options.n_kv_blocks));
+    let kv = kv.map_err(kernel)?;
     Decoder::new(backend, config.clone(), fingerprint, &packed, kv, options.limits).map_err(kernel)
 }
 

@@ -45,6 +45,7 @@ pub struct Membership {
 pub struct Standing {
     role: Mutex<Role>,
     leaving: AtomicBool,
+    is_member: AtomicBool,
     drained: CancellationToken,
 }
 
@@ -54,6 +55,7 @@ impl Standing {
         Standing {
             role: Mutex::new(role),
             leaving: AtomicBool::new(false),
+            is_member: AtomicBool::new(false),
             drained: CancellationToken::new(),
         }
     }
@@ -66,6 +68,11 @@ impl Standing {
     /// From the next report on the worker asks to be emptied.
     pub fn leave(&self) {
         self.leaving.store(true, Relaxed);
+    }
+
+    /// Whether a scheduler process has accepted the worker and still listens.
+    pub fn is_member(&self) -> bool {
+        self.is_member.load(Relaxed)
     }
 
     /// Ends when the scheduler process has said that the worker is empty.
@@ -90,6 +97,7 @@ pub async fn join_registry(
     loop {
         let client = RegistryClient::with_interceptor(channel.clone(), link.present_secret());
         let began = Instant::now();
+        let _member = Member(&membership.standing);
         tokio::select! {
             ended = stay(service, membership, client, &mut on_welcome) => match ended {
                 Ok(()) => tracing::warn!(scheduler = membership.scheduler, "the scheduler closed the membership"),
@@ -111,6 +119,15 @@ pub async fn join_registry(
             () = sleep(backoff) => {}
             () = shutdown.cancelled() => return Ok(()),
         }
+    }
+}
+
+/// Ends the membership on drop.
+struct Member<'a>(&'a Standing);
+
+impl Drop for Member<'_> {
+    fn drop(&mut self) {
+        self.0.is_member.store(false, Relaxed);
     }
 }
 
@@ -154,6 +171,7 @@ async fn stay(
             command = commands.message() => match command?.map(|command| command.command) {
                 Some(Some(Command::Welcome(_))) => {
                     tracing::info!(scheduler = membership.scheduler, "joined the cluster");
+                    membership.standing.is_member.store(true, Relaxed);
                     on_welcome();
                 }
                 Some(Some(Command::Role(role))) => match role_from_wire(&role) {
@@ -275,6 +293,15 @@ fn mean_step(before: &LoadReport, after: &LoadReport) -> Option<cluster::StepTim
 
 fn counters(report: &LoadReport, service: &WorkerService) -> HashMap<String, u64> {
     let (scheduler, engine, transfer) = (report.scheduler, report.engine, service.totals());
+    let transport = service.transport_totals();
+    let by_transport = TransportKind::ALL.into_iter().flat_map(|kind| {
+        let name = kind.as_str().replace('-', "_");
+        let (sent, received) = (transport.bytes_sent[kind as usize], transport.bytes_received[kind as usize]);
+        [
+            (format!("kv_bytes_sent_by_{name}_total"), sent),
+            (format!("kv_bytes_received_by_{name}_total"), received),
+        ]
+    });
     [
         ("steps_total", engine.n_steps),
         ("prefill_tokens_total", scheduler.n_prefill_tokens),

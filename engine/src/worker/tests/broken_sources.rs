@@ -102,7 +102,7 @@ const BREAKS: &[(Break, &str, u64, usize)] = &[
             frames.push(frame(Frame::Kv(kv(request, 1, 1, 1))));
             then_silence(frames)
         },
-        "KV frame out of order: layer 1, blocks 1..2, expected Some(0)",
+        "KV frame out of order: choice 0, layer 1, blocks 1..2, expected Some(0)",
         1,
         4,
     ),
