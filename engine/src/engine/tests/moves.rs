@@ -76,89 +76,129 @@ impl Landing {
     }
 }
 
-/// Moves a request that has been heard as far as `known` says. `None` when it ended before it could be paused.
-async fn carry(
-    source: &EngineHandle,
-    destination: &EngineHandle,
-    state: &PortableState,
-    known: &[ChoiceState],
-) -> Option<(Generation, Vec<ChoiceState>, RunningMove)> {
-    let moved = PortableState {
-        choices: known.to_vec(),
-        ..state.clone()
+/// An engine whose steps wait for permits, so that a test knows where a request stands. Dropping the permits lets them go.
+struct Stepped {
+    permits: channel::Sender<()>,
+    engine: EngineHandle,
+}
+
+impl Stepped {
+    fn new(n_blocks: usize) -> Stepped {
+        let (permits, gate) = channel::bounded(0);
+        let engine = engine_of(HashModel::new(n_blocks, BLOCK_SIZE).gated(gate), n_blocks);
+        Stepped { permits, engine }
+    }
+
+    /// Lets so many steps through; there must be work for them.
+    fn steps(&self, n_steps: usize) {
+        (0..n_steps).for_each(|_| self.permits.send(()).unwrap());
+    }
+
+    /// Asks the engine something. If it waits in a step, that one is let through, and no other.
+    async fn ask<T>(&self, question: impl Future<Output = T>) -> T {
+        let mut question = std::pin::pin!(question);
+        let mut has_stepped = false;
+        loop {
+            if let std::task::Poll::Ready(answer) = futures::poll!(question.as_mut()) {
+                return answer;
+            }
+            has_stepped = has_stepped || self.permits.try_send(()).is_ok();
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Stages {
+    /// Full blocks first, the rest at the pause.
+    Two,
+    /// All at the pause.
+    One,
+}
+
+/// Moves a request at about `n_tokens` tokens. What is said before, comes with the move, and is said after is as
+/// undisturbed. False when it ended before it could be paused.
+async fn move_after(n_tokens: usize, fresh: &PortableState, stages: Stages) -> bool {
+    let (source, destination) = (Stepped::new(64), engine(64));
+    let n = fresh.request.sampling.n as usize;
+    let mut generation = source.engine.generate(fresh.clone()).unwrap();
+    let mut known = vec![ChoiceState::default(); n];
+    source.steps(n_tokens);
+    hear(&mut generation, &mut known, n_tokens).await;
+    let Ok(mut running) = source.ask(source.engine.start_move(fresh.request.id)).await else {
+        return false;
     };
-    let mut running = source.start_move(state.request.id).await.ok()?;
-    assert_eq!(running.n_choices(), known.len());
-    let mut reservation = destination.reserve_moved(moved, 8).await.unwrap();
+    assert_eq!(running.n_choices(), n);
+    hear(&mut generation, &mut known, 1).await;
+    let state = PortableState {
+        choices: known.clone(),
+        ..fresh.clone()
+    };
+    let Ok(mut reservation) = destination.reserve_moved(state, 8).await else {
+        panic!("there is room")
+    };
     let mut landing = Landing::of(&mut reservation);
-    let stage = running.pin_full(&landing.from).await.ok()?;
-    assert!(landing.land(&stage));
-    drop(stage);
-    let PausedMove { stage, outputs } = running.pause(&landing.from).await.ok()?;
+    if stages == Stages::Two {
+        let Ok(stage) = source.ask(running.pin_full(&landing.from)).await else {
+            return false;
+        };
+        assert!(landing.land(&stage));
+    }
+    let Ok(PausedMove { stage, outputs }) = source.ask(running.pause(&landing.from)).await else {
+        return false;
+    };
     assert!(landing.land(&stage), "eight blocks of slack are enough");
     drop((stage, landing));
-    let generation = reservation.join_moved(outputs.clone(), Numerics::Same).unwrap();
-    Some((generation, outputs, running))
-}
-
-fn moving_engine(n_blocks: usize) -> EngineHandle {
-    engine(n_blocks)
-}
-
-/// Moves at every token index; what is said before, comes with the move, and is said after is as undisturbed.
-async fn move_at_every_index(n: u32, seed: u64) {
-    let probe = moving_engine(64);
-    let fresh = choices(&prompt(2, 9), 24, seed, n);
-    let all = all_alone(&probe, &fresh);
-    let longest = all.iter().map(|choice| choice.output.len()).max().unwrap();
-    let (mut n_moved, mut n_ended_before) = (0, 0);
-    for n_tokens in 1..longest {
-        let (source, destination) = (moving_engine(64), moving_engine(64));
-        let mut generation = source.generate(fresh.clone()).unwrap();
-        let mut known = vec![ChoiceState::default(); n as usize];
-        hear(&mut generation, &mut known, n_tokens).await;
-        let Some((joined, outputs, running)) = carry(&source, &destination, &fresh, &known).await else {
-            n_ended_before += 1;
-            continue;
-        };
-        n_moved += 1;
-        for (choice, known) in outputs.iter().zip(&known) {
-            assert_eq!(choice.output[..known.output.len()], known.output);
-        }
-        // Whoever speaks now has told what came with the move; the destination tells the rest.
-        let state = PortableState {
-            choices: outputs
-                .iter()
-                .zip(&known)
-                .map(|(come, known)| ChoiceState {
-                    output: come.output.clone(),
-                    finish: known.finish,
-                })
-                .collect(),
-            ..fresh.clone()
-        };
-        let said = listen(joined).await;
-        assert_choices_as_alone(&destination, &state, &said);
-        // The source says nothing more, and holds all until its stream goes.
-        assert_eq!(
-            source.load().batch.n_paused,
-            outputs.iter().filter(|choice| choice.finish.is_none()).count()
-        );
-        drop(generation);
-        drop(running);
-        settle(&source).await;
-        settle(&destination).await;
-        assert_eq!(destination.load().engine.n_joined, 1);
-        assert_eq!(
-            destination.load().scheduler.n_prefill_tokens,
-            0,
-            "nothing was computed twice"
-        );
+    let joined = reservation.join_moved(outputs.clone(), Numerics::Same).unwrap();
+    for (come, known) in outputs.iter().zip(&known) {
+        assert_eq!(come.output[..known.output.len()], known.output);
     }
-    assert!(
-        n_moved > n_ended_before,
-        "{n_moved} moved, {n_ended_before} ended before"
+    // Whoever speaks now has told the tokens that came with the move; the destination tells the rest.
+    let said = listen(joined).await;
+    assert_choices_as_alone(&destination, &told(fresh, &outputs, &known), &said);
+    // The source says nothing more, and holds all until its stream goes.
+    for _ in 0..2 {
+        source.ask(source.engine.take_prefix_events()).await.unwrap();
+    }
+    let n_unfinished = outputs.iter().filter(|choice| choice.finish.is_none()).count();
+    let load = source.engine.load();
+    assert_eq!((load.batch.n_paused, load.engine.n_paused), (n_unfinished, 1));
+    drop((generation, running, source.permits));
+    settle(&source.engine).await;
+    settle(&destination).await;
+    let load = destination.load();
+    assert_eq!(
+        (load.engine.n_joined, load.scheduler.n_prefill_tokens),
+        (1, 0),
+        "nothing is computed twice"
     );
+    true
+}
+
+/// The state of a request whose front door knew the ends in `known`, and heard all of `outputs` from the move.
+fn told(fresh: &PortableState, outputs: &[ChoiceState], known: &[ChoiceState]) -> PortableState {
+    let told = |(come, known): (&ChoiceState, &ChoiceState)| ChoiceState {
+        output: come.output.clone(),
+        finish: known.finish,
+    };
+    PortableState {
+        choices: outputs.iter().zip(known).map(told).collect(),
+        ..fresh.clone()
+    }
+}
+
+async fn move_at_every_index(n: u32, seed: u64) {
+    let fresh = choices(&prompt(2, 9), 24, seed, n);
+    let all = all_alone(&engine(64), &fresh);
+    let longest = all.iter().map(|choice| choice.output.len()).max().unwrap();
+    for stages in [Stages::One, Stages::Two] {
+        let mut n_moved = 0;
+        for n_tokens in 1..longest {
+            n_moved += usize::from(move_after(n_tokens, &fresh, stages).await);
+        }
+        // Starting and looking take a step each, so the last few indexes end first.
+        assert!(n_moved + 5 >= longest && n_moved > 4, "{n_moved} moves of {longest}");
+    }
 }
 
 #[tokio::test]
@@ -171,27 +211,6 @@ async fn three_choices_move_at_every_index() {
     for seed in [11, 5] {
         move_at_every_index(3, seed).await;
     }
-}
-
-/// An engine whose steps wait for permits, so that a test knows where a request stands.
-fn gated(n_blocks: usize) -> (channel::Sender<()>, EngineHandle) {
-    let (permits, gate) = channel::bounded(0);
-    (
-        permits,
-        engine_of(HashModel::new(n_blocks, BLOCK_SIZE).gated(gate), n_blocks),
-    )
-}
-
-/// Asks something of an engine whose steps wait: the step it is in is let through, and no other.
-async fn ask<T>(permits: &channel::Sender<()>, question: impl Future<Output = T>) -> T {
-    let mut question = std::pin::pin!(question);
-    let asked = futures::poll!(question.as_mut());
-    assert!(asked.is_pending());
-    let permits = permits.clone();
-    let permit = tokio::task::spawn_blocking(move || permits.send(()));
-    let answer = question.await;
-    permit.await.unwrap().unwrap();
-    answer
 }
 
 /// A prompt of which the first choice ends well before the others.
@@ -217,34 +236,29 @@ async fn a_finish_in_between_leaves_the_others_their_prompt() {
     let (fresh, all) = uneven(&probe);
     let n_first = all[0].output.len();
     for pins_before in [false, true] {
-        let (source, destination) = (gated(64), engine(64));
-        let (permits, source) = source;
-        let mut generation = source.generate(fresh.clone()).unwrap();
+        let (source, destination) = (Stepped::new(64), engine(64));
+        let mut generation = source.engine.generate(fresh.clone()).unwrap();
         let mut known = vec![ChoiceState::default(); 3];
-        let mut running = None;
-        let n_known = n_first - 2;
+        let n_known = n_first - 3;
         let state = PortableState {
             choices: cut(&all, |_| n_known),
             ..fresh.clone()
         };
         let mut reservation = destination.reserve_moved(state.clone(), 8).await.unwrap();
         let mut landing = Landing::of(&mut reservation);
+        source.steps(n_known);
+        let started = source.ask(source.engine.start_move(fresh.request.id)).await;
+        let mut running = started.unwrap();
+        if pins_before {
+            let stage = source.ask(running.pin_full(&landing.from)).await.unwrap();
+            assert!(landing.land(&stage));
+        }
         while known[0].finish.is_none() {
-            if known[0].output.len() == n_known && running.is_none() {
-                let mut started = ask(&permits, source.start_move(fresh.request.id)).await.unwrap();
-                if pins_before {
-                    let stage = ask(&permits, started.pin_full(&landing.from)).await.unwrap();
-                    assert!(landing.land(&stage));
-                }
-                running = Some(started);
-            } else {
-                permits.send(()).unwrap();
-            }
+            source.steps(1);
             let n_tokens = known[0].output.len() + 1;
             hear(&mut generation, &mut known, n_tokens).await;
         }
-        let mut running = running.unwrap();
-        let paused = ask(&permits, running.pause(&landing.from)).await.unwrap();
+        let paused = source.ask(running.pause(&landing.from)).await.unwrap();
         assert_eq!(paused.outputs[0], all[0]);
         let n_prompt_blocks = 10 / BLOCK_SIZE;
         let first = &paused.stage.choices[0];
@@ -254,65 +268,56 @@ async fn a_finish_in_between_leaves_the_others_their_prompt() {
         assert!(landing.land(&paused.stage));
         drop(landing);
         let joined = reservation.join_moved(paused.outputs.clone(), Numerics::Same).unwrap();
-        let state = PortableState {
-            choices: paused
-                .outputs
-                .iter()
-                .zip(&state.choices)
-                .map(|(come, known)| ChoiceState {
-                    output: come.output.clone(),
-                    finish: known.finish,
-                })
-                .collect(),
-            ..fresh.clone()
-        };
         let said = listen(joined).await;
+        let state = told(&fresh, &paused.outputs, &state.choices);
         assert_choices_as_alone(&destination, &state, &said);
-        drop((paused.stage, running, generation, permits));
-        settle(&source).await;
+        drop((paused.stage, running, generation, source.permits));
+        settle(&source.engine).await;
         settle(&destination).await;
     }
 }
 
 #[tokio::test]
 async fn a_pause_leaves_tokens_unchanged() {
-    let engine = moving_engine(64);
     // What is pinned at the pause may be read for long after the resumption: the last blocks are then copied.
     for keeps_pins in [false, true] {
         for by_drop in [false, true] {
+            let source = Stepped::new(64);
             let state = choices(&prompt(2, 9), 40, 11, 3);
-            let mut generation = engine.generate(state.clone()).unwrap();
+            let mut generation = source.engine.generate(state.clone()).unwrap();
             let mut known = vec![ChoiceState::default(); 3];
             let mut stages = Vec::new();
             let mut n_pauses = 0;
-            for n_tokens in 1..40 {
-                hear(&mut generation, &mut known, n_tokens).await;
-                let Ok(mut running) = engine.start_move(state.request.id).await else {
-                    continue;
+            source.steps(1);
+            hear(&mut generation, &mut known, 1).await;
+            while n_pauses < 6 {
+                let Ok(mut running) = source.ask(source.engine.start_move(state.request.id)).await else {
+                    break;
                 };
-                let Ok(paused) = running.pause(&[0, 0, 0]).await else {
-                    continue;
+                let Ok(paused) = source.ask(running.pause(&[0; 3])).await else {
+                    break;
                 };
                 n_pauses += 1;
                 for _ in 0..3 {
-                    engine.take_prefix_events().await.unwrap();
+                    source.engine.take_prefix_events().await.unwrap();
                 }
-                assert!(engine.load().batch.n_paused > 0);
+                assert!(source.engine.load().batch.n_paused > 0);
                 if keeps_pins {
-                    let bytes = paused.stage.choices.iter().flat_map(|choice| &choice.reads).flatten();
-                    let bytes: Vec<Vec<u8>> = bytes.map(|read| read.key().to_vec()).collect();
+                    let reads = paused.stage.choices.iter().flat_map(|choice| &choice.reads).flatten();
+                    let bytes: Vec<Vec<u8>> = reads.map(|read| read.key().to_vec()).collect();
                     stages.push((bytes, paused.stage));
                 }
-                if by_drop {
-                    drop(running);
-                } else {
-                    running.resume().unwrap();
+                match by_drop {
+                    true => drop(running),
+                    false => running.resume().unwrap(),
                 }
             }
+            assert!(n_pauses > 1, "{n_pauses} pauses");
+            let Stepped { permits, engine } = source;
+            drop(permits);
             while let Some(timed) = generation.next().await {
                 take(timed.event, &mut known);
             }
-            assert!(n_pauses > 1, "{n_pauses} pauses");
             assert_eq!(known, all_alone(&engine, &state));
             for (bytes, stage) in stages {
                 let now = stage.choices.iter().flat_map(|choice| &choice.reads).flatten();
@@ -328,23 +333,41 @@ async fn a_pause_leaves_tokens_unchanged() {
 
 #[tokio::test]
 async fn a_paused_request_that_is_cancelled_frees_everything() {
-    let engine = engine(64);
+    let source = Stepped::new(64);
     let mut state = choices(&prompt(2, 9), 60, 11, 3);
     state.request.sampling.stop_token_ids.clear();
-    let mut generation = engine.generate(state.clone()).unwrap();
-    hear(&mut generation, &mut vec![ChoiceState::default(); 3], 2).await;
-    let mut running = engine.start_move(state.request.id).await.unwrap();
-    let paused = running.pause(&[0; 3]).await.unwrap();
-    drop(generation);
+    let mut generation = source.engine.generate(state.clone()).unwrap();
+    source.steps(2);
+    hear(
+        &mut generation,
+        &mut [const {
+            ChoiceState {
+                output: Vec::new(),
+                finish: None,
+            }
+        }; 3],
+        2,
+    )
+    .await;
+    let mut running = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
+    let paused = source.ask(running.pause(&[0; 3])).await.unwrap();
+    drop((generation, source.permits));
+    let engine = source.engine;
     // The mover hears of it; what it has pinned waits for it.
     let ended = loop {
         match running.pin_full(&[0; 3]).await {
             Err(failure) => break failure,
-            Ok(_) => tokio::task::yield_now().await,
+            Ok(_) => engine.take_prefix_events().await.map(|_| ()).unwrap(),
         }
     };
     assert_eq!(ended, Failure::Busy("the request has ended".to_owned()));
-    assert!(engine.load().batch.ledger.held == 0 || !engine.load().batch.ledger.is_whole());
+    for _ in 0..2 {
+        engine.take_prefix_events().await.unwrap();
+    }
+    let ledger = engine.load().batch.ledger;
+    let is_partial = |choice: &&ChoiceState| !(9 + choice.output.len() - 1).is_multiple_of(BLOCK_SIZE);
+    let n_partial = paused.outputs.iter().filter(is_partial).count();
+    assert_eq!((ledger.held, ledger.quarantined), (0, n_partial));
     drop(paused);
     settle(&engine).await;
     assert_eq!((engine.load().engine.n_cancelled, engine.load().n_open), (1, 0));
@@ -352,36 +375,35 @@ async fn a_paused_request_that_is_cancelled_frees_everything() {
 
 #[tokio::test]
 async fn a_move_is_refused_until_every_choice_decodes() {
-    let (permits, engine) = gated(64);
-    let state = choices(&prompt(2, 30), 30, 11, 2);
+    let source = Stepped::new(64);
+    let mut state = choices(&prompt(2, 30), 30, 11, 2);
+    state.request.sampling.stop_token_ids.clear();
     let busy = |failure: Result<RunningMove, Failure>| match failure {
         Err(Failure::Busy(message)) => message,
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it moves"),
     };
-    let id = state.request.id;
-    assert!(busy(engine.start_move(id).await).contains("does not run here"));
-    let mut generation = engine.generate(state.clone()).unwrap();
+    let start = || source.ask(source.engine.start_move(state.request.id));
+    assert!(busy(start().await).contains("does not run here"));
+    let mut generation = source.engine.generate(state.clone()).unwrap();
     // The first of two chunks.
     generation.next().await.unwrap();
-    assert_eq!(
-        busy(ask(&permits, engine.start_move(id)).await),
-        "not every choice is decoding"
-    );
+    assert_eq!(busy(start().await), "not every choice is decoding");
     let mut known = vec![ChoiceState::default(); 2];
-    permits.send(()).unwrap();
+    source.steps(1);
     hear(&mut generation, &mut known, 1).await;
-    let mut running = ask(&permits, engine.start_move(id)).await.unwrap();
-    assert!(busy(ask(&permits, engine.start_move(id)).await).contains("under way"));
-    let wrong = ask(&permits, running.pin_full(&[0])).await.map(|_| ()).unwrap_err();
+    let mut running = start().await.unwrap();
+    assert!(busy(start().await).contains("under way"));
+    let wrong = source.ask(running.pin_full(&[0])).await.map(|_| ()).unwrap_err();
     assert_eq!(wrong, Failure::Invalid("1 first blocks, expected 2".to_owned()));
-    let wrong = ask(&permits, running.pin_full(&[0, 99])).await.map(|_| ()).unwrap_err();
+    let wrong = source.ask(running.pin_full(&[0, 99])).await.map(|_| ()).unwrap_err();
     assert!(
         matches!(&wrong, Failure::Invalid(message) if message.starts_with("choice 1 is asked")),
         "{wrong}"
     );
     drop(running);
-    let again = ask(&permits, engine.start_move(id)).await.unwrap();
+    let again = start().await.unwrap();
+    let Stepped { permits, engine } = source;
     drop(permits);
     while let Some(timed) = generation.next().await {
         take(timed.event, &mut known);
@@ -389,46 +411,57 @@ async fn a_move_is_refused_until_every_choice_decodes() {
     assert_eq!(known, all_alone(&engine, &state));
     drop(again);
     engine.shutdown().await;
-    assert!(matches!(engine.start_move(id).await, Err(Failure::Internal(_))));
+    let gone = engine.start_move(state.request.id).await.map(|_| ());
+    assert!(matches!(gone, Err(Failure::Internal(_))));
 }
 
 /// A preempted choice cannot be moved as it was; what was pinned of it keeps its bytes, and its tokens stay the same.
 #[tokio::test]
 async fn a_preempted_request_is_not_moved() {
-    let engine = engine(14);
-    let states: Vec<PortableState> = (0..3)
-        .map(|i| {
-            let mut state = choices(&prompt(i, 7), 22, u64::from(i), 2);
-            state.request.id = RequestId(u128::from(i) + 100);
-            state.request.sampling.stop_token_ids.clear();
-            state
-        })
-        .collect();
-    let mut generations: Vec<Generation> = states
-        .iter()
-        .map(|state| engine.generate(state.clone()).unwrap())
-        .collect();
-    let mut known: Vec<Vec<ChoiceState>> = vec![vec![ChoiceState::default(); 2]; 3];
-    let mut n_refused = 0;
-    for n_tokens in 1..22 {
-        for (i, state) in states.iter().enumerate() {
-            hear(&mut generations[i], &mut known[i], n_tokens).await;
-            let started = engine.start_move(state.request.id).await;
-            let pinned = match started {
-                Ok(mut running) => running.pin_full(&[0; 2]).await.map(|stage| drop((running, stage))),
-                Err(failure) => Err(failure),
-            };
-            n_refused += usize::from(matches!(pinned, Err(Failure::Busy(message)) if message == "preempted"));
-        }
+    let source = Stepped::new(16);
+    let mut states: Vec<PortableState> = (0..2).map(|i| choices(&prompt(i, 7), 24, u64::from(i), 2)).collect();
+    for (i, state) in (0..).zip(&mut states) {
+        state.request.id = RequestId(100 + i);
+        state.request.sampling.stop_token_ids.clear();
     }
+    let generate = |state: &PortableState| source.engine.generate(state.clone()).unwrap();
+    let mut generations: Vec<Generation> = states.iter().map(generate).collect();
+    let mut known: Vec<Vec<ChoiceState>> = vec![vec![ChoiceState::default(); 2]; 2];
+    source.steps(2);
+    hear(&mut generations[1], &mut known[1], 1).await;
+    // The younger of the two is the victim.
+    let id = states[1].request.id;
+    let mut running = source.ask(source.engine.start_move(id)).await.unwrap();
+    let mut stages = Vec::new();
+    let refused = loop {
+        match source.ask(running.pin_full(&[0; 2])).await {
+            Ok(stage) => {
+                let reads = stage.choices.iter().flat_map(|choice| &choice.reads).flatten();
+                let bytes: Vec<Vec<u8>> = reads.map(|read| read.key().to_vec()).collect();
+                stages.push((stage, bytes));
+            }
+            Err(failure) => break failure,
+        }
+    };
+    assert_eq!(refused, Failure::Busy("preempted".to_owned()));
+    assert!(stages.len() > 2);
+    let paused = source.ask(running.pause(&[0; 2])).await.map(|_| ());
+    assert_eq!(paused, Err(refused));
+    for (stage, bytes) in stages {
+        let reads = stage.choices.iter().flat_map(|choice| &choice.reads).flatten();
+        assert!(
+            reads.map(|read| read.key()).eq(bytes.iter().map(Vec::as_slice)),
+            "pinned bytes stay"
+        );
+    }
+    let Stepped { permits, engine } = source;
+    drop((running, permits));
     for (i, state) in states.iter().enumerate() {
         while let Some(timed) = generations[i].next().await {
             take(timed.event, &mut known[i]);
         }
         assert_eq!(known[i], all_alone(&engine, state));
     }
-    assert!(engine.load().scheduler.n_preemptions > 0);
-    let _ = n_refused;
     settle(&engine).await;
 }
 
