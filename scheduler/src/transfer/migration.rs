@@ -233,6 +233,9 @@ impl MigrationSource {
     }
 
     fn take_full(&mut self, end: &[u32]) -> Vec<MigrationAction> {
+        if self.has_outgrown(end) {
+            return self.resume_outgrown();
+        }
         let stage_blocks = self.enqueue(end);
         self.n_stages += 1;
         self.is_last_stage =
@@ -242,19 +245,23 @@ impl MigrationSource {
     }
 
     fn take_paused(&mut self, end: &[u32]) -> Vec<MigrationAction> {
-        let outgrown = self
-            .plan
-            .choices
-            .iter()
-            .zip(end)
-            .any(|(choice, &end)| end > choice.n_blocks);
-        if outgrown {
-            let failure = Failure::Busy("the request has outgrown the room reserved for it".into());
-            return self.resume(None, Some(failure));
+        if self.has_outgrown(end) {
+            return self.resume_outgrown();
         }
         self.enqueue(end);
         self.stage = Stage::Paused;
         Vec::new()
+    }
+
+    /// The destination may have reserved for a state that was long outdated, so a stage can be too much already.
+    fn has_outgrown(&self, end: &[u32]) -> bool {
+        let mut choices = self.plan.choices.iter().zip(end);
+        choices.any(|(choice, &end)| end > choice.n_blocks)
+    }
+
+    fn resume_outgrown(&mut self) -> Vec<MigrationAction> {
+        let failure = Failure::Busy("the request has outgrown the room reserved for it".into());
+        self.resume(None, Some(failure))
     }
 
     fn leaves_no_room(&self, end: &[u32]) -> bool {

@@ -1,5 +1,7 @@
 //! Both ends against each other over a lossy, bounded link, and the single edges of each.
 
+mod migrations;
+
 use std::collections::VecDeque;
 
 use proptest::prelude::*;
