@@ -50,11 +50,15 @@ impl HashModel {
             dtype: DType::F32,
         };
         HashModel {
-            kv: KvCache::new(layout, n_blocks).unwrap(),
+            kv: KvCache::shared(layout, n_blocks).unwrap(),
             logits: Vec::new(),
             gate: None,
             seen: Arc::new(Mutex::new(Vec::new())),
         }
+    }
+
+    pub(crate) fn kv_share(&self) -> Option<baton_kernels::KvShare> {
+        self.kv.share()
     }
 
     pub(crate) fn gated(self, gate: Receiver<()>) -> HashModel {

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use super::service::WorkerService;
+use super::transport::TransportKind;
 use crate::engine::{Health, LoadReport};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
@@ -327,9 +328,12 @@ fn counters(report: &LoadReport, service: &WorkerService) -> HashMap<String, u64
         ("moves_out_total", transfer.n_moved_out),
         ("moves_failed_total", transfer.n_moves_failed),
         ("moves_resumed_total", transfer.n_resumed),
+        ("kv_checksum_failures_total", transport.n_bad_checksums),
+        ("kv_stale_total", transport.n_stale),
     ]
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))
+    .chain(by_transport)
     .collect()
 }
 

@@ -151,7 +151,7 @@ const BREAKS: &[(Break, &str, u64, usize)] = &[
             then_silence(frames)
         },
         "KV frame of layer 1 has 3 bytes, expected 512",
-        0,
+        1,
         4,
     ),
     // The wrong size may also be that of the frame that would complete the transfer.

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
-use super::super::{Identity, KvTransports, TransferTotals, TransportChoice, WorkerOptions, WorkerService, serve};
+use super::super::{Identity, KvTransports, TransferTotals, TransportChoice, TransportKind, WorkerOptions, WorkerService, serve};
 use crate::engine::hash_model::{self, HashModel};
 use crate::engine::{EngineConfig, LoadReport, start};
 
@@ -52,7 +52,23 @@ impl Setup {
             fingerprint: FINGERPRINT,
             numerics_class: "hash",
             n_blocks: N_BLOCKS,
-            options: WorkerOptions::default(),
+            // The bytes themselves cross the connection.
+            options: WorkerOptions {
+                kv_transport: TransportChoice::Only(TransportKind::Grpc),
+                ..WorkerOptions::default()
+            },
+        }
+    }
+
+    /// One that moves KV by `kind` alone, and of a life that no other test has.
+    pub(super) fn by(name: &'static str, kind: TransportKind) -> Setup {
+        Setup {
+            incarnation: NEXT_LIFE.fetch_add(1, SeqCst) ^ u64::from(std::process::id()) << 32,
+            options: WorkerOptions {
+                kv_transport: TransportChoice::Only(kind),
+                ..WorkerOptions::default()
+            },
+            ..Setup::new(name)
         }
     }
 
@@ -67,6 +83,7 @@ impl Setup {
             Some(gate) => model.gated(gate),
             None => model,
         };
+        let share = model.kv_share();
         let engine = start(model, EngineConfig::new(batch)).unwrap();
         let identity = Identity {
             instance: InstanceId::new(self.name),
@@ -75,7 +92,9 @@ impl Setup {
             numerics_class: self.numerics_class.to_owned(),
         };
         let link = &self.options.link;
-        let transports = KvTransports::new(&identity, engine.layout(), TransportChoice::Auto, link, None).unwrap();
+        let choice = self.options.kv_transport;
+        let share = share.filter(|_| choice == TransportChoice::Only(TransportKind::SharedMemory));
+        let transports = KvTransports::new(&identity, engine.layout(), choice, link, share).unwrap();
         WorkerService::new(engine, identity, transports, self.options)
     }
 
@@ -366,6 +385,7 @@ pub(super) type FrameResult = Result<cluster::TransferFrame, Status>;
 type FrameStream = Pin<Box<dyn Stream<Item = FrameResult> + Send>>;
 type Script = Box<dyn Fn(cluster::PrefillRequest) -> FrameStream + Send + Sync>;
 
+static NEXT_LIFE: AtomicU64 = AtomicU64::new(1 << 63);
 static NEXT_INCARNATION: AtomicU64 = AtomicU64::new(100);
 
 /// A prefill service that answers each call with what its script makes of it.

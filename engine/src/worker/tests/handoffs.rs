@@ -2,11 +2,12 @@
 
 use baton_proto::cluster::transfer_frame::Frame;
 use baton_scheduler::prefix_cache::PrefixEvent;
-use baton_scheduler::request::{ChoiceState, Finish, PortableState, SamplingParams};
+use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, SamplingParams};
 use baton_scheduler::timeline::Moment;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 
+use super::super::TransportKind;
 use super::cluster::*;
 use crate::engine::hash_model;
 
@@ -136,6 +137,42 @@ async fn many_at_once_between_several_instances() {
     }
     stop(decodes).await;
     stop(prefills).await;
+}
+
+#[tokio::test]
+async fn by_each_transport() {
+    for kind in TransportKind::ALL {
+        let prefill = Setup::by("prefill-0", kind).start().await;
+        let decode = Setup::by("decode-0", kind).start().await;
+        let states: Vec<PortableState> = (0..6).map(|i| warm(i, 5 + 23 * i as usize, 20)).collect();
+        let handed = states.iter().map(|state| decode.generate(state, Some(prefill.peer())));
+        let said = futures::future::join_all(handed).await;
+        for (said, state) in said.iter().zip(&states) {
+            said.assert_as_alone(state);
+        }
+        let n_bytes = said.iter().map(|said| said.kv_bytes()).sum::<u64>();
+        assert!(n_bytes > 0);
+        assert_eq!(decode.service.transport_totals().bytes_received[kind as usize], n_bytes, "by {kind}");
+        assert_eq!(prefill.service.transport_totals().bytes_sent[kind as usize], n_bytes, "by {kind}");
+        assert_eq!(prefill.totals().n_sent, 6);
+        stop([decode, prefill]).await;
+    }
+}
+
+/// Nothing falls back: each end may use one transport, and they differ.
+#[tokio::test]
+async fn ends_that_have_no_transport_in_common_refuse() {
+    let prefill = Setup::by("prefill-0", TransportKind::Grpc).start().await;
+    let decode = Setup::by("decode-0", TransportKind::InProcess).start().await;
+    let elsewhere = Setup::by("decode-1", TransportKind::SharedMemory).start().await;
+    for destination in [&decode, &elsewhere] {
+        let said = destination.generate(&warm(1, 40, 4), Some(prefill.peer())).await;
+        let (failure, blamed) = said.failure();
+        assert!(matches!(failure, Failure::Incompatible(_)), "{failure}");
+        assert_eq!(blamed, "prefill-0");
+        assert!(said.tokens.is_empty());
+    }
+    stop([decode, elsewhere, prefill]).await;
 }
 
 #[tokio::test]

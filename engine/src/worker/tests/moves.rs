@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use tonic::Streaming;
 
 use super::super::WorkerOptions;
+use super::super::TransportKind;
 use super::cluster::*;
 
 fn warm(n: u32, n_prompt: usize, max_tokens: u32) -> PortableState {
@@ -208,9 +209,9 @@ async fn moved_at_any_time_it_is_as_undisturbed() {
     for n in [1, 3] {
         let fresh = warm(n, 100, 120);
         let expected = undisturbed(&fresh).await;
-        for n_known in [1, 2, 12, 13, 28, 60] {
-            let (source, pump) = slow(Setup::new("decode-0")).await;
-            let destination = Setup::new("decode-1").start().await;
+        for (n_known, kind) in [1, 2, 12, 13, 28, 60].into_iter().zip(TransportKind::ALL.into_iter().cycle()) {
+            let (source, pump) = slow(Setup::by("decode-0", kind)).await;
+            let destination = Setup::by("decode-1", kind).start().await;
             let mut door = Door::open(&source, &fresh).await;
             door.hear_tokens(n_known).await;
             let mut attached = Door {
@@ -224,6 +225,8 @@ async fn moved_at_any_time_it_is_as_undisturbed() {
             drop(door);
             let ended = attached.hear_end().await;
             assert!(ended.kv_bytes_received >= kv_bytes((100 + n_known - 1) / BLOCK_SIZE));
+            let by_kind = destination.service.transport_totals().bytes_received[kind as usize];
+            assert_eq!(by_kind, ended.kv_bytes_received, "by {kind}");
             assert_eq!(
                 attached.state.choices, expected.choices,
                 "n = {n}, after {n_known} tokens"

@@ -39,7 +39,12 @@ struct End {
 
 impl End {
     fn new(name: &str, choice: TransportChoice) -> End {
-        End::with(name, choice, &LinkOptions::default(), KvCache::shared(LAYOUT, N_BLOCKS).unwrap())
+        End::with(
+            name,
+            choice,
+            &LinkOptions::default(),
+            KvCache::shared(LAYOUT, N_BLOCKS).unwrap(),
+        )
     }
 
     fn with(name: &str, choice: TransportChoice, link: &LinkOptions, kv: KvCache) -> End {
@@ -71,7 +76,9 @@ impl End {
             self.kv.set_generation(block, 100 + block);
             let mut writer = self.kv.write_handle(block).unwrap();
             for layer in 0..LAYOUT.n_layers {
-                writer.write(layer, &part(block, layer, 0), &part(block, layer, 1)).unwrap();
+                writer
+                    .write(layer, &part(block, layer, 0), &part(block, layer, 1))
+                    .unwrap();
             }
         }
     }
@@ -122,7 +129,9 @@ fn accepted(sender: &dyn KvSender) -> cluster::Accepted {
 
 async fn halves(source: &End, destination: &End) -> (Box<dyn KvSender>, Box<dyn KvReceiver>) {
     let offer = destination.transports.offer(&source.peer()).await.unwrap();
-    let sender = source.transports.sender(TransferId(5), Some(&offer.to_wire()), "destination");
+    let sender = source
+        .transports
+        .sender(TransferId(5), Some(&offer.to_wire()), "destination");
     let sender = sender.unwrap();
     let receiver = destination.transports.receiver(&offer, &accepted(&*sender)).unwrap();
     (sender, receiver)
@@ -144,7 +153,10 @@ async fn moves_by(choice: TransportChoice, expected: TransportKind) {
         assert_eq!(packed.frame.data.is_empty(), expected != TransportKind::Grpc);
         held.extend(packed.pins);
         if expected != TransportKind::Grpc {
-            assert!(from.iter().all(|&block| source.kv.is_pinned(block)), "nothing read in place is unpinned");
+            assert!(
+                from.iter().all(|&block| source.kv.is_pinned(block)),
+                "nothing read in place is unpinned"
+            );
         }
         let n_bytes = receiver.land(&packed.frame, &mut writers).unwrap();
         assert_eq!(n_bytes, packed.n_bytes);
@@ -157,7 +169,10 @@ async fn moves_by(choice: TransportChoice, expected: TransportKind) {
     }
     let n_bytes = 3 * LAYOUT.block_bytes() as u64;
     assert_eq!(source.transports.totals().bytes_sent[expected as usize], n_bytes);
-    assert_eq!(destination.transports.totals().bytes_received[expected as usize], n_bytes);
+    assert_eq!(
+        destination.transports.totals().bytes_received[expected as usize],
+        n_bytes
+    );
 }
 
 #[tokio::test]
@@ -216,7 +231,7 @@ async fn changed_data_is_refused_before_a_byte_is_written() {
 #[test]
 fn the_checksum_is_the_one_of_the_specification() {
     // From the reference implementation's sanity tests: the empty input, seed 0.
-    assert_eq!(super::grpc::checksum(b""), 0x2d06_8005_38d3_94c2);
+    assert_eq!(grpc::checksum(b""), 0x2d06_8005_38d3_94c2);
 }
 
 #[tokio::test]
@@ -230,7 +245,12 @@ async fn a_block_given_to_another_between_pack_and_land_is_refused() {
     // The source forgets what it owes and uses the block again.
     drop(packed.pins);
     source.kv.set_generation(2, 900);
-    source.kv.write_handle(2).unwrap().write(0, &part(9, 0, 0), &part(9, 0, 1)).unwrap();
+    source
+        .kv
+        .write_handle(2)
+        .unwrap()
+        .write(0, &part(9, 0, 0), &part(9, 0, 1))
+        .unwrap();
     let mut writers = destination.writers(&[3, 4]);
     let refusal = receiver.land(&packed.frame, &mut writers).unwrap_err();
     assert!(matches!(&refusal, TransportError::Stale { layer: 0, .. }), "{refusal}");
@@ -301,7 +321,10 @@ async fn memory_is_handed_only_to_who_knows_the_secret_and_means_this_incarnatio
     let open = Credentials::new(None);
     let life = incarnation();
     let _owner = Owner::start(life, kv.share().unwrap(), "test", with("right")).unwrap();
-    assert_eq!(request(life.0, LAYOUT, &with("right")).await.unwrap().kv.layout(), LAYOUT);
+    assert_eq!(
+        request(life.0, LAYOUT, &with("right")).await.unwrap().kv.layout(),
+        LAYOUT
+    );
     for wrong in [with("wrong"), open.clone()] {
         let refusal = request(life.0, LAYOUT, &wrong).await.err().expect("refused");
         assert!(matches!(refusal, HandoverError::Secret), "{refusal}");
@@ -309,16 +332,16 @@ async fn memory_is_handed_only_to_who_knows_the_secret_and_means_this_incarnatio
     let other = incarnation();
     let refusal = request(other.0, LAYOUT, &with("right")).await.err().expect("refused");
     assert!(matches!(refusal, HandoverError::NotHere), "{refusal}");
-    let wide = KvLayout {
-        head_dim: 8,
-        ..LAYOUT
-    };
+    let wide = KvLayout { head_dim: 8, ..LAYOUT };
     let refusal = request(life.0, wide, &with("right")).await.err().expect("refused");
     assert!(matches!(refusal, HandoverError::Layout { .. }), "{refusal}");
     // A reader that does not ask the owner to prove itself could be fooled; one that is not asked could take anything.
     let open_life = incarnation();
     let _open_owner = Owner::start(open_life, kv.share().unwrap(), "test", open.clone()).unwrap();
-    let refusal = request(open_life.0, LAYOUT, &with("right")).await.err().expect("refused");
+    let refusal = request(open_life.0, LAYOUT, &with("right"))
+        .await
+        .err()
+        .expect("refused");
     assert!(matches!(refusal, HandoverError::Secret), "{refusal}");
     assert!(request(open_life.0, LAYOUT, &open).await.is_ok());
 }
@@ -424,12 +447,21 @@ async fn what_is_asked_for_by_name_is_had_or_refused() {
     // A source: a peer of version 1 offers nothing, which is gRPC.
     let sender = auto.transports.sender(TransferId(1), None, "old").unwrap();
     assert_eq!(sender.kind(), TransportKind::Grpc);
-    let error = shared.transports.sender(TransferId(1), None, "old").err().expect("refused");
+    let error = shared
+        .transports
+        .sender(TransferId(1), None, "old")
+        .err()
+        .expect("refused");
     assert!(is_incompatible(error));
     // It cannot send from memory that is not shared, whatever is offered; unknown names are left alone.
-    let sender = auto.transports.sender(TransferId(1), Some(&wire(&["rdma", "shared-memory", "grpc"])), "new");
+    let sender = auto
+        .transports
+        .sender(TransferId(1), Some(&wire(&["rdma", "shared-memory", "grpc"])), "new");
     assert_eq!(sender.unwrap().kind(), TransportKind::Grpc);
-    let error = auto.transports.sender(TransferId(1), Some(&wire(&["shared-memory"])), "new").err();
+    let error = auto
+        .transports
+        .sender(TransferId(1), Some(&wire(&["shared-memory"])), "new")
+        .err();
     assert!(error.unwrap().to_string().contains("it takes shared-memory"));
 
     // The destination again: the source says what was not offered.
