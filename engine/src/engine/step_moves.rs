@@ -23,6 +23,8 @@ enum Extent {
 impl<F: ForwardPass> StepLoop<F> {
     pub(super) fn start_move(&mut self, request: RequestId, mover: Weak<()>) -> Result<StartedMove, Failure> {
         let busy = |message: String| Err(Failure::Busy(message));
+        // Or else a group that the mover before this one paused would stand still until this one has gone.
+        self.resume_abandoned();
         // Of several attempts at one request the youngest is the one that is meant.
         let is_meant = |open: &OpenGroup| open.request == request && matches!(open.outlet, Outlet::Generation(_));
         let found = self.open.iter_mut().rev().find(|(_, open)| is_meant(open));

@@ -244,15 +244,15 @@ async fn a_dropped_generation_is_in_at_most_one_further_step() {
         generation.next().await.unwrap().event,
         EngineEvent::Token { .. }
     ));
-    // The loop is in, or on its way to, its second step.
+    // The loop is in its second step, or on its way to it, or will notice before.
     drop(generation);
-    permit();
+    drop(permits);
     settle(&engine).await;
     let n_steps = seen.lock().len();
-    assert_eq!((n_steps, engine.load().engine.n_cancelled), (2, 1));
-    drop(permits);
+    assert!(n_steps <= 2, "{n_steps} steps");
+    assert_eq!(engine.load().engine.n_cancelled, 1);
     engine.shutdown().await;
-    assert_eq!(seen.lock().len(), 2);
+    assert_eq!(seen.lock().len(), n_steps);
 }
 
 #[tokio::test]

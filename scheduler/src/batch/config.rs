@@ -164,6 +164,20 @@ impl BatchConfig {
             let (n_choices, n) = (state.choices.len(), sampling.n);
             return invalid(format!("{n_choices} choices, expected {n}"));
         }
+        for (field, penalty, is_valid) in [
+            ("presence_penalty", sampling.presence_penalty, true),
+            ("frequency_penalty", sampling.frequency_penalty, true),
+            (
+                "repetition_penalty",
+                sampling.repetition_penalty,
+                sampling.repetition_penalty > 0.0,
+            ),
+        ] {
+            if !(penalty.is_finite() && is_valid) {
+                let expected = if is_valid { "a finite number" } else { "more than 0" };
+                return invalid(format!("{field} is {penalty}, expected {expected}"));
+            }
+        }
         if n_prompt == 0 {
             return invalid("the prompt has 0 tokens, expected at least 1".to_owned());
         }

@@ -434,6 +434,11 @@ fn what_can_never_run_is_refused() {
     };
     assert_eq!(refuse(&two), "2 choices, expected 1");
     assert_eq!(refuse(&state_of(&[1], 1, 5)), "n is 5, expected 1 to 4 (max_num_seqs)");
+    let mut penalised = state(&[1], 1);
+    penalised.request.sampling.repetition_penalty = 0.0;
+    assert_eq!(refuse(&penalised), "repetition_penalty is 0, expected more than 0");
+    penalised.request.sampling.presence_penalty = f32::NAN;
+    assert_eq!(refuse(&penalised), "presence_penalty is NaN, expected a finite number");
     assert_eq!(refuse(&state_of(&[1], 1, 0)), "n is 0, expected 1 to 4 (max_num_seqs)");
     assert_eq!(
         refuse(&replay(&[1], 2, &[3, 4, 5])),

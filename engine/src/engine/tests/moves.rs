@@ -331,6 +331,34 @@ async fn a_pause_leaves_tokens_unchanged() {
     }
 }
 
+/// The mover that paused it has gone, and the next one has not asked for a pause.
+#[tokio::test]
+async fn the_next_mover_finds_it_running() {
+    let source = Stepped::new(64);
+    let mut state = choices(&prompt(2, 9), 40, 11, 2);
+    state.request.sampling.stop_token_ids.clear();
+    let mut generation = source.engine.generate(state.clone()).unwrap();
+    let mut known = vec![ChoiceState::default(); 2];
+    source.steps(1);
+    hear(&mut generation, &mut known, 1).await;
+    let mut running = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
+    let paused = source.ask(running.pause(&[0; 2])).await.unwrap();
+    drop((running, paused));
+    let next = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
+    for _ in 0..2 {
+        source.ask(source.engine.take_prefix_events()).await.unwrap();
+    }
+    assert_eq!(source.engine.load().batch.n_paused, 0);
+    let Stepped { permits, engine } = source;
+    drop(permits);
+    while let Some(timed) = generation.next().await {
+        take(timed.event, &mut known);
+    }
+    assert_eq!(known, all_alone(&engine, &state));
+    drop(next);
+    settle(&engine).await;
+}
+
 #[tokio::test]
 async fn a_paused_request_that_is_cancelled_frees_everything() {
     let source = Stepped::new(64);
