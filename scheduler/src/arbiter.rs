@@ -182,6 +182,11 @@ impl Arbiter {
         self.choices.iter().map(|choice| choice.next_index)
     }
 
+    /// Placements in a row that brought no token.
+    pub fn n_attempts(&self) -> u32 {
+        self.n_attempts
+    }
+
     /// Moves that have settled.
     pub fn n_moves(&self) -> u32 {
         self.n_moves

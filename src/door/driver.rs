@@ -22,6 +22,9 @@ use super::moves::{Listed, MoveError, MoveOrder, Moved, RequestStage};
 use super::streams::{self, OpenStream, Opening};
 use super::{DoorEvent, Submission, Usage};
 
+/// Between a second failure in a row and the next placement.
+const PAUSE_BEFORE_LAST_ATTEMPTS: Duration = Duration::from_millis(300);
+
 pub(super) struct RequestDriver {
     cluster: Arc<Cluster>,
     admission: Arc<Admission>,
@@ -169,7 +172,17 @@ impl RequestDriver {
         let cluster = Arc::clone(&self.cluster);
         let mut wanted = std::mem::replace(&mut self.wanted, Wanted::new(self.submission.request.clone()));
         wanted.go_on_after(&self.choices, self.arbiter.avoided());
-        match self.placed(place_when_possible(&cluster, &mut wanted)).await {
+        // Twice refused or lost in a row: whoever died may not have been missed yet.
+        let pause = if self.arbiter.n_attempts() > 1 {
+            PAUSE_BEFORE_LAST_ATTEMPTS
+        } else {
+            Duration::ZERO
+        };
+        let placing = async {
+            tokio::time::sleep(pause).await;
+            place_when_possible(&cluster, &mut wanted).await
+        };
+        match self.placed(placing).await {
             Ok(placed) => {
                 self.placed = Some(placed);
                 ArbiterFact::Placed

@@ -273,8 +273,8 @@ async fn roles_change_without_reloading_or_losing_anything() {
     assert_eq!(moved, undisturbed);
     // The old prefill instance decodes now, and the flipped one prefills for it.
     let other = if at == "decode-0" { "decode-1" } else { "decode-0" };
-    assert_eq!(role(other, "prefill").await, "decode");
     assert_eq!(role("prefill-0", "decode").await, "prefill");
+    assert_eq!(role(other, "prefill").await, "decode");
     assert_eq!(ask(&cluster, &ids, &options(1, 150, "after")).await, undisturbed);
     cluster
         .until_counter("prefill-0", "handoffs_received_total", |n| n == 1)

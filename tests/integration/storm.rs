@@ -82,6 +82,16 @@ struct Done {
     n_move_failures: AtomicU64,
 }
 
+/// Waits until another process has joined by this name.
+async fn replaced(cluster: &Cluster, name: &str, pid: u32) {
+    cluster
+        .until("it is back", |instances| {
+            let mut joins = instances.iter().filter_map(|status| status.join.as_ref());
+            joins.any(|join| join.instance_id == name && join.pid != pid)
+        })
+        .await;
+}
+
 /// One disturbance. Whatever it takes from the cluster it gives back before it ends.
 async fn disturb(cluster: &Cluster, dice: &mut Dice, done: &Done) -> &'static str {
     let instances = cluster.instances().await;
@@ -161,16 +171,12 @@ async fn disturb(cluster: &Cluster, dice: &mut Dice, done: &Done) -> &'static st
         }
         8 => {
             signal(pid, Signal::TERM);
-            cluster
-                .until("it is back", |instances| instances.len() == names.len())
-                .await;
+            replaced(cluster, &name, pid).await;
             "a restart in order"
         }
         _ => {
             signal(pid, Signal::KILL);
-            cluster
-                .until("it is back", |instances| instances.len() == names.len())
-                .await;
+            replaced(cluster, &name, pid).await;
             "a kill"
         }
     }

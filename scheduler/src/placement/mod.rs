@@ -145,27 +145,25 @@ impl<'a> Pools<'a> {
     }
 }
 
-/// Splits the view into pools, leaving avoided instances out where others remain.
+/// Splits the view into pools, leaving avoided instances out. An avoided decode instance is taken when no other remains; an
+/// avoided prefill instance is not, because the decode instance can compute the prompt itself.
 fn candidates<'a>(request: &PlacementRequest<'_>, view: &'a ClusterView) -> Pools<'a> {
     let all = |wanted: &dyn Fn(&InstanceState) -> bool| -> Vec<&'a InstanceId> {
-        let pool: Vec<&InstanceId> = view
-            .instances()
-            .iter()
-            .filter(|(_, state)| wanted(state))
-            .map(|(id, _)| id)
-            .collect();
-        let preferred: Vec<&InstanceId> = pool
-            .iter()
-            .filter(|id| !request.avoided.contains(id))
-            .copied()
-            .collect();
-        if preferred.is_empty() { pool } else { preferred }
+        let instances = view.instances().iter();
+        instances.filter(|(_, state)| wanted(state)).map(|(id, _)| id).collect()
     };
+    let is_avoided = |state: &InstanceState| request.avoided.contains(&state.info.id);
     let suits = |state: &InstanceState| state.is_usable() && state.info.protocol_version >= request.needs_version;
     let has_room = |state: &InstanceState| state.has_room(request.n_blocks(state.info.block_size), request.n_choices());
+    let decodes = |state: &InstanceState| state.info.role != Role::Prefill && suits(state) && has_room(state);
+    let prefills = |state: &InstanceState| request.may_hand_over && state.info.role == Role::Prefill && suits(state);
+    let mut decode = all(&|state| decodes(state) && !is_avoided(state));
+    if decode.is_empty() {
+        decode = all(&decodes);
+    }
     Pools {
-        decode: all(&|state| state.info.role != Role::Prefill && suits(state) && has_room(state)),
-        prefill: all(&|state| request.may_hand_over && state.info.role == Role::Prefill && suits(state)),
+        decode,
+        prefill: all(&|state| prefills(state) && !is_avoided(state)),
     }
 }
 
