@@ -179,13 +179,13 @@ proptest! {
                     }
                 }
                 Fact::Pause(i) => {
-                    if let Some(&group) = groups_in(&world, Phase::Running).get(i) {
+                    if let Some(group) = any_of(&groups_in(&world, Phase::Running), i) {
                         let can = world.scheduler.check_movable(group).is_ok();
                         prop_assert_eq!(world.scheduler.pause(group).is_ok(), can);
                     }
                 }
                 Fact::Resume(i, pinned) => {
-                    if let Some(&group) = groups_in(&world, Phase::Paused).get(i) {
+                    if let Some(group) = any_of(&groups_in(&world, Phase::Paused), i) {
                         if pinned {
                             for id in world.scheduler.members(group) {
                                 let blocks = world.scheduler.computed_blocks(id);
@@ -197,7 +197,7 @@ proptest! {
                 }
                 Fact::Join(i, same) => {
                     let numerics = if same { Numerics::Same } else { Numerics::Other };
-                    if let Some(&group) = groups_in(&world, Phase::Reserved).get(i) {
+                    if let Some(group) = any_of(&groups_in(&world, Phase::Reserved), i) {
                         join(&mut world, &mut arriving, &mut cancelled, group, numerics);
                     }
                 }
@@ -260,6 +260,10 @@ proptest! {
             }
         }
     }
+}
+
+fn any_of(groups: &[GroupId], i: usize) -> Option<GroupId> {
+    groups.get(i % groups.len().max(1)).copied()
 }
 
 fn groups_in(world: &World, phase: Phase) -> Vec<GroupId> {
