@@ -5,6 +5,7 @@ pub mod engine;
 pub mod forward;
 pub mod model;
 pub mod philox;
+pub mod probe;
 pub mod sampler;
 pub mod text;
 pub mod worker;

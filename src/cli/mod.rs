@@ -2,6 +2,7 @@
 
 mod bench;
 mod ctl;
+mod doctor;
 mod groups;
 mod scheduler;
 mod serve;
@@ -49,6 +50,8 @@ enum Command {
     Top(Box<top::TopFlags>),
     /// Measure a running server
     Bench(Box<bench::BenchFlags>),
+    /// Find out what this machine can do
+    Doctor(doctor::DoctorFlags),
 }
 
 /// Runs the command that the process's arguments name, and says how it ended.
@@ -105,6 +108,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             let config = flags.resolve(&Layers::open(environment, None)?)?;
             runtime()?.block_on(crate::bench::run(config))
         }
+        Command::Doctor(flags) => flags.run(),
     }
 }
 

@@ -297,7 +297,10 @@ fn counters(report: &LoadReport, service: &WorkerService) -> HashMap<String, u64
     let transport = service.transport_totals();
     let by_transport = TransportKind::ALL.into_iter().flat_map(|kind| {
         let name = kind.as_str().replace('-', "_");
-        let (sent, received) = (transport.bytes_sent[kind as usize], transport.bytes_received[kind as usize]);
+        let (sent, received) = (
+            transport.bytes_sent[kind as usize],
+            transport.bytes_received[kind as usize],
+        );
         [
             (format!("kv_bytes_sent_by_{name}_total"), sent),
             (format!("kv_bytes_received_by_{name}_total"), received),

@@ -168,7 +168,7 @@ const BREAKS: &[(Break, &str, u64, usize)] = &[
             then_silence(frames)
         },
         "KV frame of layer 2 has 1025 bytes, expected 1024",
-        0,
+        1,
         8,
     ),
     (

@@ -25,7 +25,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::{Response, Status, Streaming};
 
-use super::super::{Identity, KvTransports, TransferTotals, TransportChoice, TransportKind, WorkerOptions, WorkerService, serve};
+use super::super::{
+    Identity, KvTransports, TransferTotals, TransportChoice, TransportKind, WorkerOptions, WorkerService, serve,
+};
 use crate::engine::hash_model::{self, HashModel};
 use crate::engine::{EngineConfig, LoadReport, start};
 

@@ -292,6 +292,21 @@ async fn no_room_is_said_before_the_source_is_asked() {
     decode.stop().await;
 }
 
+/// The front door had the last token, but lost the stream before the end was said.
+#[tokio::test]
+async fn a_replay_with_all_its_tokens_is_ended_and_not_handed_over() {
+    let source = FakeSource::start(|_| futures::stream::empty()).await;
+    let decode = Setup::new("decode-0").start().await;
+    let mut replay = greedy(&prompt(3, 20), 5);
+    replay.choices[0].output = decode.generate(&replay, None).await.tokens;
+    assert_eq!(replay.choices[0].output.len(), 5);
+    let said = decode.generate(&replay, Some(source.peer())).await;
+    said.assert_as_alone(&replay);
+    assert!(said.tokens.is_empty());
+    assert_eq!(source.n_calls.load(SeqCst), 0);
+    decode.stop().await;
+}
+
 #[tokio::test]
 async fn without_the_secret_nothing_is_answered() {
     let with_secret = |secret| WorkerOptions {

@@ -152,8 +152,16 @@ async fn by_each_transport() {
         }
         let n_bytes = said.iter().map(|said| said.kv_bytes()).sum::<u64>();
         assert!(n_bytes > 0);
-        assert_eq!(decode.service.transport_totals().bytes_received[kind as usize], n_bytes, "by {kind}");
-        assert_eq!(prefill.service.transport_totals().bytes_sent[kind as usize], n_bytes, "by {kind}");
+        assert_eq!(
+            decode.service.transport_totals().bytes_received[kind as usize],
+            n_bytes,
+            "by {kind}"
+        );
+        assert_eq!(
+            prefill.service.transport_totals().bytes_sent[kind as usize],
+            n_bytes,
+            "by {kind}"
+        );
         assert_eq!(prefill.totals().n_sent, 6);
         stop([decode, prefill]).await;
     }

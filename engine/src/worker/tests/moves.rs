@@ -12,8 +12,8 @@ use crossbeam::channel;
 use tokio::time::timeout;
 use tonic::Streaming;
 
-use super::super::WorkerOptions;
 use super::super::TransportKind;
+use super::super::WorkerOptions;
 use super::cluster::*;
 
 fn warm(n: u32, n_prompt: usize, max_tokens: u32) -> PortableState {
@@ -209,7 +209,10 @@ async fn moved_at_any_time_it_is_as_undisturbed() {
     for n in [1, 3] {
         let fresh = warm(n, 100, 120);
         let expected = undisturbed(&fresh).await;
-        for (n_known, kind) in [1, 2, 12, 13, 28, 60].into_iter().zip(TransportKind::ALL.into_iter().cycle()) {
+        for (n_known, kind) in [1, 2, 12, 13, 28, 60]
+            .into_iter()
+            .zip(TransportKind::ALL.into_iter().cycle())
+        {
             let (source, pump) = slow(Setup::by("decode-0", kind)).await;
             let destination = Setup::by("decode-1", kind).start().await;
             let mut door = Door::open(&source, &fresh).await;

@@ -1,0 +1,69 @@
+//! `baton doctor`: flags of the measurements that tell what a machine can do.
+
+use std::num::NonZeroUsize;
+
+use clap::{Args, Subcommand};
+
+use crate::config::{ByteSize, flag};
+use crate::doctor::transfer::TransferConfig;
+
+const TRANSFER_EXAMPLES: &str = "\
+Examples:
+  Between two processes of this machine:
+    baton doctor transfer
+  From another machine, reachable as node-3; first there, then here:
+    baton doctor transfer --listen node-3:7777
+    baton doctor transfer --peer node-3:7777
+
+GB/s are medians of interleaved rounds; the ratios are medians of each round's ratio. A listening doctor sends made-up
+bytes to whoever asks, so do not leave one open to a network that you do not trust.";
+
+/// Flags of `baton doctor`.
+#[derive(Args, Debug)]
+pub struct DoctorFlags {
+    #[command(subcommand)]
+    command: DoctorCommand,
+}
+
+#[derive(Subcommand, Debug)]
+enum DoctorCommand {
+    /// Measure how fast KV moves between processes, by each transport
+    Transfer(TransferFlags),
+}
+
+#[derive(Args, Debug)]
+#[command(after_long_help = TRANSFER_EXAMPLES)]
+struct TransferFlags {
+    /// Pulls of each path to measure
+    #[arg(long, value_name = "N", default_value = "7", value_parser = flag::<NonZeroUsize>)]
+    rounds: NonZeroUsize,
+    /// KV moved by each pull [default: 256MiB]
+    #[arg(long, value_name = "SIZE", value_parser = flag::<ByteSize>)]
+    size: Option<ByteSize>,
+    /// Receive from a listening doctor there, not from a process of this machine
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "listen")]
+    peer: Option<String>,
+    /// Be the sending end, until standard input ends
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl DoctorFlags {
+    /// Runs what was asked for.
+    pub fn run(self) -> anyhow::Result<()> {
+        let DoctorCommand::Transfer(flags) = self.command;
+        let n_bytes = flags.size.map_or(256 << 20, |size| size.0);
+        match flags.listen {
+            Some(address) => crate::doctor::transfer::listen(&address, n_bytes),
+            None => crate::doctor::transfer::run(&TransferConfig {
+                n_rounds: flags.rounds.get(),
+                n_bytes,
+                peer: flags.peer,
+                json: flags.json,
+            }),
+        }
+    }
+}

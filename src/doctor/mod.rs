@@ -1,0 +1,3 @@
+//! What `baton doctor` finds out about a machine by trying it. It changes nothing, and needs no running cluster.
+
+pub mod transfer;
