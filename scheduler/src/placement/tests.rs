@@ -116,7 +116,10 @@ fn every_policy_waits_when_all_are_full_and_avoids_when_it_can() {
         let avoided = [InstanceId::new("d0"), InstanceId::new("p0")];
         let placement = place(policy.as_mut(), &view, 40, &avoided).unwrap();
         assert_eq!(placement.decode, InstanceId::new("d1"), "{name}");
-        assert_eq!(placement.prefill, None, "{name}: the prompt is computed where it is decoded");
+        assert_eq!(
+            placement.prefill, None,
+            "{name}: the prompt is computed where it is decoded"
+        );
         assert!(
             place(policy.as_mut(), &view, 1600, &[]).is_none(),
             "{name}: 101 blocks do not fit"
