@@ -8,6 +8,7 @@ pub mod ids;
 pub mod pacer;
 pub mod placement;
 pub mod prefix_cache;
+pub mod rebalance;
 pub mod request;
 pub mod timeline;
 pub mod transfer;
