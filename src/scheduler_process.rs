@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use baton_proto::cluster::operator_server::OperatorServer;
 use baton_proto::cluster::registry_server::RegistryServer;
 use baton_proto::link::{LinkOptions, MAX_MESSAGE_BYTES};
-use baton_scheduler::placement::{Disaggregation, policy};
+use baton_scheduler::placement::{Disaggregation, SloObjectives, policy_with_objectives};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -18,8 +18,10 @@ use tonic::service::interceptor::InterceptedService;
 
 use crate::api::metrics::MetricsRegistry;
 use crate::api::{self, ApiKey, ApiOptions, ApiState, ServeOptions, grpc};
-use crate::config::{ComputeDtype, PolicyKind, Secret};
-use crate::door::{Cluster, EmptyingTotals, FrontDoor, FrontDoorOptions, Generator as _, keep_emptying};
+use crate::config::{ComputeDtype, PolicyKind, RebalanceMode, Secret};
+use crate::door::{
+    Cluster, EmptyingTotals, FrontDoor, FrontDoorOptions, Generator as _, Rebalancing, keep_balanced, keep_emptying,
+};
 use crate::engine_config::{LinkConfig, ModelSelection};
 use crate::operator::OperatorService;
 use crate::registry::RegistryService;
@@ -40,6 +42,12 @@ pub struct SchedulerConfig {
     pub dtype: Option<ComputeDtype>,
     /// How instances are picked.
     pub policy: PolicyKind,
+    /// What the slo-aware policy aims at.
+    pub objectives: SloObjectives,
+    /// What is done with uneven load.
+    pub rebalance: RebalanceMode,
+    /// How long a request may stand still for a move.
+    pub move_deadline: Duration,
     /// Prompts with fewer uncached tokens are computed where they are decoded; predicted cost decides when absent.
     pub disaggregation_threshold: Option<u32>,
     /// Most requests that wait for admission.
@@ -57,6 +65,8 @@ pub struct SchedulerConfig {
 impl SchedulerConfig {
     /// Requests that may wait for admission.
     pub const DEFAULT_MAX_QUEUE: usize = 1024;
+    /// Many times what the last frames of a move take.
+    pub const DEFAULT_MOVE_DEADLINE: Duration = Duration::from_secs(2);
     /// Time for open requests to end.
     pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 }
@@ -84,10 +94,12 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     let disaggregation = config
         .disaggregation_threshold
         .map_or(Disaggregation::Auto, Disaggregation::Threshold);
-    let policy = policy(config.policy.as_str(), disaggregation).context("the policy has no implementation")?;
+    let policy = policy_with_objectives(config.policy.as_str(), disaggregation, config.objectives);
+    let policy = policy.context("the policy has no implementation")?;
     let cluster = Arc::new(Cluster::new(policy, link.clone()));
     let options = FrontDoorOptions {
         max_queue: config.max_queue,
+        move_deadline: config.move_deadline,
         ..FrontDoorOptions::default()
     };
     let door = FrontDoor::new(Arc::clone(&cluster), options);
@@ -111,6 +123,15 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
         shutdown.clone(),
     );
     let emptied = tokio::spawn(emptied);
+    let rebalancing = match config.rebalance {
+        RebalanceMode::Off => None,
+        RebalanceMode::Advise => Some(Rebalancing::Advise),
+        RebalanceMode::Act => Some(Rebalancing::Act),
+    };
+    let balanced = rebalancing.map(|rebalancing| {
+        let cluster = Arc::clone(&cluster);
+        tokio::spawn(keep_balanced(cluster, door.requests(), rebalancing, shutdown.clone()))
+    });
     let operator = OperatorService::new(Arc::clone(&cluster), door.requests(), emptying);
     let operator = OperatorServer::new(operator);
     let operator = grpc::add(axum::Router::new(), operator);
@@ -133,6 +154,9 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     served?;
     // Open requests have ended or were cut with their connections, which ends their tasks.
     let _ = tokio::time::timeout(config.drain_timeout, door.drained()).await;
+    if let Some(balanced) = balanced {
+        balanced.await.context("the rebalancing task panicked")?;
+    }
     emptied.await.context("the task that empties instances panicked")?;
     match socket {
         Some(serving) => serving.await.context("the registry's socket panicked")?,

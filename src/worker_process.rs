@@ -80,10 +80,7 @@ impl WorkerConfig {
         );
         flag("--prefix-caching", self.engine.prefix_caching.as_str().into());
         flag("--kv-transport", self.links.kv_transport.as_str().into());
-        flag(
-            "--move-rate",
-            self.links.move_rate.to_string().into(),
-        );
+        flag("--move-rate", self.links.move_rate.to_string().into());
         flag("--move-stages", self.links.move_stages.to_string().into());
         flag("--drain-timeout", Span(self.links.drain_timeout).to_string().into());
         arguments

@@ -4,12 +4,14 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
+use baton_scheduler::ids::Nanos;
+use baton_scheduler::placement::SloObjectives;
 use baton_scheduler::transfer::MAX_STAGES;
 use clap::Args;
 
 use crate::config::{
     ByteSize, ComputeDtype, ConfigError, Device, InstructionSet, KvTransportKind, Layers, LoadFormat, LogFormat,
-    Machine, ModelSource, PolicyKind, Secret, Span, Switch, flag,
+    Machine, ModelSource, PolicyKind, RebalanceMode, Secret, Span, Switch, flag,
 };
 use crate::engine_config::{EngineConfig, LinkConfig, ModelSelection};
 use crate::logging::LogConfig;
@@ -210,7 +212,9 @@ impl LinkFlags {
             kv_transport: layers
                 .pick("kv_transport", self.kv_transport)?
                 .unwrap_or(KvTransportKind::Auto),
-            move_rate: layers.pick("move_rate", self.move_rate)?.unwrap_or(LinkConfig::DEFAULT_MOVE_RATE),
+            move_rate: layers
+                .pick("move_rate", self.move_rate)?
+                .unwrap_or(LinkConfig::DEFAULT_MOVE_RATE),
             move_stages: layers.pick("move_stages", self.move_stages)?.unwrap_or(MAX_STAGES),
             drain_timeout: layers
                 .pick("drain_timeout", self.drain_timeout)?
@@ -235,6 +239,19 @@ pub struct FrontDoorFlags {
     /// How instances are picked for a request [default: prefix-aware]
     #[arg(long, value_enum)]
     pub policy: Option<PolicyKind>,
+    /// Time to the first token that the slo-aware policy aims at [default: 1s]
+    #[arg(long, value_name = "DURATION", value_parser = flag::<Span>)]
+    pub ttft_objective: Option<Span>,
+    /// Time between tokens that the slo-aware policy aims at [default: 100ms]
+    #[arg(long, value_name = "DURATION", value_parser = flag::<Span>)]
+    pub tpot_objective: Option<Span>,
+    /// Move running requests from crowded instances to free ones: off, advise (log what should move) or act
+    /// [default: advise]
+    #[arg(long, value_enum)]
+    pub rebalance: Option<RebalanceMode>,
+    /// How long a request may stand still for a move before it goes on where it was [default: 2s]
+    #[arg(long, value_name = "DURATION", value_parser = flag::<Span>)]
+    pub move_deadline: Option<Span>,
     /// Compute prompts with fewer uncached tokens on the decode instance itself; 0 always hands over
     /// [default: predicted cost decides]
     #[arg(long, value_name = "TOKENS", value_parser = flag::<u32>)]
@@ -258,6 +275,8 @@ impl FrontDoorFlags {
             .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
         let port = layers.pick("port", self.port)?.unwrap_or(8000);
         let max_queue = layers.pick("max_queue", self.max_queue)?;
+        let objectives = SloObjectives::default();
+        let objective = |given: Option<Span>, default| given.map_or(default, |span| Nanos(span.0.as_nanos() as u64));
         Ok(SchedulerConfig {
             listen: SocketAddr::new(host, port),
             cluster_socket: None,
@@ -265,6 +284,16 @@ impl FrontDoorFlags {
             max_model_len,
             dtype: None,
             policy: layers.pick("policy", self.policy)?.unwrap_or(PolicyKind::PrefixAware),
+            objectives: SloObjectives {
+                ttft: objective(layers.pick("ttft_objective", self.ttft_objective)?, objectives.ttft),
+                tpot: objective(layers.pick("tpot_objective", self.tpot_objective)?, objectives.tpot),
+            },
+            rebalance: layers
+                .pick("rebalance", self.rebalance)?
+                .unwrap_or(RebalanceMode::Advise),
+            move_deadline: layers
+                .pick("move_deadline", self.move_deadline)?
+                .map_or(SchedulerConfig::DEFAULT_MOVE_DEADLINE, |span| span.0),
             disaggregation_threshold: layers.pick("disaggregation_threshold", self.disaggregation_threshold)?,
             max_queue: max_queue.map_or(SchedulerConfig::DEFAULT_MAX_QUEUE, NonZeroUsize::get),
             api_key: layers.pick("api_key", self.api_key)?,

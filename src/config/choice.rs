@@ -123,13 +123,28 @@ choice! {
 
 choice! {
     /// How instances are picked for a request.
-    PolicyKind, "round-robin, least-loaded or prefix-aware";
+    PolicyKind, "round-robin, least-loaded, llumnix, slo-aware or prefix-aware";
     /// Each in turn.
     RoundRobin = "round-robin",
     /// The one with the least work.
     LeastLoaded = "least-loaded",
+    /// The one with the most free blocks for each sequence.
+    Llumnix = "llumnix",
+    /// One that is predicted to meet both latency objectives.
+    SloAware = "slo-aware",
     /// The one that is predicted to answer first, cached prefixes counted.
     PrefixAware = "prefix-aware",
+}
+
+choice! {
+    /// What is done with uneven load.
+    RebalanceMode, "off, advise or act";
+    /// Nothing.
+    Off = "off",
+    /// What should move is logged.
+    Advise = "advise",
+    /// It is moved.
+    Act = "act",
 }
 
 choice! {

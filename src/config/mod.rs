@@ -15,7 +15,9 @@ mod secret;
 mod setting;
 
 pub use address::{Address, UNIX_PATH_LIMIT};
-pub use choice::{ComputeDtype, Device, InstructionSet, KvTransportKind, LoadFormat, LogFormat, PolicyKind, Switch};
+pub use choice::{
+    ComputeDtype, Device, InstructionSet, KvTransportKind, LoadFormat, LogFormat, PolicyKind, RebalanceMode, Switch,
+};
 pub use environment::{Environment, HubEnvironment, setting_variables};
 pub use error::ConfigError;
 pub use file::ConfigFile;

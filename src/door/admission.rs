@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use baton_scheduler::ids::{InstanceId, Nanos, TokenId};
 use baton_scheduler::prefix_cache::{PrefixHasher, PrefixKey};
+use baton_scheduler::rebalance::WaitingRequest;
 use baton_scheduler::request::{ChoiceState, Request};
 use tokio::sync::Mutex;
 
@@ -128,15 +129,31 @@ impl Wanted {
     }
 }
 
+/// Says on drop that the request waits no more.
+struct Waits<'a>(Option<&'a Cluster>);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        if let Some(cluster) = self.0 {
+            cluster.set_waiting(None);
+        }
+    }
+}
+
 /// Waits for room, without a turn: for requests that were admitted before and must be placed again, too.
 pub(super) async fn place_when_possible(cluster: &Cluster, wanted: &mut Wanted) -> Reachable {
     let mut changes = cluster.changes();
+    let mut waits = Waits(None);
     loop {
         if let Some(space) = cluster.key_space() {
             let keys = wanted.prefix_keys(space).to_vec();
             if let Some(reachable) = cluster.try_place(wanted, keys) {
                 return reachable;
             }
+            let n_choices = wanted.request.sampling.n;
+            let n_blocks = wanted.n_tokens().div_ceil(space.block_size) + n_choices;
+            cluster.set_waiting(Some(WaitingRequest { n_blocks, n_choices }));
+            waits.0 = Some(cluster);
         }
         // The cluster holds the sender and outlives this borrow of it.
         let _ = changes.changed().await;

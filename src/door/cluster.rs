@@ -13,6 +13,7 @@ use baton_scheduler::placement::{
     choose_destination, min_protocol_version,
 };
 use baton_scheduler::prefix_cache::PrefixKey;
+use baton_scheduler::rebalance::WaitingRequest;
 use baton_scheduler::request::Request;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
@@ -82,6 +83,8 @@ pub struct Cluster {
     /// Grows with every change that may let a waiting request in.
     changed: watch::Sender<u64>,
     link: LinkOptions,
+    /// The request that found no room last.
+    waiting: Mutex<Option<WaitingRequest>>,
     started_at: Instant,
 }
 
@@ -167,6 +170,7 @@ impl Cluster {
             state: Mutex::new(state),
             changed: watch::channel(0).0,
             link,
+            waiting: Mutex::new(None),
             started_at: Instant::now(),
         }
     }
@@ -549,6 +553,16 @@ impl Cluster {
             .instances()
             .get(id)
             .is_some_and(|instance| instance.is_draining())
+    }
+
+    /// The request that found no room last, as long as it waits.
+    pub(super) fn waiting(&self) -> Option<WaitingRequest> {
+        *self.waiting.lock()
+    }
+
+    /// Says which request waits for room, or that none does any more.
+    pub(super) fn set_waiting(&self, waiting: Option<WaitingRequest>) {
+        *self.waiting.lock() = waiting;
     }
 
     /// Runs `look` on the view.

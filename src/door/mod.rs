@@ -7,6 +7,7 @@ mod driver;
 mod emptying;
 mod front_door;
 mod moves;
+mod rebalancing;
 mod streams;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub use cluster::{Cluster, Commands, JoinError, Member};
 pub use emptying::{EmptyingTotals, keep_emptying, n_open};
 pub use front_door::{FrontDoor, FrontDoorOptions};
 pub use moves::{MoveError, MoveReason, Moved, OpenRequest, OpenRequests, RequestProgress, RequestStage};
+pub use rebalancing::{Rebalancing, keep_balanced};
 
 /// A validated request on its way in.
 #[derive(Clone, Debug)]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_scheduler::ids::{InstanceId, RequestId};
+use baton_scheduler::placement::min_protocol_version;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
@@ -146,6 +147,8 @@ pub struct OpenRequest {
     pub n_choices: u32,
     /// Most tokens of a choice.
     pub max_tokens: u32,
+    /// The oldest protocol that can say all of it.
+    pub needs_version: u32,
     /// When it came.
     pub opened_at: Instant,
     progress: Mutex<RequestProgress>,
@@ -206,6 +209,7 @@ impl OpenRequests {
             n_prompt_tokens: request.prompt_ids.len() as u32,
             n_choices: request.sampling.n,
             max_tokens: request.sampling.max_tokens,
+            needs_version: min_protocol_version(&request.sampling),
             opened_at: Instant::now(),
             progress: Mutex::default(),
             orders,
