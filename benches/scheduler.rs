@@ -11,7 +11,9 @@ use baton_scheduler::placement::{
 };
 use baton_scheduler::prefix_cache::{PrefixCache, PrefixEvent, PrefixHasher};
 use baton_scheduler::request::{PortableState, Request, SamplingParams};
-use baton_scheduler::transfer::{Destination, DestinationFact, KvRange, Source, SourceFact, TransferId, TransferPlan};
+use baton_scheduler::transfer::{
+    Destination, DestinationFact, EndsBy, KvRange, Source, SourceFact, TransferId, TransferPlan,
+};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 
 const BLOCK_SIZE: usize = 16;
@@ -91,10 +93,13 @@ fn decoding() -> BatchScheduler {
 /// One step without a model; returns how many sequences it had.
 fn step(scheduler: &mut BatchScheduler) -> usize {
     let batch = scheduler.schedule(Nanos::ZERO, &|_| false);
-    let sampled: Vec<Option<TokenId>> = batch
+    let sampled: Vec<Vec<TokenId>> = batch
         .items
         .iter()
-        .map(|item| (item.samples == Samples::Token).then_some(5))
+        .map(|item| match item.samples {
+            Samples::Token | Samples::FirstTokens(_) => vec![5],
+            Samples::Nothing => Vec::new(),
+        })
         .collect();
     black_box(scheduler.commit(&batch, &sampled, &|_| false));
     batch.items.len()
@@ -188,9 +193,12 @@ fn transfer(criterion: &mut Criterion) {
             let (now, deadline) = (Nanos::ZERO, Nanos::from_secs(10));
             let mut source = Source::new(plan.clone(), 2, 4, EndsBy::Source, deadline);
             let mut destination = Destination::handoff(TransferId(1), plan.clone(), deadline, now);
-            destination.apply(now, DestinationFact::Accepted {
-                ends_by: EndsBy::Source,
-            });
+            destination.apply(
+                now,
+                DestinationFact::Accepted {
+                    ends_by: EndsBy::Source,
+                },
+            );
             for layer in 0..plan.n_layers {
                 let whole = KvRange {
                     choice: 0,
@@ -203,7 +211,7 @@ fn transfer(criterion: &mut Criterion) {
                     black_box(source.apply(now, SourceFact::Sent));
                     let range = KvRange {
                         choice: 0,
-                    layer,
+                        layer,
                         first_block,
                         n_blocks: 4,
                     };

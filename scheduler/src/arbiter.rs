@@ -192,6 +192,19 @@ impl Arbiter {
         self.n_moves
     }
 
+    /// The stage's name, for tables.
+    pub fn stage(&self) -> &'static str {
+        match (self.stage, &self.moving) {
+            (Stage::Placing, _) => "placing",
+            (Stage::Ended, _) => "ended",
+            (Stage::Streaming, None) if self.speaking_before.is_some() => "resumed",
+            (Stage::Streaming, None) => "streaming",
+            (Stage::Streaming, Some(moving)) if moving.source_lost.is_some() => "source lost",
+            (Stage::Streaming, Some(moving)) if moving.deadline.is_some() => "pausing",
+            (Stage::Streaming, Some(_)) => "moving",
+        }
+    }
+
     /// Whether a move is under way.
     pub fn is_moving(&self) -> bool {
         self.moving.is_some()

@@ -68,7 +68,7 @@ enum Woken {
     Fact(ArbiterFact),
     Speaking(Result<cluster::GenerateEvent, Failure>),
     Attached(Result<cluster::GenerateEvent, Failure>),
-    Attach(Epoch, Result<OpenStream, (Failure, InstanceId)>),
+    Attach(Epoch, Box<Result<OpenStream, (Failure, InstanceId)>>),
     Resumed(Epoch, Result<(), Failure>),
     Ordered(MoveOrder),
 }
@@ -138,7 +138,7 @@ impl RequestDriver {
                 Woken::Attached(said) => self.hear(Stream::Attached, said).await,
                 Woken::Attach(epoch, opened) => {
                     self.attaching = None;
-                    match opened {
+                    match *opened {
                         Ok(opened) => self.attached = Some(opened),
                         Err((failure, blamed)) => self.destination_failed(epoch, failure, blamed),
                     }
@@ -222,7 +222,9 @@ impl RequestDriver {
             fact = interrupted => Woken::Fact(fact),
             said = next(&mut self.speaking), if self.speaking.is_some() => Woken::Speaking(said),
             said = next(&mut self.attached), if self.attached.is_some() => Woken::Attached(said),
-            (epoch, opened) = answer(&mut self.attaching), if self.attaching.is_some() => Woken::Attach(epoch, opened),
+            (epoch, opened) = answer(&mut self.attaching), if self.attaching.is_some() => {
+                Woken::Attach(epoch, Box::new(opened))
+            }
             (epoch, resumed) = answer(&mut self.resuming), if self.resuming.is_some() => Woken::Resumed(epoch, resumed),
             Some(order) = self.listed.orders.recv() => Woken::Ordered(order),
             () = tokio::time::sleep(tick_in.unwrap_or_default()), if tick_in.is_some() => {
@@ -235,6 +237,7 @@ impl RequestDriver {
         for action in actions {
             match action {
                 ArbiterAction::Place => {
+                    self.cluster.close(self.submission.request.id);
                     self.listed.request.update(|progress| {
                         progress.stage = RequestStage::Queued;
                         (progress.decode, progress.prefill) = (None, None);
@@ -246,7 +249,10 @@ impl RequestDriver {
                 ArbiterAction::Close => {
                     self.speaking = None;
                     self.resuming = None;
-                    self.cluster.close(self.submission.request.id);
+                    // While it moves, the placement goes on at the destination.
+                    if self.order.is_none() {
+                        self.cluster.close(self.submission.request.id);
+                    }
                 }
                 ArbiterAction::Attach(epoch) => self.attach(epoch),
                 ArbiterAction::Detach => self.detach(),
@@ -571,11 +577,12 @@ impl RequestDriver {
             },
             Some(How::Failure(failure)) => {
                 let blamed = match failure.instance_id.as_str() {
-                    "" => instance,
+                    "" => instance.clone(),
                     name => InstanceId::new(name),
                 };
                 let failure = Failure::from(failure);
-                if matches!(failure, Failure::Busy(_)) && from == Stream::Speaking {
+                let is_own = from == Stream::Speaking || blamed == instance;
+                if matches!(failure, Failure::Busy(_)) && is_own {
                     self.cluster.busy(&blamed);
                 }
                 // The instance says cancelled only when its stream was closed, and ours is open.

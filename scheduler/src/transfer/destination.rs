@@ -164,6 +164,16 @@ impl Destination {
         }
     }
 
+    /// The stage's name, for tables.
+    pub fn stage(&self) -> &'static str {
+        match self.stage {
+            Stage::Opening => "opening",
+            Stage::Receiving => "receiving",
+            Stage::Settled => "settled",
+            Stage::Closed => "closed",
+        }
+    }
+
     /// Whether nothing is owed by anyone.
     pub fn is_closed(&self) -> bool {
         self.stage == Stage::Closed

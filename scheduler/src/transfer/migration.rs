@@ -164,6 +164,18 @@ impl MigrationSource {
         (machine, first)
     }
 
+    /// The stage's name, for tables.
+    pub fn stage(&self) -> &'static str {
+        match self.stage {
+            Stage::Pinning => "pinning",
+            Stage::Streaming => "streaming",
+            Stage::Pausing => "pausing",
+            Stage::Paused => "paused",
+            Stage::HandedOver(_) => "handed over",
+            Stage::Closed => "closed",
+        }
+    }
+
     /// Whether nothing is held for the transfer any more.
     pub fn is_closed(&self) -> bool {
         self.stage == Stage::Closed
@@ -266,7 +278,9 @@ impl MigrationSource {
 
     fn leaves_no_room(&self, end: &[u32]) -> bool {
         let mut choices = self.plan.choices.iter().zip(end);
-        choices.any(|(choice, &end)| end + PAUSE_MARGIN_BLOCKS >= choice.n_blocks)
+        // One that had ended when the blocks were reserved has no room and needs none.
+        choices
+            .any(|(choice, &end)| choice.first_block < choice.n_blocks && end + PAUSE_MARGIN_BLOCKS >= choice.n_blocks)
     }
 
     /// Queues the blocks up to `end`, layer by layer. Returns the most of one choice.

@@ -107,6 +107,16 @@ impl Source {
         }
     }
 
+    /// The stage's name, for tables.
+    pub fn stage(&self) -> &'static str {
+        match self.token {
+            _ if self.closed => "closed",
+            _ if self.has_sent_all() => "awaiting close",
+            TokenStage::Owed => "computing",
+            TokenStage::Ready { .. } | TokenStage::Sent { .. } => "sending",
+        }
+    }
+
     /// Whether everything was released.
     pub fn is_closed(&self) -> bool {
         self.closed
