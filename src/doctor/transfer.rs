@@ -11,6 +11,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
+use crate::config::ByteSize;
+
 /// What a run of the doctor is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TransferConfig {
@@ -139,7 +141,7 @@ pub fn listen(address: &str, n_bytes: u64) -> anyhow::Result<()> {
 pub fn run(config: &TransferConfig) -> anyhow::Result<()> {
     let sender = || -> anyhow::Result<Command> {
         let mut command = Command::new(std::env::current_exe()?);
-        let n_bytes = config.n_bytes.to_string();
+        let n_bytes = ByteSize(config.n_bytes).to_string();
         command.args(["doctor", "transfer", "--listen", "127.0.0.1:0", "--size", &n_bytes]);
         Ok(command)
     };
