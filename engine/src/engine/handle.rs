@@ -216,6 +216,12 @@ impl EngineHandle {
         })
     }
 
+    /// Whether nothing is left to generate, although perhaps only the tokens say so: [`EngineHandle::generate`] tells the
+    /// ends.
+    pub fn has_ended(&self, state: &PortableState) -> bool {
+        self.shared.batch.unfinished(state).next().is_none()
+    }
+
     /// Reserves blocks for a request that another instance prefills: for its context, and one for each choice to grow
     /// into. Answers after the current step, or after
     /// `max_defer` when someone else is about to bring the same prefix.

@@ -133,11 +133,12 @@ impl worker_server::Worker for WorkerService {
             let state = worker.check(request.handshake.as_ref(), request.state);
             match (state, request.prefill) {
                 (Err(failure), _) => outlet.fail(&failure, "", Used::default()).await,
-                (Ok(state), Some(source)) => {
+                // The last token may have been told before its end was; then nothing is left to hand over.
+                (Ok(state), Some(source)) if !worker.engine.has_ended(&state) => {
                     let taken = worker.take(state, source, accepted, outlet);
                     destination::receive(&worker, taken).await;
                 }
-                (Ok(state), None) => generate_here(&worker, state, accepted, outlet).await,
+                (Ok(state), _) => generate_here(&worker, state, accepted, outlet).await,
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(events))))
