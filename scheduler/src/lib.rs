@@ -10,5 +10,6 @@ pub mod placement;
 pub mod prefix_cache;
 pub mod rebalance;
 pub mod request;
+pub mod simulation;
 pub mod timeline;
 pub mod transfer;

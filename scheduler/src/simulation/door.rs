@@ -1,0 +1,768 @@
+//! The front door: the production view, policy and rebalancer, and a driver for each request around its arbiter.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::coverage::{Transition, arbiter_fact};
+use super::faults::Scope;
+use super::network::{Asked, AtDoor, AtInstance, Call, Event, EventStream, Life, Party, Report, Said};
+use super::{FaultKind, Outcome, Simulation};
+use crate::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
+use crate::ids::{Epoch, InstanceId, Nanos, Role};
+use crate::placement::{
+    ClusterView, MOVE_PROTOCOL_VERSION, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent,
+    choose_destination, min_protocol_version,
+};
+use crate::prefix_cache::PrefixHasher;
+use crate::rebalance::{MoveProposal, Rebalancer, RunningRequest};
+use crate::request::{ChoiceState, Failure, Finish, PortableState};
+
+pub(super) const MOVE_DEADLINE: Nanos = Nanos::from_secs(2);
+pub(super) const CALL_TIMEOUT: Nanos = Nanos::from_secs(2);
+const QUEUE_WAIT: Nanos = Nanos::from_secs(8);
+const PAUSE_BEFORE_LAST_ATTEMPTS: Nanos = Nanos::from_millis(300);
+const ROUND: Nanos = Nanos::from_millis(50);
+const MAX_MOVES_OF_INSTANCE: usize = 4;
+/// A request whose move failed is not asked to leave a drained instance for this long.
+const PAUSE_AFTER_FAILED_MOVE: Nanos = Nanos::from_millis(200);
+
+pub(super) struct Door {
+    pub(super) life: u64,
+    pub(super) is_up: bool,
+    pub(super) view: ClusterView,
+    policy: Box<dyn Policy>,
+    rebalancer: Option<Rebalancer>,
+    pub(super) drivers: BTreeMap<usize, Driver>,
+    /// First placements wait in turn.
+    waiting: VecDeque<usize>,
+    /// Lives of the members.
+    members: BTreeMap<InstanceId, Life>,
+    pauses: BTreeMap<usize, Nanos>,
+}
+
+pub(super) struct Driver {
+    pub(super) arbiter: Arbiter,
+    choices: Vec<ChoiceState>,
+    /// Which placement is wanted, while one is.
+    placing: Option<u32>,
+    n_placings: u32,
+    may_place_at: Nanos,
+    placed: Option<Placement>,
+    opening: Option<usize>,
+    pub(super) speaking: Option<usize>,
+    attaching: Option<usize>,
+    pub(super) attached: Option<usize>,
+    resuming: Option<Epoch>,
+    /// Where it is being moved, and whether the rebalancer wants to know.
+    order: Option<(InstanceId, bool)>,
+    prefilled_in: Option<Epoch>,
+    tick_at: Option<Nanos>,
+    /// Instances that its latest streams went to.
+    pub(super) instances: Vec<usize>,
+}
+
+impl Door {
+    pub(super) fn new(life: u64, policy: Box<dyn Policy>, rebalancer: Option<Rebalancer>) -> Door {
+        Door {
+            life,
+            is_up: true,
+            view: ClusterView::new(),
+            policy,
+            rebalancer,
+            drivers: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            members: BTreeMap::new(),
+            pauses: BTreeMap::new(),
+        }
+    }
+
+    /// Whether nothing is open or counted any more.
+    pub(super) fn is_idle(&self) -> bool {
+        self.drivers.is_empty() && self.view.open_placements().is_empty() && self.view.moves().is_empty()
+    }
+
+    /// Whether something other than `id` generates.
+    pub(super) fn others_generate(&self, id: &InstanceId) -> bool {
+        let mut instances = self.view.instances().values();
+        instances.any(|state| state.info.id != *id && state.info.role != Role::Prefill && !state.is_draining())
+    }
+}
+
+impl Simulation<'_> {
+    pub(super) fn door_accepts(&mut self, request: usize) {
+        let planned = &self.planned[request];
+        let n = planned.request.sampling.n;
+        if !self.door.is_up {
+            return self.ends(request, Outcome::NotAccepted);
+        }
+        if let Some(after) = planned.leaves_after {
+            let event = Event::World(super::network::InWorld::ClientLeaves { request });
+            self.queue.push(self.now.saturating_add(after), event);
+        }
+        if let Some(after) = planned.deadline {
+            let event = Event::Door(self.door.life, AtDoor::DeadlinePasses { request });
+            self.queue.push(self.now.saturating_add(after), event);
+        }
+        let driver = Driver {
+            arbiter: Arbiter::new(n, MOVE_DEADLINE),
+            choices: vec![ChoiceState::default(); n as usize],
+            placing: None,
+            n_placings: 0,
+            may_place_at: self.now,
+            placed: None,
+            opening: None,
+            speaking: None,
+            attaching: None,
+            attached: None,
+            resuming: None,
+            order: None,
+            prefilled_in: None,
+            tick_at: None,
+            instances: Vec::new(),
+        };
+        self.door.drivers.insert(request, driver);
+        self.door.waiting.push_back(request);
+        self.begin_placing(request, self.now);
+        self.place_waiting();
+    }
+
+    fn begin_placing(&mut self, request: usize, may_place_at: Nanos) {
+        let life = self.door.life;
+        let driver = self.door.drivers.get_mut(&request).expect("an open request");
+        driver.n_placings += 1;
+        driver.placing = Some(driver.n_placings);
+        driver.may_place_at = may_place_at;
+        let placing = driver.n_placings;
+        self.queue.push(
+            self.now.saturating_add(QUEUE_WAIT),
+            Event::Door(life, AtDoor::QueueWait { request, placing }),
+        );
+        if may_place_at > self.now {
+            self.queue.push(may_place_at, Event::Door(life, AtDoor::TryAgain { request, placing }));
+        }
+    }
+
+    /// Requests that are placed again have waited for their turn before; the others keep theirs.
+    fn place_waiting(&mut self) {
+        let now = self.now;
+        let again = self.door.drivers.iter().filter(|(request, driver)| {
+            driver.placing.is_some() && now >= driver.may_place_at && !self.door.waiting.contains(request)
+        });
+        for request in Vec::from_iter(again.map(|(&request, _)| request)) {
+            self.try_place(request);
+        }
+        while let Some(&request) = self.door.waiting.front() {
+            let is_placing = self.door.drivers.get(&request).is_some_and(|driver| driver.placing.is_some());
+            if is_placing && !self.try_place(request) {
+                break;
+            }
+            self.door.waiting.retain(|other| *other != request);
+        }
+    }
+
+    fn try_place(&mut self, request: usize) -> bool {
+        let planned = &self.planned[request].request;
+        let door = &mut self.door;
+        let driver = &door.drivers[&request];
+        let mut tokens = planned.prompt_ids.to_vec();
+        if let Some(first) = driver.choices.iter().find(|choice| choice.finish.is_none()) {
+            tokens.extend(first.output.iter().map(|token| token.id));
+        }
+        let is_fresh = driver.choices.iter().all(|choice| choice.output.is_empty());
+        let hasher = PrefixHasher::new(self.settings.fingerprint, self.settings.block_size);
+        let prefix_keys = hasher.keys(planned.cache_salt, &tokens);
+        let asked = PlacementRequest {
+            request: planned,
+            prefix_keys: &prefix_keys,
+            n_tokens: tokens.len() as u32,
+            avoided: driver.arbiter.avoided(),
+            needs_version: min_protocol_version(&planned.sampling),
+            may_hand_over: driver.choices.len() == 1 || is_fresh,
+        };
+        let Some(placement) = door.policy.place(self.now, asked, &door.view) else {
+            return false;
+        };
+        let n_cached = door.view.n_cached_tokens(
+            placement.prefill.as_ref().unwrap_or(&placement.decode),
+            &prefix_keys,
+            asked.n_tokens,
+        );
+        let open = OpenPlacement {
+            placement: placement.clone(),
+            n_blocks: asked.n_blocks(self.settings.block_size as u32),
+            n_choices: asked.n_choices(),
+            n_prefill_tokens: asked.n_tokens - n_cached,
+            prefix_keys,
+        };
+        let id = planned.id;
+        door.view.apply(ViewEvent::Placed(id, open));
+        let driver = door.drivers.get_mut(&request).expect("an open request");
+        driver.placing = None;
+        driver.placed = Some(placement);
+        self.tell_arbiter(request, ArbiterFact::Placed);
+        true
+    }
+
+    pub(super) fn tell_arbiter(&mut self, request: usize, fact: ArbiterFact) {
+        let mut facts = VecDeque::from([fact]);
+        while let Some(fact) = facts.pop_front() {
+            let Some(driver) = self.door.drivers.get_mut(&request) else {
+                return;
+            };
+            let transition = Transition {
+                machine: "arbiter",
+                stage: driver.arbiter.stage(),
+                fact: arbiter_fact(&fact),
+            };
+            let subject = fact.clone();
+            let actions = driver.arbiter.apply(self.now, fact);
+            let mut parties = vec![Party::Door];
+            parties.extend(driver.instances.iter().map(|&i| Party::Instance(i)));
+            self.count(transition, request, &parties);
+            self.trace(|| format!("front door, request {request}: {transition} {subject:?} -> {actions:?}"));
+            for action in actions {
+                self.obey(request, action);
+            }
+            self.set_tick(request);
+        }
+    }
+
+    fn set_tick(&mut self, request: usize) {
+        let life = self.door.life;
+        let Some(driver) = self.door.drivers.get_mut(&request) else {
+            return;
+        };
+        let due = driver.arbiter.next_tick();
+        if due.is_some() && due != driver.tick_at {
+            driver.tick_at = due;
+            let at = due.expect("checked");
+            self.queue.push(at, Event::Door(life, AtDoor::ArbiterTick { request }));
+        }
+    }
+
+    fn obey(&mut self, request: usize, action: ArbiterAction) {
+        let id = self.planned[request].request.id;
+        let now = self.now;
+        let driver = self.door.drivers.get_mut(&request).expect("an open request");
+        match action {
+            ArbiterAction::Place => {
+                driver.instances.clear();
+                let is_last = driver.arbiter.n_attempts() > 1;
+                let at = if is_last { now.saturating_add(PAUSE_BEFORE_LAST_ATTEMPTS) } else { now };
+                self.begin_placing(request, at);
+                // Not at once: what has just failed may be about to be known to have gone.
+                let placing = self.door.drivers[&request].n_placings;
+                let again = AtDoor::TryAgain { request, placing };
+                self.queue.push(at.saturating_add(Nanos(1000)), Event::Door(self.door.life, again));
+            }
+            ArbiterAction::Open(epoch) => {
+                let placement = driver.placed.take().expect("the arbiter opens what was placed");
+                let decode = self.door.members.get(&placement.decode).copied();
+                let prefill = placement.prefill.and_then(|id| self.door.members.get(&id).copied());
+                let decode = decode.expect("the policy chooses members");
+                let stream = self.call(request, epoch, decode, Asked::Generate { prefill });
+                let driver = self.door.drivers.get_mut(&request).expect("an open request");
+                driver.opening = Some(stream);
+                driver.instances.extend(prefill.map(|life| life.instance));
+            }
+            ArbiterAction::Close => {
+                let stream = driver.speaking.take().or(driver.opening.take());
+                driver.resuming = None;
+                self.hang_up(stream);
+                self.door.view.apply(ViewEvent::Closed(id));
+            }
+            ArbiterAction::Attach(epoch) => {
+                let (to, _) = driver.order.as_ref().expect("a move was ordered");
+                let to = self.door.members[to];
+                let source = driver.speaking.map(|stream| self.streams[stream].to);
+                let source = source.expect("a request moves from where it speaks");
+                let stream = self.call(request, epoch, to, Asked::Attach { source });
+                self.door.drivers.get_mut(&request).expect("an open request").attaching = Some(stream);
+            }
+            ArbiterAction::Detach => {
+                let stream = driver.attached.take().or(driver.attaching.take());
+                self.hang_up(stream);
+                self.door.view.apply(ViewEvent::MoveEnded(id));
+                self.move_over(request, false);
+            }
+            ArbiterAction::Settle => {
+                let source = driver.speaking.take();
+                driver.speaking = driver.attached.take();
+                driver.resuming = None;
+                assert!(driver.speaking.is_some(), "a move settled on no stream");
+                driver.prefilled_in = Some(driver.arbiter.epoch());
+                if let Some((to, _)) = &driver.order {
+                    self.door.view.apply(ViewEvent::Moved(id, to.clone()));
+                }
+                self.hang_up(source);
+                self.n_moves += 1;
+                self.move_over(request, true);
+            }
+            ArbiterAction::RefuseMove(_) => {
+                if driver.order.is_some() {
+                    self.door.view.apply(ViewEvent::MoveEnded(id));
+                    self.move_over(request, false);
+                }
+            }
+            ArbiterAction::Resume(epoch) => {
+                driver.resuming = Some(epoch);
+                let source = driver.speaking.map(|stream| self.streams[stream].to);
+                let to = source.expect("a source that can resume has its stream");
+                self.call_resume(request, to, epoch);
+            }
+            ArbiterAction::Deliver | ArbiterAction::Discard => unreachable!("tokens are applied as they come"),
+            ArbiterAction::Finish(finish) => self.door_ends(request, Outcome::Finished(finish)),
+            ArbiterAction::Fail(failure) => self.door_ends(request, Outcome::Failed(failure)),
+        }
+    }
+
+    fn move_over(&mut self, request: usize, has_moved: bool) {
+        let driver = self.door.drivers.get_mut(&request).expect("an open request");
+        let Some((_, is_advice)) = driver.order.take() else { return };
+        if !has_moved {
+            let until = self.now.saturating_add(PAUSE_AFTER_FAILED_MOVE);
+            self.door.pauses.insert(request, until);
+        }
+        let id = self.planned[request].request.id;
+        if let (Some(rebalancer), true) = (&mut self.door.rebalancer, is_advice) {
+            rebalancer.ended(self.now, id, has_moved);
+        }
+    }
+
+    fn door_ends(&mut self, request: usize, outcome: Outcome) {
+        let driver = self.door.drivers.remove(&request).expect("an open request");
+        let streams = [driver.opening, driver.speaking, driver.attaching, driver.attached];
+        assert!(
+            streams.iter().flatten().all(|&stream| !self.streams[stream].is_open_at_door),
+            "request {request} ended with a stream open"
+        );
+        self.door.waiting.retain(|other| *other != request);
+        self.door.view.apply(ViewEvent::Closed(self.planned[request].request.id));
+        self.ends(request, outcome);
+        self.place_waiting();
+    }
+
+    /// A call that opens a stream.
+    fn call(&mut self, request: usize, epoch: Epoch, to: Life, asked: Asked) -> usize {
+        let door = self.door.life;
+        let driver = self.door.drivers.get_mut(&request).expect("an open request");
+        if driver.instances.len() > 3 {
+            driver.instances.remove(0);
+        }
+        driver.instances.push(to.instance);
+        let stream = self.streams.len();
+        self.streams.push(EventStream {
+            request,
+            door,
+            to,
+            asked,
+            state: PortableState {
+                request: self.planned[request].request.clone(),
+                choices: driver.choices.clone(),
+                epoch,
+            },
+            is_open_at_door: true,
+            is_cut: false,
+            last_arrival: Nanos::ZERO,
+        });
+        let delay = self.delay(Party::Door, Party::Instance(to.instance));
+        let at = self.now.saturating_add(delay);
+        let mut wait = CALL_TIMEOUT;
+        if !self.passes(Party::Door, Party::Instance(to.instance)) {
+        } else if self.instances[to.instance].is_up {
+            self.queue.push(at, Event::Call(to.instance, Call::Open { stream }));
+        } else {
+            wait = delay;
+        }
+        let none = Event::Door(door, AtDoor::NoAnswer { stream });
+        self.queue.push(self.now.saturating_add(wait), none);
+        stream
+    }
+
+    /// The front door closes a stream.
+    pub(super) fn hang_up(&mut self, stream: Option<usize>) {
+        let Some(stream) = stream else { return };
+        let EventStream { to, is_cut, .. } = self.streams[stream];
+        if std::mem::replace(&mut self.streams[stream].is_open_at_door, false) && !is_cut {
+            let delay = self.delay(Party::Door, Party::Instance(to.instance));
+            let at = self.now.saturating_add(delay);
+            self.queue.push(at, Event::Instance(to, AtInstance::StreamClosed { stream }));
+        }
+    }
+
+    fn call_resume(&mut self, request: usize, to: Life, epoch: Epoch) {
+        let door = self.door.life;
+        let (is_lost, is_doubled) = (self.loses_call(), self.doubles_call());
+        let call = |is_answered| Call::Resume {
+            door,
+            request,
+            to,
+            epoch,
+            is_answered,
+        };
+        let delay = self.delay(Party::Door, Party::Instance(to.instance));
+        let at = self.now.saturating_add(delay);
+        if self.passes(Party::Door, Party::Instance(to.instance)) {
+            // What is lost is the call, or only its answer.
+            if !is_lost || self.random.percent(50) {
+                self.queue.push(at, Event::Call(to.instance, call(!is_lost)));
+            }
+            if is_doubled {
+                let late = Nanos::from_millis(self.random.between(1, 3000));
+                self.queue.push(at.saturating_add(late), Event::Call(to.instance, call(false)));
+            }
+        }
+        let none = AtDoor::ResumeAnswered {
+            request,
+            epoch,
+            failure: Some(Failure::InstanceLost("no answer to the call".to_owned())),
+        };
+        self.queue.push(self.now.saturating_add(CALL_TIMEOUT), Event::Door(door, none));
+    }
+
+    pub(super) fn at_door(&mut self, event: AtDoor) {
+        match event {
+            AtDoor::Answered { stream } => {
+                let request = self.streams[stream].request;
+                let Some(driver) = self.door.drivers.get_mut(&request) else {
+                    return;
+                };
+                if driver.opening == Some(stream) {
+                    driver.opening = None;
+                    driver.speaking = Some(stream);
+                } else if driver.attaching == Some(stream) {
+                    driver.attaching = None;
+                    driver.attached = Some(stream);
+                }
+            }
+            AtDoor::NoAnswer { stream } => self.no_answer(stream),
+            AtDoor::Word { stream, epoch, said } => {
+                let stream_state = &self.streams[stream];
+                if !stream_state.is_cut && stream_state.is_open_at_door {
+                    self.door_hears(stream, epoch, said);
+                }
+            }
+            AtDoor::Broken { stream } => self.door_hears_break(stream),
+            AtDoor::ResumeAnswered { request, epoch, failure } => {
+                let Some(driver) = self.door.drivers.get_mut(&request) else {
+                    return;
+                };
+                if driver.resuming == Some(epoch) {
+                    driver.resuming = None;
+                    if let Some(failure) = failure {
+                        // Whatever it is called there, here the source is lost.
+                        let failure = Failure::InstanceLost(failure.to_string());
+                        self.tell_arbiter(request, ArbiterFact::ResumeFailed { epoch, failure });
+                    }
+                }
+            }
+            AtDoor::Joined { life } => {
+                let id = self.instances[life.instance].id.clone();
+                let info = self.instance_info(life);
+                self.door.members.insert(id, life);
+                self.door.view.apply(ViewEvent::Joined(info));
+                self.place_waiting();
+            }
+            AtDoor::Left { life } => {
+                let id = self.instances[life.instance].id.clone();
+                self.door.view.apply(ViewEvent::Left(id.clone(), crate::ids::Incarnation(life.incarnation)));
+                if self.door.members.get(&id) == Some(&life) {
+                    self.door.members.remove(&id);
+                }
+                self.place_waiting();
+            }
+            AtDoor::Report { life, report } => {
+                let id = self.instances[life.instance].id.clone();
+                let incarnation = crate::ids::Incarnation(life.incarnation);
+                let Report { load, prefix } = *report;
+                self.door.view.apply(ViewEvent::Prefix(id.clone(), incarnation, prefix));
+                self.door.view.apply(ViewEvent::Load(id, incarnation, load));
+                self.place_waiting();
+            }
+            AtDoor::ArbiterTick { request } => {
+                let due = self.door.drivers.get(&request).and_then(|driver| driver.arbiter.next_tick());
+                if due.is_some_and(|due| due <= self.now) {
+                    self.tell_arbiter(request, ArbiterFact::Tick);
+                }
+            }
+            AtDoor::QueueWait { request, placing } => {
+                if self.is_placing(request, placing) {
+                    self.door.drivers.get_mut(&request).expect("checked").placing = None;
+                    self.tell_arbiter(request, ArbiterFact::NoRoom);
+                }
+            }
+            AtDoor::TryAgain { request, placing } => {
+                if self.is_placing(request, placing) {
+                    self.place_waiting();
+                }
+            }
+            AtDoor::DeadlinePasses { request } => {
+                if self.door.drivers.contains_key(&request) {
+                    self.feel(FaultKind::DeadlinePasses, Scope::Request(request), Nanos::from_secs(3));
+                    self.tell_arbiter(request, ArbiterFact::DeadlinePassed);
+                }
+            }
+            AtDoor::Round => self.door_round(),
+        }
+    }
+
+    fn is_placing(&self, request: usize, placing: u32) -> bool {
+        let driver = self.door.drivers.get(&request);
+        driver.is_some_and(|driver| driver.placing == Some(placing))
+    }
+
+    fn blamed(&self, i: usize) -> Option<InstanceId> {
+        Some(self.instances[i].id.clone())
+    }
+
+    fn no_answer(&mut self, stream: usize) {
+        let EventStream { request, to, ref state, .. } = self.streams[stream];
+        let epoch = state.epoch;
+        let Some(driver) = self.door.drivers.get_mut(&request) else {
+            return;
+        };
+        if driver.opening == Some(stream) {
+            driver.opening = None;
+        } else if driver.attaching == Some(stream) {
+            driver.attaching = None;
+        } else {
+            return;
+        }
+        self.hang_up(Some(stream));
+        let failure = Failure::InstanceLost("no answer to the call".to_owned());
+        let blamed = self.blamed(to.instance);
+        self.tell_arbiter(request, ArbiterFact::Failed { epoch, failure, blamed });
+    }
+
+    fn door_hears_break(&mut self, stream: usize) {
+        let EventStream { request, to, .. } = self.streams[stream];
+        let blamed = self.blamed(to.instance);
+        let Some(driver) = self.door.drivers.get_mut(&request) else {
+            return;
+        };
+        let failure = Failure::InstanceLost("its stream broke".to_owned());
+        if driver.speaking == Some(stream) {
+            let epoch = driver.arbiter.epoch();
+            self.tell_arbiter(request, ArbiterFact::Failed { epoch, failure, blamed });
+        } else if driver.attached == Some(stream) {
+            driver.attached = None;
+            let epoch = driver.arbiter.newest_epoch();
+            self.hang_up(Some(stream));
+            self.tell_arbiter(request, ArbiterFact::Failed { epoch, failure, blamed });
+        } else {
+            self.no_answer(stream);
+        }
+    }
+
+    fn door_hears(&mut self, stream: usize, epoch: Epoch, said: Said) {
+        let EventStream { request, to, .. } = self.streams[stream];
+        let Some(driver) = self.door.drivers.get(&request) else {
+            return;
+        };
+        let is_speaking = driver.speaking == Some(stream);
+        if !is_speaking && driver.attached != Some(stream) {
+            return;
+        }
+        match said {
+            Said::Token { choice, token } => {
+                let fact = ArbiterFact::Token {
+                    epoch,
+                    choice,
+                    index: token.index,
+                };
+                self.take(request, fact, |simulation| simulation.deliver_token(request, choice, &token));
+            }
+            Said::ChoiceFinished { choice, finish } => self.take_choice_finished(request, epoch, choice, finish),
+            Said::Moving => self.tell_arbiter(request, ArbiterFact::Moving { epoch }),
+            Said::MoveCancelled => self.tell_arbiter(request, ArbiterFact::MoveCancelled { epoch }),
+            Said::Joined if is_speaking => {}
+            Said::Joined => self.tell_arbiter(request, ArbiterFact::Joined { epoch }),
+            Said::Ended(Ok(finish)) => {
+                for choice in 0..driver.choices.len() {
+                    let choices = self.door.drivers.get(&request).map(|driver| &driver.choices);
+                    if choices.is_some_and(|choices| choices[choice].finish.is_none()) {
+                        self.take_choice_finished(request, epoch, choice as u32, finish);
+                    }
+                }
+                self.tell_arbiter(request, ArbiterFact::Finished { epoch, finish });
+            }
+            Said::Ended(Err((failure, blamed))) => {
+                let blamed = blamed.unwrap_or(to.instance);
+                let id = self.instances[blamed].id.clone();
+                if matches!(failure, Failure::Busy(_)) && is_speaking {
+                    self.door.view.apply(ViewEvent::Busy(id));
+                }
+                // The instance says cancelled only when its stream was closed, and ours is open.
+                let failure = match failure {
+                    Failure::Cancelled => Failure::InstanceLost("cancelled by the instance".to_owned()),
+                    other => other,
+                };
+                let blamed = self.blamed(blamed);
+                self.tell_arbiter(request, ArbiterFact::Failed { epoch, failure, blamed });
+            }
+        }
+    }
+
+    fn take_choice_finished(&mut self, request: usize, epoch: Epoch, choice: u32, finish: Finish) {
+        let fact = ArbiterFact::ChoiceFinished { epoch, choice };
+        self.take(request, fact, |simulation| simulation.deliver_finish(request, choice, finish));
+    }
+
+    /// Applies what may have to be delivered.
+    fn take(&mut self, request: usize, fact: ArbiterFact, deliver: impl FnOnce(&mut Self)) {
+        let driver = self.door.drivers.get_mut(&request).expect("an open request");
+        let transition = Transition {
+            machine: "arbiter",
+            stage: driver.arbiter.stage(),
+            fact: arbiter_fact(&fact),
+        };
+        let subject = fact.clone();
+        let actions = driver.arbiter.apply(self.now, fact);
+        let mut parties = vec![Party::Door];
+        parties.extend(driver.instances.iter().map(|&i| Party::Instance(i)));
+        self.count(transition, request, &parties);
+        self.trace(|| format!("front door, request {request}: {transition} {subject:?} -> {actions:?}"));
+        let mut deliver = Some(deliver);
+        for action in actions {
+            match action {
+                ArbiterAction::Deliver => {
+                    if let Some(deliver) = deliver.take() {
+                        deliver(self);
+                    }
+                }
+                ArbiterAction::Discard => self.n_discarded += 1,
+                action => self.obey(request, action),
+            }
+        }
+        self.set_tick(request);
+    }
+
+    fn deliver_token(&mut self, request: usize, choice: u32, token: &crate::request::Token) {
+        self.client_takes_token(request, choice, token);
+        let driver = self.door.drivers.get_mut(&request).expect("an open request");
+        driver.choices[choice as usize].output.push(token.clone());
+        let epoch = driver.arbiter.epoch();
+        if driver.prefilled_in.replace(epoch) != Some(epoch) {
+            self.door.view.apply(ViewEvent::PrefillDone(self.planned[request].request.id));
+        }
+    }
+
+    fn deliver_finish(&mut self, request: usize, choice: u32, finish: Finish) {
+        self.client_takes_finish(request, choice, finish);
+        let driver = self.door.drivers.get_mut(&request).expect("an open request");
+        driver.choices[choice as usize].finish = Some(finish);
+    }
+
+    /// Asks a request to go to `to`, or where the view says. False when it is refused.
+    pub(super) fn order_move(&mut self, request: usize, to: Option<InstanceId>, is_advice: bool) -> bool {
+        let Some(driver) = self.door.drivers.get(&request) else {
+            return false;
+        };
+        let Some(stream) = driver.speaking.filter(|_| driver.order.is_none()) else {
+            return false;
+        };
+        let planned = &self.planned[request].request;
+        let from = self.instances[self.streams[stream].to.instance].id.clone();
+        let n_choices = driver.choices.iter().filter(|choice| choice.finish.is_none()).count() as u32;
+        let longest = driver.choices.iter().map(|choice| choice.output.len()).max().unwrap_or(0);
+        let n_tokens = planned.prompt_ids.len() + longest;
+        let view = &self.door.view;
+        let needs_version = min_protocol_version(&planned.sampling).max(MOVE_PROTOCOL_VERSION);
+        let Some(source) = view.instances().get(&from) else {
+            return false;
+        };
+        let to = match to {
+            Some(to) => view.instances().get(&to).filter(|state| {
+                to != from
+                    && state.info.role != Role::Prefill
+                    && state.info.fingerprint == source.info.fingerprint
+                    && !state.is_draining()
+            }).map(|state| state.info.id.clone()),
+            None => {
+                let n_blocks = n_choices * (n_tokens.div_ceil(self.settings.block_size) as u32 + 1);
+                choose_destination(view, &from, n_blocks, n_choices, needs_version)
+            }
+        };
+        let Some(to) = to.filter(|to| self.door.members.contains_key(to)) else {
+            return false;
+        };
+        self.door.view.apply(ViewEvent::MoveStarted(planned.id, to.clone()));
+        self.door.drivers.get_mut(&request).expect("checked above").order = Some((to, is_advice));
+        self.tell_arbiter(request, ArbiterFact::MoveWanted);
+        true
+    }
+
+    /// Requests that generate now, with where.
+    pub(super) fn generating(&self) -> Vec<(usize, usize)> {
+        let drivers = self.door.drivers.iter();
+        let generating = drivers.filter_map(|(&request, driver)| {
+            let has_begun = |choice: &ChoiceState| !choice.output.is_empty() || choice.finish.is_some();
+            let is_free = driver.order.is_none() && driver.choices.iter().all(has_begun);
+            let stream = driver.speaking.filter(|_| is_free)?;
+            Some((request, self.streams[stream].to.instance))
+        });
+        generating.collect()
+    }
+
+    /// Empties instances that should be empty, and does what the rebalancer proposes.
+    fn door_round(&mut self) {
+        if !self.is_over() {
+            let round = Event::Door(self.door.life, AtDoor::Round);
+            self.queue.push(self.now.saturating_add(ROUND), round);
+        }
+        let instances = self.door.view.instances().values();
+        let emptied: Vec<InstanceId> = instances
+            .filter(|state| state.is_draining() || state.info.role == Role::Prefill)
+            .map(|state| state.info.id.clone())
+            .collect();
+        let generating = self.generating();
+        for id in emptied {
+            let n_under_way = self.door.view.moves().len();
+            let here = generating.iter().filter(|&&(request, i)| {
+                self.instances[i].id == id && self.door.pauses.get(&request).is_none_or(|until| self.now >= *until)
+            });
+            let room = MAX_MOVES_OF_INSTANCE.saturating_sub(n_under_way);
+            for request in Vec::from_iter(here.map(|&(request, _)| request).take(room)) {
+                self.order_move(request, None, false);
+            }
+        }
+        self.rebalance(&generating);
+    }
+
+    fn rebalance(&mut self, generating: &[(usize, usize)]) {
+        let running = generating.iter().map(|&(request, i)| {
+            let request = &self.planned[request].request;
+            let open = self.door.view.open_placements().get(&request.id);
+            RunningRequest {
+                id: request.id,
+                instance: self.instances[i].id.clone(),
+                n_blocks: open.map_or(1, |open| open.n_blocks),
+                n_choices: request.sampling.n,
+                needs_version: min_protocol_version(&request.sampling),
+            }
+        });
+        let running: Vec<RunningRequest> = running.collect();
+        let Some(rebalancer) = &mut self.door.rebalancer else { return };
+        if let Some(MoveProposal { request, to, .. }) = rebalancer.propose(self.now, &self.door.view, &running, None) {
+            let request = self.number_of(request);
+            self.n_proposals += 1;
+            self.order_move(request, Some(to), true);
+        }
+    }
+
+    pub(super) fn door_dies(&mut self) {
+        let drivers = std::mem::take(&mut self.door.drivers);
+        for (request, driver) in drivers {
+            let streams = [driver.opening, driver.speaking, driver.attaching, driver.attached];
+            streams.into_iter().for_each(|stream| self.hang_up(stream));
+            self.ends(request, Outcome::DoorDied);
+        }
+        let life = self.door.life + 1;
+        self.door = self.new_door(life);
+        self.door.is_up = false;
+    }
+
+    pub(super) fn first_round(&mut self) {
+        let round = Event::Door(self.door.life, AtDoor::Round);
+        self.queue.push(self.now.saturating_add(ROUND), round);
+    }
+}

@@ -1,0 +1,653 @@
+//! The step loop of one instance around the production batch scheduler: takes commands between steps, computes on the
+//! simulated memory, tells whoever owns a request.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::memory::Memory;
+use super::network::{AtInstance, Event};
+use super::workload::next_token;
+use super::{FaultKind, Simulation};
+use crate::batch::{
+    Batch, BatchItem, BatchScheduler, Committed, Continued, GroupId, Grant, Member, Numerics, ReserveOutcome, Samples,
+    SequenceKind,
+};
+use crate::cost::StepSample;
+use crate::ids::{BlockId, Generation, Nanos, TokenId};
+use crate::request::{ChoiceState, Failure, Finish, PortableState, Token};
+
+/// How often the loop looks around while something waits for a transfer to end.
+const BUSY_TICK: Nanos = Nanos::from_millis(5);
+
+pub(super) struct Engine {
+    pub(super) scheduler: BatchScheduler,
+    pub(super) memory: Memory,
+    pub(super) open: BTreeMap<GroupId, OpenGroup>,
+    commands: VecDeque<Command>,
+    stepping: Option<Batch>,
+    round_at: Option<Nanos>,
+    pub(super) n_beats: u64,
+    pub(super) samples: Vec<StepSample>,
+}
+
+/// Whom a request tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    Task(u64),
+    Prefill(usize),
+}
+
+pub(super) struct OpenGroup {
+    pub(super) owner: Owner,
+    pub(super) request: usize,
+    pub(super) seed: u64,
+    /// All that was generated, here and before.
+    pub(super) choices: Vec<ChoiceState>,
+    /// Leading blocks that a prefill has made ready, or that are not wanted.
+    n_ready: usize,
+    /// The move of it that is under way, by its transfer.
+    mover: Option<usize>,
+    /// Nobody listens any more.
+    pub(super) is_abandoned: bool,
+    slack: Option<usize>,
+}
+
+#[derive(Debug)]
+pub(super) enum Arrived {
+    First(Vec<Token>),
+    Outputs(Vec<ChoiceState>),
+}
+
+#[derive(Debug)]
+pub(super) enum Command {
+    Generate { task: u64, state: Box<PortableState> },
+    Prefill { transfer: usize, state: Box<PortableState>, first_block: usize },
+    /// For a handoff, or with this much slack for a move.
+    Reserve { task: u64, state: Box<PortableState>, slack: Option<usize> },
+    Join { group: GroupId, arrived: Arrived, numerics: Numerics },
+    StartMove { transfer: usize },
+    Pin { transfer: usize, group: GroupId, from: Vec<u32>, pauses: bool },
+}
+
+/// Blocks of each choice, pinned in every layer.
+#[derive(Debug, Default)]
+pub(super) struct Stage {
+    pub(super) ends: Vec<u32>,
+    pub(super) blocks: Vec<Vec<(BlockId, Generation)>>,
+}
+
+impl Engine {
+    pub(super) fn new(scheduler: BatchScheduler, memory: Memory) -> Engine {
+        Engine {
+            scheduler,
+            memory,
+            open: BTreeMap::new(),
+            commands: VecDeque::new(),
+            stepping: None,
+            round_at: None,
+            n_beats: 0,
+            samples: Vec::new(),
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.open.is_empty() && self.commands.is_empty() && self.stepping.is_none() && self.scheduler.is_empty()
+    }
+
+    /// Gives the blocks of a reservation back to be read or reused.
+    pub(super) fn end_writes(&mut self, reserved: &mut Vec<Vec<(BlockId, Generation)>>) {
+        for (block, generation) in std::mem::take(reserved).into_iter().flatten() {
+            assert_eq!(self.memory.generation(block), generation, "{block:?} was reused while it was reserved");
+            self.memory.end_write(block);
+        }
+    }
+}
+
+impl Simulation<'_> {
+    pub(super) fn command(&mut self, i: usize, command: Command) {
+        self.instances[i].engine.commands.push_back(command);
+        self.wake(i);
+    }
+
+    /// The loop looks around as soon as it can.
+    pub(super) fn wake(&mut self, i: usize) {
+        self.round_in(i, Nanos(1000));
+    }
+
+    fn round_in(&mut self, i: usize, after: Nanos) {
+        let at = self.now.saturating_add(after);
+        let engine = &mut self.instances[i].engine;
+        if engine.stepping.is_none() && engine.round_at.is_none_or(|due| at < due) {
+            engine.round_at = Some(at);
+            let life = self.instances[i].life(i);
+            self.queue.push(at, Event::Instance(life, AtInstance::Round));
+        }
+    }
+
+    pub(super) fn engine_round(&mut self, i: usize) {
+        let engine = &mut self.instances[i].engine;
+        if engine.stepping.is_some() || engine.round_at.is_none_or(|due| due > self.now) {
+            return;
+        }
+        engine.round_at = None;
+        engine.n_beats += 1;
+        for _ in 0..engine.commands.len() {
+            let command = self.instances[i].engine.commands.pop_front().expect("counted");
+            self.engine_obeys(i, command);
+        }
+        self.reap_abandoned(i);
+        self.resume_abandoned(i);
+        let engine = &mut self.instances[i].engine;
+        let memory = &engine.memory;
+        let batch = engine.scheduler.schedule(self.now, &|block| memory.is_pinned(block));
+        self.publish_allocated(i);
+        if !batch.refused.is_empty() || !batch.preempted.is_empty() {
+            self.feel_no_room(i);
+        }
+        self.tell_changes(i, &batch);
+        self.check_instance(i);
+        if batch.items.is_empty() {
+            let engine = &self.instances[i].engine;
+            if engine.scheduler.has_work() || engine.scheduler.ledger().quarantined > 0 {
+                self.round_in(i, BUSY_TICK);
+            } else if !engine.scheduler.is_empty() {
+                self.round_in(i, Nanos::from_millis(50));
+            }
+            return;
+        }
+        let n_tokens: usize = batch.items.iter().map(|item| item.n_tokens).sum();
+        let duration = (4_000_000 + 150_000 * n_tokens as u64) * self.instances[i].slowness / 100;
+        let n_prefill = batch.items.iter().filter(|item| item.n_tokens > 1).map(|item| item.n_tokens as u32).sum();
+        let engine = &mut self.instances[i].engine;
+        if engine.samples.len() < 8 {
+            engine.samples.push(StepSample {
+                n_prefill_tokens: n_prefill,
+                n_decode_tokens: n_tokens as u32 - n_prefill,
+                n_context_tokens: batch.items.iter().map(|item| (item.start_pos + item.n_tokens) as u64).sum(),
+                duration: Nanos(duration),
+            });
+        }
+        engine.stepping = Some(batch);
+        let life = self.instances[i].life(i);
+        let at = self.now.saturating_add(Nanos(duration));
+        self.queue.push(at, Event::Instance(life, AtInstance::StepDone));
+    }
+
+    fn engine_obeys(&mut self, i: usize, command: Command) {
+        match command {
+            Command::Generate { task, state } => self.submit(i, Owner::Task(task), &state, SequenceKind::Local, 0),
+            Command::Prefill {
+                transfer,
+                state,
+                first_block,
+            } => self.submit(i, Owner::Prefill(transfer), &state, SequenceKind::PrefillForHandoff, first_block),
+            Command::Reserve { task, state, slack } => self.reserve(i, task, &state, slack),
+            Command::Join {
+                group,
+                arrived,
+                numerics,
+            } => self.engine_joins(i, group, arrived, numerics),
+            Command::StartMove { transfer } => self.start_move(i, transfer),
+            Command::Pin {
+                transfer,
+                group,
+                from,
+                pauses,
+            } => {
+                let answer = self.pin(i, transfer, group, &from, pauses);
+                self.mover_answered(i, transfer, answer);
+            }
+        }
+    }
+
+    fn open_group(&self, owner: Owner, state: &PortableState, n_ready: usize, slack: Option<usize>) -> OpenGroup {
+        OpenGroup {
+            owner,
+            request: self.number_of(state.request.id),
+            seed: state.request.sampling.seed,
+            choices: state.choices.clone(),
+            n_ready,
+            mover: None,
+            is_abandoned: false,
+            slack,
+        }
+    }
+
+    fn submit(&mut self, i: usize, owner: Owner, state: &PortableState, kind: SequenceKind, n_ready: usize) {
+        if !self.has_owner(i, owner) {
+            return;
+        }
+        if kind == SequenceKind::Local {
+            // The tokens may show ends that the state does not know.
+            let config = self.instances[i].engine.scheduler.config().clone();
+            let mut last = None;
+            for choice in 0..state.choices.len() {
+                let known = state.choices[choice].finish;
+                if let Some(finish) = config.finish_of(state, choice) {
+                    last = Some(finish);
+                    if known.is_none() {
+                        self.owner_hears_choice_finished(i, owner, choice as u32, finish);
+                    }
+                }
+            }
+            if config.unfinished(state).next().is_none() {
+                let finish = last.expect("a request has a choice");
+                return self.owner_hears_finished(i, owner, finish);
+            }
+        }
+        let mut open = self.open_group(owner, state, n_ready, None);
+        let engine = &mut self.instances[i].engine;
+        for choice in 0..open.choices.len() {
+            open.choices[choice].finish = engine.scheduler.config().finish_of(state, choice);
+        }
+        match engine.scheduler.submit(state, kind) {
+            Ok(group) => {
+                engine.open.insert(group, open);
+                self.owner_runs_as(i, owner, group);
+            }
+            Err(failure) => {
+                self.feel_no_room(i);
+                self.owner_hears_failure(i, owner, failure);
+            }
+        }
+    }
+
+    fn reserve(&mut self, i: usize, task: u64, state: &PortableState, slack: Option<usize>) {
+        let owner = Owner::Task(task);
+        if !self.has_owner(i, owner) {
+            return;
+        }
+        let open = self.open_group(owner, state, 0, slack);
+        let engine = &mut self.instances[i].engine;
+        let memory = &engine.memory;
+        let is_pinned = |block: BlockId| memory.is_pinned(block);
+        let outcome = match slack {
+            None => engine.scheduler.reserve(self.now, state, &is_pinned),
+            Some(slack) => {
+                let granted = engine.scheduler.reserve_moved(state, slack, &is_pinned);
+                granted.map(ReserveOutcome::Granted)
+            }
+        };
+        match outcome {
+            Ok(ReserveOutcome::Granted(group)) => {
+                engine.open.insert(group, open);
+                self.answer_reservation(i, group);
+            }
+            Ok(ReserveOutcome::Deferred(group)) => {
+                engine.open.insert(group, open);
+                self.owner_runs_as(i, owner, group);
+            }
+            Err(failure) => {
+                self.feel_no_room(i);
+                self.owner_hears_failure(i, owner, failure);
+            }
+        }
+    }
+
+    fn answer_reservation(&mut self, i: usize, group: GroupId) {
+        self.publish_allocated(i);
+        let engine = &mut self.instances[i].engine;
+        let open = &engine.open[&group];
+        let (owner, n_choices) = (open.owner, open.choices.len() as u32);
+        let grants: Vec<Grant> = match open.slack {
+            None => vec![engine.scheduler.grant(group)],
+            Some(_) => engine.scheduler.grants_moved(group, n_choices),
+        };
+        for (block, generation) in grants.iter().flat_map(|grant| &grant.blocks) {
+            assert_eq!(engine.memory.generation(*block), *generation, "a grant of an older generation");
+            engine.memory.begin_write(*block);
+        }
+        let Owner::Task(task) = owner else { unreachable!("prefills reserve nothing") };
+        if self.has_owner(i, owner) {
+            self.owner_runs_as(i, owner, group);
+            self.task_reserved(i, task, grants);
+        } else {
+            let engine = &mut self.instances[i].engine;
+            for (block, _) in grants.iter().flat_map(|grant| &grant.blocks) {
+                engine.memory.end_write(*block);
+            }
+            engine.open.get_mut(&group).expect("just answered").is_abandoned = true;
+        }
+    }
+
+    fn engine_joins(&mut self, i: usize, group: GroupId, arrived: Arrived, numerics: Numerics) {
+        let engine = &mut self.instances[i].engine;
+        if engine.open.get(&group).is_none_or(|open| open.is_abandoned) {
+            return;
+        }
+        let memory = &engine.memory;
+        let is_pinned = |block: BlockId| memory.is_pinned(block);
+        let mut ends: Vec<(u32, Finish)> = Vec::new();
+        match arrived {
+            Arrived::First(first) => {
+                let ids: Vec<TokenId> = first.iter().map(|token| token.id).collect();
+                let committed = engine.scheduler.join(group, &ids, numerics, &is_pinned);
+                let open = engine.open.get_mut(&group).expect("checked above");
+                for (choice, token) in open.choices.iter_mut().zip(first) {
+                    choice.output.push(token);
+                }
+                let continued = committed.continued.iter();
+                ends.extend(continued.filter_map(|it| Some((it.member.choice, it.finish?))));
+                self.make_forks(i, &committed);
+            }
+            Arrived::Outputs(outputs) => {
+                if let Err(failure) = engine.scheduler.join_moved(group, &outputs, numerics, &is_pinned) {
+                    return self.fail_group(i, group, failure);
+                }
+                let open = engine.open.get_mut(&group).expect("checked above");
+                for (number, (known, arrived)) in (0..).zip(open.choices.iter_mut().zip(outputs)) {
+                    if let (None, Some(finish)) = (known.finish, arrived.finish) {
+                        ends.push((number, finish));
+                    }
+                    known.output = arrived.output;
+                }
+            }
+        }
+        for (choice, finish) in ends {
+            self.group_choice_finished(i, group, choice, finish);
+        }
+    }
+
+    /// A choice has ended; with the last one the group has gone.
+    fn group_choice_finished(&mut self, i: usize, group: GroupId, choice: u32, finish: Finish) {
+        let Some(open) = self.instances[i].engine.open.get_mut(&group) else {
+            return;
+        };
+        open.choices[choice as usize].finish = Some(finish);
+        let owner = open.owner;
+        let is_last = open.choices.iter().all(|choice| choice.finish.is_some());
+        if is_last {
+            self.instances[i].engine.open.remove(&group);
+        }
+        self.owner_hears_choice_finished(i, owner, choice, finish);
+        if is_last {
+            self.owner_hears_finished(i, owner, finish);
+        }
+    }
+
+    pub(super) fn fail_group(&mut self, i: usize, group: GroupId, failure: Failure) {
+        let engine = &mut self.instances[i].engine;
+        let memory = &engine.memory;
+        engine.scheduler.remove_group(group, &|block| memory.is_pinned(block));
+        if let Some(open) = engine.open.remove(&group) {
+            self.owner_hears_failure(i, open.owner, failure);
+        }
+    }
+
+    fn make_forks(&mut self, i: usize, committed: &Committed) {
+        self.publish_allocated(i);
+        for copy in &committed.copies {
+            self.instances[i].engine.memory.copy_block(copy.from, copy.to);
+        }
+        if !committed.preempted.is_empty() {
+            self.feel_no_room(i);
+        }
+    }
+
+    fn publish_allocated(&mut self, i: usize) {
+        let engine = &mut self.instances[i].engine;
+        let allocated = engine.scheduler.take_allocated();
+        engine.memory.publish(allocated);
+    }
+
+    fn reap_abandoned(&mut self, i: usize) {
+        let engine = &mut self.instances[i].engine;
+        let memory = &engine.memory;
+        let scheduler = &mut engine.scheduler;
+        engine.open.retain(|&group, open| {
+            if open.is_abandoned {
+                scheduler.remove_group(group, &|block| memory.is_pinned(block));
+            }
+            !open.is_abandoned
+        });
+    }
+
+    fn resume_abandoned(&mut self, i: usize) {
+        let instance = &self.instances[i];
+        let gone = instance.engine.open.iter().filter_map(|(&group, open)| {
+            let mover = open.mover.and_then(|mover| instance.movers.get(&mover));
+            let has_gone = open.mover.is_some() && mover.is_none_or(|mover| !mover.has_right);
+            has_gone.then_some(group)
+        });
+        for group in Vec::from_iter(gone) {
+            self.resume_group(i, group);
+        }
+    }
+
+    fn resume_group(&mut self, i: usize, group: GroupId) {
+        let engine = &mut self.instances[i].engine;
+        engine.open.get_mut(&group).expect("an open group").mover = None;
+        let memory = &engine.memory;
+        let resumed = engine.scheduler.resume(group, &|block| memory.is_pinned(block));
+        self.make_forks(
+            i,
+            &Committed {
+                copies: resumed.copies,
+                preempted: resumed.preempted,
+                ..Committed::default()
+            },
+        );
+    }
+
+    fn start_move(&mut self, i: usize, transfer: usize) {
+        let Some(mover) = self.instances[i].movers.get(&transfer) else {
+            return;
+        };
+        let request = mover.request;
+        self.resume_abandoned(i);
+        let engine = &mut self.instances[i].engine;
+        let is_meant = |open: &OpenGroup| open.request == request && matches!(open.owner, Owner::Task(_));
+        let mut found = engine.open.iter_mut().rev().filter(|(_, open)| is_meant(open));
+        let answer = match found.next() {
+            None => Err(Failure::Busy("the request does not run here".to_owned())),
+            Some((_, open)) if open.mover.is_some() => Err(Failure::Busy("a move of it is under way".to_owned())),
+            Some((&group, open)) => engine.scheduler.check_movable(group).map(|()| {
+                open.mover = Some(transfer);
+                group
+            }),
+        };
+        self.mover_started(i, transfer, answer);
+    }
+
+    fn pin(
+        &mut self,
+        i: usize,
+        transfer: usize,
+        group: GroupId,
+        from: &[u32],
+        pauses: bool,
+    ) -> Result<(Stage, Vec<ChoiceState>), Failure> {
+        let instance = &mut self.instances[i];
+        let engine = &mut instance.engine;
+        let busy = |message: &str| Err(Failure::Busy(message.to_owned()));
+        let Some(open) = engine.open.get(&group) else {
+            return busy("the request has ended");
+        };
+        let has_right = instance.movers.get(&transfer).is_some_and(|mover| mover.has_right);
+        if open.mover != Some(transfer) || !has_right {
+            return busy("another move is under way");
+        }
+        engine.scheduler.check_movable(group)?;
+        let members = engine.scheduler.members(group);
+        let n_prompt_blocks = engine.scheduler.n_prompt(members[0]) / engine.memory.block_size;
+        let mut stage = Stage::default();
+        for (choice, &first) in (0..).zip(from) {
+            let (first, id) = (first as usize, group.sequence(choice));
+            let is_here = engine.scheduler.phase(id).is_some();
+            let table = engine.scheduler.computed_blocks(if is_here { id } else { members[0] });
+            let end = match pauses {
+                _ if !is_here => n_prompt_blocks.max(first),
+                false => engine.scheduler.n_computed(id) / engine.memory.block_size,
+                true => table.len(),
+            };
+            if first > table.len().max(end) {
+                return Err(Failure::Invalid(format!("choice {choice} is asked for from block {first} on")));
+            }
+            let end = end.max(first);
+            let blocks = table.get(first..end).unwrap_or_default().to_vec();
+            for (block, _) in &blocks {
+                (0..engine.memory.n_layers).for_each(|_| engine.memory.pin(*block));
+            }
+            stage.ends.push(end as u32);
+            stage.blocks.push(blocks);
+        }
+        if pauses {
+            engine.scheduler.pause(group).expect("checked to be movable");
+        }
+        Ok((stage, engine.open[&group].choices.clone()))
+    }
+
+    fn tell_changes(&mut self, i: usize, batch: &Batch) {
+        for (group, failure) in &batch.refused {
+            if let Some(open) = self.instances[i].engine.open.remove(group) {
+                self.owner_hears_failure(i, open.owner, failure.clone());
+            }
+        }
+        for &group in &batch.granted {
+            self.answer_reservation(i, group);
+        }
+        for started in &batch.started {
+            let engine = &self.instances[i].engine;
+            // Its owner may have gone when another was refused; then it is reaped in the next round.
+            if engine.scheduler.phase(started.sequence).is_none() {
+                continue;
+            }
+            let group = engine.scheduler.member(started.sequence).group;
+            let n_hit_blocks = started.n_hit_tokens / engine.memory.block_size;
+            self.make_ready(i, group, n_hit_blocks);
+        }
+    }
+
+    /// Blocks of a prefill up to `end` are complete: they are pinned and told in every layer.
+    fn make_ready(&mut self, i: usize, group: GroupId, end: usize) {
+        let engine = &mut self.instances[i].engine;
+        let open = engine.open.get_mut(&group).expect("a computed request is open");
+        let Owner::Prefill(transfer) = open.owner else { return };
+        let first = open.n_ready;
+        if end <= first || open.is_abandoned {
+            return;
+        }
+        open.n_ready = end;
+        let table = &engine.scheduler.block_table(group.sequence(0))[first..end];
+        let blocks: Vec<(BlockId, Generation)> = table
+            .iter()
+            .map(|&block| (BlockId(block), engine.memory.generation(BlockId(block))))
+            .collect();
+        let n_layers = engine.memory.n_layers;
+        for (block, _) in &blocks {
+            (0..n_layers).for_each(|_| engine.memory.pin(*block));
+        }
+        for layer in 0..n_layers {
+            self.prefill_ready(i, transfer, layer, first, &blocks);
+        }
+    }
+
+    pub(super) fn step_done(&mut self, i: usize) {
+        let engine = &mut self.instances[i].engine;
+        let batch = engine.stepping.take().expect("a step under way is done");
+        engine.n_beats += 1;
+        let mut sampled: Vec<Vec<TokenId>> = Vec::with_capacity(batch.items.len());
+        for item in &batch.items {
+            let Member { group, choice } = engine.scheduler.member(item.sequence);
+            let table = engine.scheduler.block_table(item.sequence);
+            let tokens = engine.scheduler.tokens(item.sequence);
+            let end = item.start_pos + item.n_tokens;
+            let context = engine.memory.compute(tokens, item.start_pos, end, table);
+            let seed = engine.open[&group].seed;
+            let choices = choice..choice + item.samples.n_tokens();
+            sampled.push(choices.map(|choice| next_token(context, seed, choice)).collect());
+        }
+        for item in &batch.items {
+            let group = self.instances[i].engine.scheduler.member(item.sequence).group;
+            let n_complete = n_complete_blocks(item, self.instances[i].engine.memory.block_size);
+            self.make_ready(i, group, n_complete);
+        }
+        let engine = &mut self.instances[i].engine;
+        let memory = &engine.memory;
+        let committed = engine.scheduler.commit(&batch, &sampled, &|block| memory.is_pinned(block));
+        let mut handed_over: BTreeMap<GroupId, Vec<(Token, Option<Finish>)>> = BTreeMap::new();
+        for &Continued { member, token, finish } in &committed.continued {
+            let Member { group, choice } = member;
+            let Some(open) = self.instances[i].engine.open.get_mut(&group) else {
+                continue;
+            };
+            let token = Token {
+                index: open.choices[choice as usize].output.len() as u32,
+                id: token,
+                logprobs: None,
+            };
+            if matches!(open.owner, Owner::Prefill(_)) {
+                handed_over.entry(group).or_default().push((token, finish));
+                continue;
+            }
+            open.choices[choice as usize].output.push(token.clone());
+            let owner = open.owner;
+            self.owner_hears_token(i, owner, choice, token);
+            if let Some(finish) = finish {
+                self.group_choice_finished(i, group, choice, finish);
+            }
+        }
+        for (group, first) in handed_over {
+            if let Owner::Prefill(transfer) = self.instances[i].engine.open[&group].owner {
+                self.prefill_first_tokens(i, transfer, first);
+            }
+        }
+        self.make_forks(i, &committed);
+        self.check_instance(i);
+        let engine = &mut self.instances[i].engine;
+        engine.round_at = Some(self.now);
+        self.engine_round(i);
+    }
+
+    fn has_owner(&self, i: usize, owner: Owner) -> bool {
+        match owner {
+            Owner::Task(task) => self.instances[i].tasks.get(&task).is_some_and(|task| !task.is_over),
+            Owner::Prefill(transfer) => self.instances[i].prefills.contains_key(&transfer),
+        }
+    }
+
+    fn owner_runs_as(&mut self, i: usize, owner: Owner, group: GroupId) {
+        let instance = &mut self.instances[i];
+        match owner {
+            Owner::Task(task) => instance.tasks.get_mut(&task).expect("an owner").group = Some(group),
+            Owner::Prefill(transfer) => instance.prefills.get_mut(&transfer).expect("an owner").group = Some(group),
+        }
+    }
+
+    fn owner_hears_token(&mut self, i: usize, owner: Owner, choice: u32, token: Token) {
+        if let (Owner::Task(task), true) = (owner, self.has_owner(i, owner)) {
+            self.task_says_token(i, task, choice, token);
+        }
+    }
+
+    fn owner_hears_choice_finished(&mut self, i: usize, owner: Owner, choice: u32, finish: Finish) {
+        if let (Owner::Task(task), true) = (owner, self.has_owner(i, owner)) {
+            self.task_says_choice_finished(i, task, choice, finish);
+        }
+    }
+
+    fn owner_hears_finished(&mut self, i: usize, owner: Owner, finish: Finish) {
+        if let (Owner::Task(task), true) = (owner, self.has_owner(i, owner)) {
+            self.task_finished(i, task, finish);
+        }
+    }
+
+    fn owner_hears_failure(&mut self, i: usize, owner: Owner, failure: Failure) {
+        match owner {
+            Owner::Task(task) => self.task_failed(i, task, failure, None),
+            Owner::Prefill(transfer) => self.prefill_failed(i, transfer, failure),
+        }
+    }
+
+    pub(super) fn feel_no_room(&mut self, i: usize) {
+        self.feel(FaultKind::NoRoom, super::faults::Scope::Instance(i), Nanos::from_millis(200));
+    }
+}
+
+/// Blocks complete after the item: full ones, and after the context's last token the last one as it is.
+fn n_complete_blocks(item: &BatchItem, block_size: usize) -> usize {
+    let end = item.start_pos + item.n_tokens;
+    match item.samples {
+        Samples::Token | Samples::FirstTokens(_) => end.div_ceil(block_size),
+        Samples::Nothing => end / block_size,
+    }
+}

@@ -1,0 +1,122 @@
+//! The KV memory of one instance: what each slot of each block contains, and which blocks are being read or written by a
+//! transfer. Contents are hashes of all tokens up to the slot's own, so that a wrong block is noticed where it is used.
+
+use super::random::mix;
+use crate::ids::{BlockId, Generation, TokenId};
+
+/// What the KV of a token after a context is.
+pub(super) fn after(context: u64, token: TokenId) -> u64 {
+    mix(context ^ (u64::from(token) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+#[derive(Debug)]
+pub(super) struct Memory {
+    pub(super) n_layers: usize,
+    pub(super) block_size: usize,
+    n_blocks: usize,
+    slots: Vec<u64>,
+    n_readers: Vec<u32>,
+    n_writers: Vec<u32>,
+    /// As published to those who read by themselves.
+    generations: Vec<Generation>,
+}
+
+impl Memory {
+    pub(super) fn new(n_layers: usize, n_blocks: usize, block_size: usize) -> Memory {
+        Memory {
+            n_layers,
+            block_size,
+            n_blocks,
+            slots: vec![0; n_layers * n_blocks * block_size],
+            n_readers: vec![0; n_blocks],
+            n_writers: vec![0; n_blocks],
+            generations: vec![Generation(0); n_blocks],
+        }
+    }
+
+    pub(super) fn is_pinned(&self, block: BlockId) -> bool {
+        self.n_readers[block.0 as usize] > 0 || self.n_writers[block.0 as usize] > 0
+    }
+
+    pub(super) fn publish(&mut self, allocated: Vec<(BlockId, Generation)>) {
+        for (block, generation) in allocated {
+            assert!(!self.is_pinned(block), "{block:?} was given out while a transfer used it");
+            self.generations[block.0 as usize] = generation;
+        }
+    }
+
+    pub(super) fn generation(&self, block: BlockId) -> Generation {
+        self.generations[block.0 as usize]
+    }
+
+    pub(super) fn pin(&mut self, block: BlockId) {
+        self.n_readers[block.0 as usize] += 1;
+    }
+
+    pub(super) fn unpin(&mut self, block: BlockId) {
+        let n = &mut self.n_readers[block.0 as usize];
+        *n = n.checked_sub(1).expect("a block was unpinned twice");
+    }
+
+    pub(super) fn begin_write(&mut self, block: BlockId) {
+        assert!(!self.is_pinned(block), "{block:?} is reserved for two writers");
+        self.n_writers[block.0 as usize] += 1;
+    }
+
+    pub(super) fn end_write(&mut self, block: BlockId) {
+        let n = &mut self.n_writers[block.0 as usize];
+        *n = n.checked_sub(1).expect("a block was sealed twice");
+    }
+
+    pub(super) fn n_pins(&self) -> u32 {
+        self.n_readers.iter().chain(&self.n_writers).sum()
+    }
+
+    fn at(&self, layer: usize, block: BlockId, slot: usize) -> usize {
+        (layer * self.n_blocks + block.0 as usize) * self.block_size + slot
+    }
+
+    pub(super) fn block(&self, layer: usize, block: BlockId) -> &[u64] {
+        let at = self.at(layer, block, 0);
+        &self.slots[at..at + self.block_size]
+    }
+
+    /// Bytes that have come for a block reserved in this generation.
+    pub(super) fn land(&mut self, layer: usize, block: BlockId, generation: Generation, contents: &[u64]) {
+        assert_eq!(self.generation(block), generation, "{block:?} was written after it was reused");
+        assert!(self.n_writers[block.0 as usize] > 0, "{block:?} is written by nobody's right");
+        let at = self.at(layer, block, 0);
+        self.slots[at..at + self.block_size].copy_from_slice(contents);
+    }
+
+    pub(super) fn copy_block(&mut self, from: BlockId, to: BlockId) {
+        assert!(!self.is_pinned(to), "a copy goes to {to:?}, which a transfer uses");
+        for layer in 0..self.n_layers {
+            let (from, to) = (self.at(layer, from, 0), self.at(layer, to, 0));
+            self.slots.copy_within(from..from + self.block_size, to);
+        }
+    }
+
+    /// Reads the KV of `tokens[..n_computed]` and writes that of the rest, as a forward pass does. Returns what the last
+    /// one's row is a function of.
+    pub(super) fn compute(&mut self, tokens: &[TokenId], n_computed: usize, end: usize, table: &[u32]) -> u64 {
+        let mut context = 0;
+        for (position, &token) in tokens[..end].iter().enumerate() {
+            context = after(context, token);
+            let block = BlockId(table[position / self.block_size]);
+            for layer in 0..self.n_layers {
+                let at = self.at(layer, block, position % self.block_size);
+                if position < n_computed {
+                    assert_eq!(
+                        self.slots[at], context,
+                        "position {position}, layer {layer}: {block:?} does not contain what it should"
+                    );
+                } else {
+                    assert!(!self.is_pinned(block), "{block:?} is appended to while a transfer uses it");
+                    self.slots[at] = context;
+                }
+            }
+        }
+        context
+    }
+}
