@@ -173,7 +173,7 @@ const BREAKS: &[(Break, &str, u64, usize)] = &[
     ),
     (
         |request| then_silence(vec![frame(Frame::Kv(kv(request, 0, 0, 4)))]),
-        "KV frame out of order: layer 0",
+        "KV frame out of order: choice 0, layer 0",
         1,
         0,
     ),
