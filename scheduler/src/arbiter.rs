@@ -138,8 +138,9 @@ pub struct Arbiter {
     newest: Epoch,
     /// The epoch of the stream that speaks.
     speaking: Epoch,
-    /// A source told to resume may still speak in the epoch it had before.
-    speaking_before: Option<Epoch>,
+    /// Epochs that the stream that speaks had before. A source told to resume may still speak in all of those that it has
+    /// not been heard to leave behind: a word takes its time, and moves can fail quicker.
+    spoken_before: Vec<Epoch>,
     stage: Stage,
     choices: Vec<Choice>,
     n_attempts: u32,
@@ -156,7 +157,7 @@ impl Arbiter {
         Arbiter {
             newest: Epoch(0),
             speaking: Epoch(0),
-            speaking_before: None,
+            spoken_before: Vec::new(),
             stage: Stage::Placing,
             choices: vec![Choice::default(); n as usize],
             n_attempts: 0,
@@ -197,7 +198,7 @@ impl Arbiter {
         match (self.stage, &self.moving) {
             (Stage::Placing, _) => "placing",
             (Stage::Ended, _) => "ended",
-            (Stage::Streaming, None) if self.speaking_before.is_some() => "resumed",
+            (Stage::Streaming, None) if !self.spoken_before.is_empty() => "resumed",
             (Stage::Streaming, None) => "streaming",
             (Stage::Streaming, Some(moving)) if moving.source_lost.is_some() => "source lost",
             (Stage::Streaming, Some(moving)) if moving.deadline.is_some() => "pausing",
@@ -243,7 +244,7 @@ impl Arbiter {
             ArbiterFact::Placed => {
                 self.stage = Stage::Streaming;
                 self.speaking = self.new_epoch();
-                self.speaking_before = None;
+                self.spoken_before.clear();
                 self.n_attempts += 1;
                 vec![ArbiterAction::Open(self.speaking)]
             }
@@ -320,7 +321,7 @@ impl Arbiter {
     }
 
     fn is_speaking(&self, epoch: Epoch) -> bool {
-        epoch == self.speaking || self.speaking_before == Some(epoch)
+        epoch == self.speaking || self.spoken_before.contains(&epoch)
     }
 
     fn is_of_move(&self, epoch: Epoch) -> bool {
@@ -331,15 +332,19 @@ impl Arbiter {
     fn hear(&mut self, epoch: Epoch) -> Option<Vec<ArbiterAction>> {
         if self.is_of_move(epoch) {
             Some(self.settle())
+        } else if self.is_speaking(epoch) {
+            // The stream is in order.
+            self.spoken_before.retain(|&before| before >= epoch);
+            Some(Vec::new())
         } else {
-            self.is_speaking(epoch).then(Vec::new)
+            None
         }
     }
 
     fn settle(&mut self) -> Vec<ArbiterAction> {
         let moving = self.moving.take().expect("a move settles once");
         self.speaking = moving.epoch;
-        self.speaking_before = None;
+        self.spoken_before.clear();
         self.n_moves += 1;
         vec![ArbiterAction::Settle]
     }
@@ -376,7 +381,7 @@ impl Arbiter {
             Some((failure, blamed)) => actions.extend(self.replay(failure, blamed)),
             None => {
                 let epoch = self.new_epoch();
-                self.speaking_before = Some(self.speaking);
+                self.spoken_before.push(self.speaking);
                 self.speaking = epoch;
                 actions.push(ArbiterAction::Resume(epoch));
             }
@@ -569,6 +574,28 @@ mod tests {
                 [ArbiterAction::Close, ArbiterAction::Place]
             );
         }
+    }
+
+    /// Found by the simulation: the words of the first epoch were dropped after the second resume, and the next ones came
+    /// with a gap.
+    #[test]
+    fn a_source_resumed_twice_is_heard_in_all_its_epochs() {
+        let mut arbiter = moving();
+        let busy = |epoch| ArbiterFact::Failed {
+            epoch: Epoch(epoch),
+            failure: Failure::Busy("full".into()),
+            blamed: None,
+        };
+        let resumed = |epoch| [ArbiterAction::Detach, ArbiterAction::Resume(Epoch(epoch))];
+        assert_eq!(arbiter.apply(Nanos::ZERO, busy(2)), resumed(3));
+        arbiter.apply(Nanos::ZERO, ArbiterFact::MoveWanted);
+        assert_eq!(arbiter.apply(Nanos::ZERO, busy(4)), resumed(5));
+        let mut hear = |epoch, index| arbiter.apply(Nanos::ZERO, token(epoch, index));
+        assert_eq!(hear(1, 1), [ArbiterAction::Deliver]);
+        assert_eq!(hear(2, 2), [ArbiterAction::Discard], "of a move that failed");
+        assert_eq!(hear(3, 2), [ArbiterAction::Deliver]);
+        assert_eq!(hear(1, 3), [ArbiterAction::Discard], "it has been heard in a newer one");
+        assert_eq!(hear(5, 3), [ArbiterAction::Deliver]);
     }
 
     #[test]

@@ -137,7 +137,8 @@ impl Simulation<'_> {
             Event::Door(life, AtDoor::QueueWait { request, placing }),
         );
         if may_place_at > self.now {
-            self.queue.push(may_place_at, Event::Door(life, AtDoor::TryAgain { request, placing }));
+            self.queue
+                .push(may_place_at, Event::Door(life, AtDoor::TryAgain { request, placing }));
         }
     }
 
@@ -151,7 +152,11 @@ impl Simulation<'_> {
             self.try_place(request);
         }
         while let Some(&request) = self.door.waiting.front() {
-            let is_placing = self.door.drivers.get(&request).is_some_and(|driver| driver.placing.is_some());
+            let is_placing = self
+                .door
+                .drivers
+                .get(&request)
+                .is_some_and(|driver| driver.placing.is_some());
             if is_placing && !self.try_place(request) {
                 break;
             }
@@ -247,12 +252,17 @@ impl Simulation<'_> {
             ArbiterAction::Place => {
                 driver.instances.clear();
                 let is_last = driver.arbiter.n_attempts() > 1;
-                let at = if is_last { now.saturating_add(PAUSE_BEFORE_LAST_ATTEMPTS) } else { now };
+                let at = if is_last {
+                    now.saturating_add(PAUSE_BEFORE_LAST_ATTEMPTS)
+                } else {
+                    now
+                };
                 self.begin_placing(request, at);
                 // Not at once: what has just failed may be about to be known to have gone.
                 let placing = self.door.drivers[&request].n_placings;
                 let again = AtDoor::TryAgain { request, placing };
-                self.queue.push(at.saturating_add(Nanos(1000)), Event::Door(self.door.life, again));
+                self.queue
+                    .push(at.saturating_add(Nanos(1000)), Event::Door(self.door.life, again));
             }
             ArbiterAction::Open(epoch) => {
                 let placement = driver.placed.take().expect("the arbiter opens what was placed");
@@ -317,7 +327,9 @@ impl Simulation<'_> {
 
     fn move_over(&mut self, request: usize, has_moved: bool) {
         let driver = self.door.drivers.get_mut(&request).expect("an open request");
-        let Some((_, is_advice)) = driver.order.take() else { return };
+        let Some((_, is_advice)) = driver.order.take() else {
+            return;
+        };
         if !has_moved {
             let until = self.now.saturating_add(PAUSE_AFTER_FAILED_MOVE);
             self.door.pauses.insert(request, until);
@@ -332,11 +344,16 @@ impl Simulation<'_> {
         let driver = self.door.drivers.remove(&request).expect("an open request");
         let streams = [driver.opening, driver.speaking, driver.attaching, driver.attached];
         assert!(
-            streams.iter().flatten().all(|&stream| !self.streams[stream].is_open_at_door),
+            streams
+                .iter()
+                .flatten()
+                .all(|&stream| !self.streams[stream].is_open_at_door),
             "request {request} ended with a stream open"
         );
         self.door.waiting.retain(|other| *other != request);
-        self.door.view.apply(ViewEvent::Closed(self.planned[request].request.id));
+        self.door
+            .view
+            .apply(ViewEvent::Closed(self.planned[request].request.id));
         self.ends(request, outcome);
         self.place_waiting();
     }
@@ -385,7 +402,8 @@ impl Simulation<'_> {
         if std::mem::replace(&mut self.streams[stream].is_open_at_door, false) && !is_cut {
             let delay = self.delay(Party::Door, Party::Instance(to.instance));
             let at = self.now.saturating_add(delay);
-            self.queue.push(at, Event::Instance(to, AtInstance::StreamClosed { stream }));
+            self.queue
+                .push(at, Event::Instance(to, AtInstance::StreamClosed { stream }));
         }
     }
 
@@ -408,7 +426,8 @@ impl Simulation<'_> {
             }
             if is_doubled {
                 let late = Nanos::from_millis(self.random.between(1, 3000));
-                self.queue.push(at.saturating_add(late), Event::Call(to.instance, call(false)));
+                self.queue
+                    .push(at.saturating_add(late), Event::Call(to.instance, call(false)));
             }
         }
         let none = AtDoor::ResumeAnswered {
@@ -416,7 +435,8 @@ impl Simulation<'_> {
             epoch,
             failure: Some(Failure::InstanceLost("no answer to the call".to_owned())),
         };
-        self.queue.push(self.now.saturating_add(CALL_TIMEOUT), Event::Door(door, none));
+        self.queue
+            .push(self.now.saturating_add(CALL_TIMEOUT), Event::Door(door, none));
     }
 
     pub(super) fn at_door(&mut self, event: AtDoor) {
@@ -442,7 +462,11 @@ impl Simulation<'_> {
                 }
             }
             AtDoor::Broken { stream } => self.door_hears_break(stream),
-            AtDoor::ResumeAnswered { request, epoch, failure } => {
+            AtDoor::ResumeAnswered {
+                request,
+                epoch,
+                failure,
+            } => {
                 let Some(driver) = self.door.drivers.get_mut(&request) else {
                     return;
                 };
@@ -464,7 +488,9 @@ impl Simulation<'_> {
             }
             AtDoor::Left { life } => {
                 let id = self.instances[life.instance].id.clone();
-                self.door.view.apply(ViewEvent::Left(id.clone(), crate::ids::Incarnation(life.incarnation)));
+                self.door
+                    .view
+                    .apply(ViewEvent::Left(id.clone(), crate::ids::Incarnation(life.incarnation)));
                 if self.door.members.get(&id) == Some(&life) {
                     self.door.members.remove(&id);
                 }
@@ -479,7 +505,11 @@ impl Simulation<'_> {
                 self.place_waiting();
             }
             AtDoor::ArbiterTick { request } => {
-                let due = self.door.drivers.get(&request).and_then(|driver| driver.arbiter.next_tick());
+                let due = self
+                    .door
+                    .drivers
+                    .get(&request)
+                    .and_then(|driver| driver.arbiter.next_tick());
                 if due.is_some_and(|due| due <= self.now) {
                     self.tell_arbiter(request, ArbiterFact::Tick);
                 }
@@ -515,7 +545,9 @@ impl Simulation<'_> {
     }
 
     fn no_answer(&mut self, stream: usize) {
-        let EventStream { request, to, ref state, .. } = self.streams[stream];
+        let EventStream {
+            request, to, ref state, ..
+        } = self.streams[stream];
         let epoch = state.epoch;
         let Some(driver) = self.door.drivers.get_mut(&request) else {
             return;
@@ -569,7 +601,9 @@ impl Simulation<'_> {
                     choice,
                     index: token.index,
                 };
-                self.take(request, fact, |simulation| simulation.deliver_token(request, choice, &token));
+                self.take(request, fact, |simulation| {
+                    simulation.deliver_token(request, choice, &token)
+                });
             }
             Said::ChoiceFinished { choice, finish } => self.take_choice_finished(request, epoch, choice, finish),
             Said::Moving => self.tell_arbiter(request, ArbiterFact::Moving { epoch }),
@@ -604,7 +638,9 @@ impl Simulation<'_> {
 
     fn take_choice_finished(&mut self, request: usize, epoch: Epoch, choice: u32, finish: Finish) {
         let fact = ArbiterFact::ChoiceFinished { epoch, choice };
-        self.take(request, fact, |simulation| simulation.deliver_finish(request, choice, finish));
+        self.take(request, fact, |simulation| {
+            simulation.deliver_finish(request, choice, finish)
+        });
     }
 
     /// Applies what may have to be delivered.
@@ -642,7 +678,9 @@ impl Simulation<'_> {
         driver.choices[choice as usize].output.push(token.clone());
         let epoch = driver.arbiter.epoch();
         if driver.prefilled_in.replace(epoch) != Some(epoch) {
-            self.door.view.apply(ViewEvent::PrefillDone(self.planned[request].request.id));
+            self.door
+                .view
+                .apply(ViewEvent::PrefillDone(self.planned[request].request.id));
         }
     }
 
@@ -663,7 +701,12 @@ impl Simulation<'_> {
         let planned = &self.planned[request].request;
         let from = self.instances[self.streams[stream].to.instance].id.clone();
         let n_choices = driver.choices.iter().filter(|choice| choice.finish.is_none()).count() as u32;
-        let longest = driver.choices.iter().map(|choice| choice.output.len()).max().unwrap_or(0);
+        let longest = driver
+            .choices
+            .iter()
+            .map(|choice| choice.output.len())
+            .max()
+            .unwrap_or(0);
         let n_tokens = planned.prompt_ids.len() + longest;
         let view = &self.door.view;
         let needs_version = min_protocol_version(&planned.sampling).max(MOVE_PROTOCOL_VERSION);
@@ -671,12 +714,16 @@ impl Simulation<'_> {
             return false;
         };
         let to = match to {
-            Some(to) => view.instances().get(&to).filter(|state| {
-                to != from
-                    && state.info.role != Role::Prefill
-                    && state.info.fingerprint == source.info.fingerprint
-                    && !state.is_draining()
-            }).map(|state| state.info.id.clone()),
+            Some(to) => view
+                .instances()
+                .get(&to)
+                .filter(|state| {
+                    to != from
+                        && state.info.role != Role::Prefill
+                        && state.info.fingerprint == source.info.fingerprint
+                        && !state.is_draining()
+                })
+                .map(|state| state.info.id.clone()),
             None => {
                 let n_blocks = n_choices * (n_tokens.div_ceil(self.settings.block_size) as u32 + 1);
                 choose_destination(view, &from, n_blocks, n_choices, needs_version)
@@ -741,7 +788,9 @@ impl Simulation<'_> {
             }
         });
         let running: Vec<RunningRequest> = running.collect();
-        let Some(rebalancer) = &mut self.door.rebalancer else { return };
+        let Some(rebalancer) = &mut self.door.rebalancer else {
+            return;
+        };
         if let Some(MoveProposal { request, to, .. }) = rebalancer.propose(self.now, &self.door.view, &running, None) {
             let request = self.number_of(request);
             self.n_proposals += 1;

@@ -8,7 +8,7 @@ use super::network::{AtInstance, Event};
 use super::workload::next_token;
 use super::{FaultKind, Simulation};
 use crate::batch::{
-    Batch, BatchItem, BatchScheduler, Committed, Continued, GroupId, Grant, Member, Numerics, ReserveOutcome, Samples,
+    Batch, BatchItem, BatchScheduler, Committed, Continued, Grant, GroupId, Member, Numerics, ReserveOutcome, Samples,
     SequenceKind,
 };
 use crate::cost::StepSample;
@@ -59,13 +59,35 @@ pub(super) enum Arrived {
 
 #[derive(Debug)]
 pub(super) enum Command {
-    Generate { task: u64, state: Box<PortableState> },
-    Prefill { transfer: usize, state: Box<PortableState>, first_block: usize },
+    Generate {
+        task: u64,
+        state: Box<PortableState>,
+    },
+    Prefill {
+        transfer: usize,
+        state: Box<PortableState>,
+        first_block: usize,
+    },
     /// For a handoff, or with this much slack for a move.
-    Reserve { task: u64, state: Box<PortableState>, slack: Option<usize> },
-    Join { group: GroupId, arrived: Arrived, numerics: Numerics },
-    StartMove { transfer: usize },
-    Pin { transfer: usize, group: GroupId, from: Vec<u32>, pauses: bool },
+    Reserve {
+        task: u64,
+        state: Box<PortableState>,
+        slack: Option<usize>,
+    },
+    Join {
+        group: GroupId,
+        arrived: Arrived,
+        numerics: Numerics,
+    },
+    StartMove {
+        transfer: usize,
+    },
+    Pin {
+        transfer: usize,
+        group: GroupId,
+        from: Vec<u32>,
+        pauses: bool,
+    },
 }
 
 /// Blocks of each choice, pinned in every layer.
@@ -96,7 +118,11 @@ impl Engine {
     /// Gives the blocks of a reservation back to be read or reused.
     pub(super) fn end_writes(&mut self, reserved: &mut Vec<Vec<(BlockId, Generation)>>) {
         for (block, generation) in std::mem::take(reserved).into_iter().flatten() {
-            assert_eq!(self.memory.generation(block), generation, "{block:?} was reused while it was reserved");
+            assert_eq!(
+                self.memory.generation(block),
+                generation,
+                "{block:?} was reused while it was reserved"
+            );
             self.memory.end_write(block);
         }
     }
@@ -156,13 +182,22 @@ impl Simulation<'_> {
         }
         let n_tokens: usize = batch.items.iter().map(|item| item.n_tokens).sum();
         let duration = (4_000_000 + 150_000 * n_tokens as u64) * self.instances[i].slowness / 100;
-        let n_prefill = batch.items.iter().filter(|item| item.n_tokens > 1).map(|item| item.n_tokens as u32).sum();
+        let n_prefill = batch
+            .items
+            .iter()
+            .filter(|item| item.n_tokens > 1)
+            .map(|item| item.n_tokens as u32)
+            .sum();
         let engine = &mut self.instances[i].engine;
         if engine.samples.len() < 8 {
             engine.samples.push(StepSample {
                 n_prefill_tokens: n_prefill,
                 n_decode_tokens: n_tokens as u32 - n_prefill,
-                n_context_tokens: batch.items.iter().map(|item| (item.start_pos + item.n_tokens) as u64).sum(),
+                n_context_tokens: batch
+                    .items
+                    .iter()
+                    .map(|item| (item.start_pos + item.n_tokens) as u64)
+                    .sum(),
                 duration: Nanos(duration),
             });
         }
@@ -179,7 +214,13 @@ impl Simulation<'_> {
                 transfer,
                 state,
                 first_block,
-            } => self.submit(i, Owner::Prefill(transfer), &state, SequenceKind::PrefillForHandoff, first_block),
+            } => self.submit(
+                i,
+                Owner::Prefill(transfer),
+                &state,
+                SequenceKind::PrefillForHandoff,
+                first_block,
+            ),
             Command::Reserve { task, state, slack } => self.reserve(i, task, &state, slack),
             Command::Join {
                 group,
@@ -293,10 +334,16 @@ impl Simulation<'_> {
             Some(_) => engine.scheduler.grants_moved(group, n_choices),
         };
         for (block, generation) in grants.iter().flat_map(|grant| &grant.blocks) {
-            assert_eq!(engine.memory.generation(*block), *generation, "a grant of an older generation");
+            assert_eq!(
+                engine.memory.generation(*block),
+                *generation,
+                "a grant of an older generation"
+            );
             engine.memory.begin_write(*block);
         }
-        let Owner::Task(task) = owner else { unreachable!("prefills reserve nothing") };
+        let Owner::Task(task) = owner else {
+            unreachable!("prefills reserve nothing")
+        };
         if self.has_owner(i, owner) {
             self.owner_runs_as(i, owner, group);
             self.task_reserved(i, task, grants);
@@ -480,7 +527,9 @@ impl Simulation<'_> {
                 true => table.len(),
             };
             if first > table.len().max(end) {
-                return Err(Failure::Invalid(format!("choice {choice} is asked for from block {first} on")));
+                return Err(Failure::Invalid(format!(
+                    "choice {choice} is asked for from block {first} on"
+                )));
             }
             let end = end.max(first);
             let blocks = table.get(first..end).unwrap_or_default().to_vec();
@@ -563,7 +612,9 @@ impl Simulation<'_> {
         }
         let engine = &mut self.instances[i].engine;
         let memory = &engine.memory;
-        let committed = engine.scheduler.commit(&batch, &sampled, &|block| memory.is_pinned(block));
+        let committed = engine
+            .scheduler
+            .commit(&batch, &sampled, &|block| memory.is_pinned(block));
         let mut handed_over: BTreeMap<GroupId, Vec<(Token, Option<Finish>)>> = BTreeMap::new();
         for &Continued { member, token, finish } in &committed.continued {
             let Member { group, choice } = member;
@@ -639,7 +690,11 @@ impl Simulation<'_> {
     }
 
     pub(super) fn feel_no_room(&mut self, i: usize) {
-        self.feel(FaultKind::NoRoom, super::faults::Scope::Instance(i), Nanos::from_millis(200));
+        self.feel(
+            FaultKind::NoRoom,
+            super::faults::Scope::Instance(i),
+            Nanos::from_millis(200),
+        );
     }
 }
 

@@ -77,7 +77,11 @@ impl Simulation<'_> {
 
     fn some_party(&mut self, i: usize) -> Party {
         let j = self.random.below(self.instances.len() as u64 + 1) as usize;
-        if j == i || j == self.instances.len() { Party::Door } else { Party::Instance(j) }
+        if j == i || j == self.instances.len() {
+            Party::Door
+        } else {
+            Party::Instance(j)
+        }
     }
 
     /// One fault of a kind that this run has, now.
@@ -175,7 +179,11 @@ impl Simulation<'_> {
                 }
             }
             Recovery::LinkHeals(a, b) => {
-                let at = self.cuts.iter().position(|cut| *cut == (a, b)).expect("a cut heals once");
+                let at = self
+                    .cuts
+                    .iter()
+                    .position(|cut| *cut == (a, b))
+                    .expect("a cut heals once");
                 self.cuts.remove(at);
                 for party in [a, b] {
                     if let Party::Instance(i) = party {
@@ -187,7 +195,11 @@ impl Simulation<'_> {
                 }
             }
             Recovery::LinkIsQuick(a, b) => {
-                let at = self.slow.iter().position(|slow| *slow == (a, b)).expect("a link is quick again once");
+                let at = self
+                    .slow
+                    .iter()
+                    .position(|slow| *slow == (a, b))
+                    .expect("a link is quick again once");
                 self.slow.remove(at);
             }
             Recovery::Undrained(i) => {
@@ -229,7 +241,8 @@ impl Simulation<'_> {
             self.streams[number].is_cut = self.random.percent(50);
             let delay = self.delay(Party::Door, Party::Instance(life.instance));
             let at = self.now.saturating_add(delay).max(last_arrival);
-            self.queue.push(at, Event::Door(door, AtDoor::Broken { stream: number }));
+            self.queue
+                .push(at, Event::Door(door, AtDoor::Broken { stream: number }));
         }
         for transfer in 0..self.transfers.len() {
             let stream = &self.transfers[transfer];
@@ -248,7 +261,8 @@ impl Simulation<'_> {
             } else if to == life {
                 self.transfers[transfer].is_cut = true;
                 self.transfers[transfer].is_open_at_destination = false;
-                self.queue.push(at, Event::Instance(from, AtInstance::TransferClosed { transfer }));
+                self.queue
+                    .push(at, Event::Instance(from, AtInstance::TransferClosed { transfer }));
             }
         }
         self.end_membership(life.instance);
@@ -265,9 +279,11 @@ impl Simulation<'_> {
             }
             self.streams[number].is_cut = true;
             let at = self.noticed_at();
-            self.queue.push(at, Event::Door(door, AtDoor::Broken { stream: number }));
+            self.queue
+                .push(at, Event::Door(door, AtDoor::Broken { stream: number }));
             let at = self.noticed_at();
-            self.queue.push(at, Event::Instance(to, AtInstance::StreamClosed { stream: number }));
+            self.queue
+                .push(at, Event::Instance(to, AtInstance::StreamClosed { stream: number }));
         }
         for transfer in 0..self.transfers.len() {
             let stream = &self.transfers[transfer];
@@ -278,9 +294,11 @@ impl Simulation<'_> {
             }
             self.transfers[transfer].is_cut = true;
             let (at, reason) = (self.noticed_at(), "keepalive");
-            self.queue.push(at, Event::Instance(to, AtInstance::TransferBroken { transfer, reason }));
+            self.queue
+                .push(at, Event::Instance(to, AtInstance::TransferBroken { transfer, reason }));
             let at = self.noticed_at();
-            self.queue.push(at, Event::Instance(from, AtInstance::TransferClosed { transfer }));
+            self.queue
+                .push(at, Event::Instance(from, AtInstance::TransferClosed { transfer }));
         }
         if let (Party::Door, Party::Instance(i)) | (Party::Instance(i), Party::Door) = (a, b) {
             self.end_membership(i);
@@ -318,7 +336,8 @@ impl Simulation<'_> {
         let delay = self.delay(Party::Door, Party::Instance(i));
         let at = self.now.saturating_add(delay).max(self.instances[i].report_arrival);
         self.instances[i].report_arrival = at;
-        self.queue.push(at, Event::Door(self.door.life, AtDoor::Joined { life }));
+        self.queue
+            .push(at, Event::Door(self.door.life, AtDoor::Joined { life }));
     }
 
     pub(super) fn passes(&self, a: Party, b: Party) -> bool {

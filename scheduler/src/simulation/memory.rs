@@ -40,7 +40,10 @@ impl Memory {
 
     pub(super) fn publish(&mut self, allocated: Vec<(BlockId, Generation)>) {
         for (block, generation) in allocated {
-            assert!(!self.is_pinned(block), "{block:?} was given out while a transfer used it");
+            assert!(
+                !self.is_pinned(block),
+                "{block:?} was given out while a transfer used it"
+            );
             self.generations[block.0 as usize] = generation;
         }
     }
@@ -83,8 +86,15 @@ impl Memory {
 
     /// Bytes that have come for a block reserved in this generation.
     pub(super) fn land(&mut self, layer: usize, block: BlockId, generation: Generation, contents: &[u64]) {
-        assert_eq!(self.generation(block), generation, "{block:?} was written after it was reused");
-        assert!(self.n_writers[block.0 as usize] > 0, "{block:?} is written by nobody's right");
+        assert_eq!(
+            self.generation(block),
+            generation,
+            "{block:?} was written after it was reused"
+        );
+        assert!(
+            self.n_writers[block.0 as usize] > 0,
+            "{block:?} is written by nobody's right"
+        );
         let at = self.at(layer, block, 0);
         self.slots[at..at + self.block_size].copy_from_slice(contents);
     }
@@ -112,7 +122,10 @@ impl Memory {
                         "position {position}, layer {layer}: {block:?} does not contain what it should"
                     );
                 } else {
-                    assert!(!self.is_pinned(block), "{block:?} is appended to while a transfer uses it");
+                    assert!(
+                        !self.is_pinned(block),
+                        "{block:?} is appended to while a transfer uses it"
+                    );
                     self.slots[at] = context;
                 }
             }

@@ -135,7 +135,12 @@ pub fn run(seed: u64, trace: Option<Trace<'_>>) -> RunReport {
     while let Some((at, event)) = simulation.queue.pop() {
         simulation.now = at;
         n_events += 1;
-        assert!(at < most, "after {:.1} s not everything has ended:{}", at.as_secs_f64(), simulation.left_over());
+        assert!(
+            at < most,
+            "after {:.1} s not everything has ended:{}",
+            at.as_secs_f64(),
+            simulation.left_over()
+        );
         simulation.happen(event);
     }
     simulation.check_end();
@@ -143,7 +148,10 @@ pub fn run(seed: u64, trace: Option<Trace<'_>>) -> RunReport {
         let outcomes = simulation.clients.iter().filter_map(|client| client.outcome.as_ref());
         outcomes.filter(|outcome| is_it(outcome)).count() as u64
     };
-    let counters = simulation.instances.iter().map(|instance| instance.engine.scheduler.counters());
+    let counters = simulation
+        .instances
+        .iter()
+        .map(|instance| instance.engine.scheduler.counters());
     RunReport {
         n_requests: simulation.planned.len() as u64,
         n_finished: count(|outcome| matches!(outcome, Outcome::Finished(_))),
@@ -219,7 +227,8 @@ impl<'a> Simulation<'a> {
             let at = Nanos(self.random.below(self.settings.span.0));
             self.queue.push(at, Event::World(InWorld::Fault));
         }
-        self.queue.push(self.settings.between_moves, Event::World(InWorld::Operator));
+        self.queue
+            .push(self.settings.between_moves, Event::World(InWorld::Operator));
         self.first_round();
     }
 
@@ -311,7 +320,11 @@ impl<'a> Simulation<'a> {
                 if is_answered {
                     let delay = self.delay(Party::Door, Party::Instance(i));
                     let at = self.now.saturating_add(delay);
-                    let answer = AtDoor::ResumeAnswered { request, epoch, failure };
+                    let answer = AtDoor::ResumeAnswered {
+                        request,
+                        epoch,
+                        failure,
+                    };
                     self.queue.push(at, Event::Door(door, answer));
                 }
             }
@@ -340,7 +353,10 @@ impl<'a> Simulation<'a> {
 
     fn begin_reports(&mut self, i: usize) {
         let life = self.instances[i].life(i);
-        self.queue.push(self.now.saturating_add(REPORT), Event::Instance(life, AtInstance::Report));
+        self.queue.push(
+            self.now.saturating_add(REPORT),
+            Event::Instance(life, AtInstance::Report),
+        );
     }
 
     fn report(&mut self, i: usize) {
@@ -372,7 +388,8 @@ impl<'a> Simulation<'a> {
         let at = self.now.saturating_add(delay).max(self.instances[i].report_arrival);
         self.instances[i].report_arrival = at;
         let report = Box::new(Report { load, prefix });
-        self.queue.push(at, Event::Door(self.door.life, AtDoor::Report { life, report }));
+        self.queue
+            .push(at, Event::Door(self.door.life, AtDoor::Report { life, report }));
     }
 
     fn instance_info(&self, life: Life) -> InstanceInfo {
@@ -413,7 +430,11 @@ impl<'a> Simulation<'a> {
     }
 
     fn note_refused(&mut self, why: RefusedFrame) {
-        assert_ne!(why, RefusedFrame::OutOfOrder, "a frame came out of order on an ordered stream");
+        assert_ne!(
+            why,
+            RefusedFrame::OutOfOrder,
+            "a frame came out of order on an ordered stream"
+        );
     }
 
     fn client_takes_token(&mut self, request: usize, choice: u32, token: &Token) {
@@ -421,8 +442,14 @@ impl<'a> Simulation<'a> {
         let (tokens, finish) = &mut client.choices[choice as usize];
         let expected = &self.planned[request].expected[choice as usize].0;
         let index = tokens.len();
-        assert_eq!(token.index as usize, index, "request {request}, choice {choice}: a token out of order");
-        assert!(client.outcome.is_none() && finish.is_none(), "request {request}: a token after the end");
+        assert_eq!(
+            token.index as usize, index,
+            "request {request}, choice {choice}: a token out of order"
+        );
+        assert!(
+            client.outcome.is_none() && finish.is_none(),
+            "request {request}: a token after the end"
+        );
         assert_eq!(
             Some(&token.id),
             expected.get(index),
@@ -434,9 +461,15 @@ impl<'a> Simulation<'a> {
     fn client_takes_finish(&mut self, request: usize, choice: u32, finish: Finish) {
         let (tokens, own) = &mut self.clients[request].choices[choice as usize];
         let (expected, expected_finish) = &self.planned[request].expected[choice as usize];
-        assert_eq!(tokens, expected, "request {request}, choice {choice} ended with other tokens");
+        assert_eq!(
+            tokens, expected,
+            "request {request}, choice {choice} ended with other tokens"
+        );
         assert_eq!(finish, *expected_finish, "request {request}, choice {choice}");
-        assert!(own.replace(finish).is_none(), "request {request}, choice {choice} ended twice");
+        assert!(
+            own.replace(finish).is_none(),
+            "request {request}, choice {choice} ended twice"
+        );
     }
 
     /// A request's terminal state.
@@ -495,7 +528,12 @@ impl<'a> Simulation<'a> {
         for (request, driver) in &self.door.drivers {
             lines += &format!("\nrequest {request}: {:?}", driver.arbiter);
         }
-        for (i, instance) in self.instances.iter().enumerate().filter(|(_, instance)| !instance.is_idle()) {
+        for (i, instance) in self
+            .instances
+            .iter()
+            .enumerate()
+            .filter(|(_, instance)| !instance.is_idle())
+        {
             lines += &format!(
                 "\ninstance {i}: {} tasks, {} movers, {} prefills, load {:?}",
                 instance.tasks.len(),
@@ -508,4 +546,3 @@ impl<'a> Simulation<'a> {
         lines
     }
 }
-

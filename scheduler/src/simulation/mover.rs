@@ -2,11 +2,11 @@
 
 use std::collections::VecDeque;
 
+use super::Simulation;
 use super::coverage::{Transition, migration_fact};
 use super::engine::{Command, Stage};
 use super::network::{AtInstance, Event, Frame, Party, Said};
 use super::prefill::{MAX_IN_FLIGHT, STALL_DEADLINE};
-use super::Simulation;
 use crate::batch::GroupId;
 use crate::ids::{BlockId, Epoch, Generation, Nanos};
 use crate::request::{ChoiceState, Failure};
@@ -93,7 +93,10 @@ impl Simulation<'_> {
                 return self.refuse_transfer(transfer, failure);
             }
         };
-        let choices = mover.rooms.iter().map(|&(first_block, n_blocks)| ChoicePlan { first_block, n_blocks });
+        let choices = mover
+            .rooms
+            .iter()
+            .map(|&(first_block, n_blocks)| ChoicePlan { first_block, n_blocks });
         let plan = TransferPlan {
             n_layers: n_layers as u32,
             choices: choices.collect(),
@@ -158,7 +161,10 @@ impl Simulation<'_> {
 
     pub(super) fn movers_hear_gone(&mut self, i: usize, stream: usize) {
         let movers = self.instances[i].movers.iter();
-        let gone: Vec<usize> = movers.filter(|(_, mover)| mover.stream == stream).map(|(&id, _)| id).collect();
+        let gone: Vec<usize> = movers
+            .filter(|(_, mover)| mover.stream == stream)
+            .map(|(&id, _)| id)
+            .collect();
         for transfer in gone {
             self.tell_mover(i, transfer, MigrationFact::Gone);
         }
@@ -243,7 +249,8 @@ impl Simulation<'_> {
         if deadline.is_some() && mover.deadline_at.is_none() {
             mover.deadline_at = deadline;
             let at = deadline.expect("checked");
-            self.queue.push(at, Event::Instance(life, AtInstance::MoverDeadline { transfer }));
+            self.queue
+                .push(at, Event::Instance(life, AtInstance::MoverDeadline { transfer }));
         }
         let parties = [Party::Instance(i), Party::Instance(to.instance), Party::Door];
         self.count(transition, request, &parties);
@@ -253,7 +260,10 @@ impl Simulation<'_> {
 
     fn obey_mover(&mut self, i: usize, transfer: usize, actions: Vec<MigrationAction>) {
         for action in actions {
-            let mover = self.instances[i].movers.get_mut(&transfer).expect("it is being told something");
+            let mover = self.instances[i]
+                .movers
+                .get_mut(&transfer)
+                .expect("it is being told something");
             let task = mover.task;
             match action {
                 MigrationAction::PinFull { from } => self.mover_asks(i, transfer, from, false),
@@ -306,7 +316,10 @@ impl Simulation<'_> {
     }
 
     fn mover_asks(&mut self, i: usize, transfer: usize, from: Vec<u32>, pauses: bool) {
-        let mover = self.instances[i].movers.get_mut(&transfer).expect("it is being told something");
+        let mover = self.instances[i]
+            .movers
+            .get_mut(&transfer)
+            .expect("it is being told something");
         assert!(!mover.is_asking, "the engine is asked one thing at a time");
         mover.is_asking = true;
         let group = mover.group.expect("it has the right to move a group");

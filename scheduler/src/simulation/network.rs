@@ -78,7 +78,9 @@ impl Frame {
 
     pub(super) fn n_units(&self) -> u64 {
         match self {
-            Frame::Kv(_, blocks) => 1 + blocks.iter().filter(|block| matches!(block, Packed::Bytes(_))).count() as u64 * 4,
+            Frame::Kv(_, blocks) => {
+                1 + blocks.iter().filter(|block| matches!(block, Packed::Bytes(_))).count() as u64 * 4
+            }
             _ => 1,
         }
     }
@@ -87,8 +89,13 @@ impl Frame {
 /// What the destination of a transfer asks for.
 #[derive(Clone, Debug)]
 pub(super) enum Wanted {
-    Handoff { first_block: u32 },
-    Migration { rooms: Vec<(u32, u32)>, n_known: Vec<usize> },
+    Handoff {
+        first_block: u32,
+    },
+    Migration {
+        rooms: Vec<(u32, u32)>,
+        n_known: Vec<usize>,
+    },
 }
 
 /// A transfer's stream from its source.
@@ -123,18 +130,49 @@ pub(super) enum Event {
 
 #[derive(Clone, Debug)]
 pub(super) enum AtDoor {
-    Answered { stream: usize },
-    NoAnswer { stream: usize },
-    Word { stream: usize, epoch: Epoch, said: Said },
-    Broken { stream: usize },
-    ResumeAnswered { request: usize, epoch: Epoch, failure: Option<Failure> },
-    Joined { life: Life },
-    Left { life: Life },
-    Report { life: Life, report: Box<Report> },
-    ArbiterTick { request: usize },
-    QueueWait { request: usize, placing: u32 },
-    TryAgain { request: usize, placing: u32 },
-    DeadlinePasses { request: usize },
+    Answered {
+        stream: usize,
+    },
+    NoAnswer {
+        stream: usize,
+    },
+    Word {
+        stream: usize,
+        epoch: Epoch,
+        said: Said,
+    },
+    Broken {
+        stream: usize,
+    },
+    ResumeAnswered {
+        request: usize,
+        epoch: Epoch,
+        failure: Option<Failure>,
+    },
+    Joined {
+        life: Life,
+    },
+    Left {
+        life: Life,
+    },
+    Report {
+        life: Life,
+        report: Box<Report>,
+    },
+    ArbiterTick {
+        request: usize,
+    },
+    QueueWait {
+        request: usize,
+        placing: u32,
+    },
+    TryAgain {
+        request: usize,
+        placing: u32,
+    },
+    DeadlinePasses {
+        request: usize,
+    },
     Round,
 }
 
@@ -146,26 +184,57 @@ pub(super) struct Report {
 
 #[derive(Clone, Debug)]
 pub(super) enum Call {
-    Open { stream: usize },
-    Transfer { transfer: usize },
-    Resume { door: u64, request: usize, to: Life, epoch: Epoch, is_answered: bool },
+    Open {
+        stream: usize,
+    },
+    Transfer {
+        transfer: usize,
+    },
+    Resume {
+        door: u64,
+        request: usize,
+        to: Life,
+        epoch: Epoch,
+        is_answered: bool,
+    },
 }
 
 #[derive(Clone, Debug)]
 pub(super) enum AtInstance {
     Round,
     StepDone,
-    StreamClosed { stream: usize },
-    Frame { transfer: usize, frame: Frame },
+    StreamClosed {
+        stream: usize,
+    },
+    Frame {
+        transfer: usize,
+        frame: Frame,
+    },
     /// To the destination.
-    TransferBroken { transfer: usize, reason: &'static str },
+    TransferBroken {
+        transfer: usize,
+        reason: &'static str,
+    },
     /// To the source.
-    TransferClosed { transfer: usize },
-    Taken { transfer: usize },
-    TaskTimer { task: u64 },
-    Heartbeat { transfer: usize },
-    MoverDeadline { transfer: usize },
-    MoverWord { transfer: usize, epoch: Epoch },
+    TransferClosed {
+        transfer: usize,
+    },
+    Taken {
+        transfer: usize,
+    },
+    TaskTimer {
+        task: u64,
+    },
+    Heartbeat {
+        transfer: usize,
+    },
+    MoverDeadline {
+        transfer: usize,
+    },
+    MoverWord {
+        transfer: usize,
+        epoch: Epoch,
+    },
     Report,
 }
 

@@ -2,10 +2,10 @@
 
 use std::collections::VecDeque;
 
+use super::Simulation;
 use super::coverage::{Transition, source_fact};
 use super::engine::Command;
 use super::network::{AtInstance, Event, Frame, Packed, Party, Wanted};
-use super::Simulation;
 use crate::batch::GroupId;
 use crate::ids::{BlockId, Generation, Nanos};
 use crate::request::{Failure, Finish, Token};
@@ -98,7 +98,8 @@ impl Simulation<'_> {
     pub(super) fn heartbeat_in(&mut self, i: usize, transfer: usize) {
         let life = self.instances[i].life(i);
         let at = self.now.saturating_add(HEARTBEAT);
-        self.queue.push(at, Event::Instance(life, AtInstance::Heartbeat { transfer }));
+        self.queue
+            .push(at, Event::Instance(life, AtInstance::Heartbeat { transfer }));
     }
 
     /// Puts a frame on the link of a transfer, in order.
@@ -119,9 +120,11 @@ impl Simulation<'_> {
         let arrives_at = stream.last_arrival;
         if frame.is_metered() {
             let taken_at = taken_at.max(self.now.saturating_add(Nanos(1000)));
-            self.queue.push(taken_at, Event::Instance(from, AtInstance::Taken { transfer }));
+            self.queue
+                .push(taken_at, Event::Instance(from, AtInstance::Taken { transfer }));
         }
-        self.queue.push(arrives_at, Event::Instance(to, AtInstance::Frame { transfer, frame }));
+        self.queue
+            .push(arrives_at, Event::Instance(to, AtInstance::Frame { transfer, frame }));
     }
 
     /// Blocks as a frame carries them: copied now, or to be read where they are.
@@ -134,7 +137,11 @@ impl Simulation<'_> {
     ) -> Vec<Packed> {
         let memory = &mut self.instances[i].engine.memory;
         let pack = |&(block, generation): &(BlockId, Generation)| {
-            assert_eq!(memory.generation(block), generation, "{block:?} was reused while it was pinned");
+            assert_eq!(
+                memory.generation(block),
+                generation,
+                "{block:?} was reused while it was pinned"
+            );
             assert!(memory.is_pinned(block), "{block:?} is sent without a pin");
             match ends_by {
                 EndsBy::Destination => Packed::InPlace(block, generation),
@@ -212,7 +219,10 @@ impl Simulation<'_> {
         self.trace(|| format!("instance {i}, request {request}: {transition}"));
         for action in actions {
             let instance = &mut self.instances[i];
-            let prefill = instance.prefills.get_mut(&transfer).expect("it is being told something");
+            let prefill = instance
+                .prefills
+                .get_mut(&transfer)
+                .expect("it is being told something");
             match action {
                 SourceAction::SendKv(range) => {
                     let pinned = &mut prefill.pinned[range.layer as usize];
@@ -236,7 +246,9 @@ impl Simulation<'_> {
                 SourceAction::Release => {
                     let prefill = instance.prefills.remove(&transfer).expect("it is being told something");
                     let unsent = prefill.pinned.into_iter().flatten().map(|(block, _)| block);
-                    unsent.chain(prefill.held).for_each(|block| instance.engine.memory.unpin(block));
+                    unsent
+                        .chain(prefill.held)
+                        .for_each(|block| instance.engine.memory.unpin(block));
                     if let Some(open) = prefill.group.and_then(|group| instance.engine.open.get_mut(&group)) {
                         open.is_abandoned = true;
                     }
@@ -257,7 +269,8 @@ impl Simulation<'_> {
             let delay = self.delay(Party::Instance(from.instance), Party::Instance(to.instance));
             let at = self.now.saturating_add(delay).max(last_arrival);
             let reason = "no typed end";
-            self.queue.push(at, Event::Instance(to, AtInstance::TransferBroken { transfer, reason }));
+            self.queue
+                .push(at, Event::Instance(to, AtInstance::TransferBroken { transfer, reason }));
         }
     }
 }

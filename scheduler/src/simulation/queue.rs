@@ -46,6 +46,8 @@ impl Queue {
     }
 
     pub(super) fn pop(&mut self) -> Option<(Nanos, Event)> {
-        self.events.pop().map(|Reverse(scheduled)| (scheduled.at, scheduled.event))
+        self.events
+            .pop()
+            .map(|Reverse(scheduled)| (scheduled.at, scheduled.event))
     }
 }

@@ -37,7 +37,10 @@ pub(super) struct Settings {
 
 impl Settings {
     pub(super) fn draw(random: &mut Random) -> Settings {
-        let mut roles = vec![random.pick(&[Role::Decode, Role::Mixed]), random.pick(&[Role::Decode, Role::Mixed])];
+        let mut roles = vec![
+            random.pick(&[Role::Decode, Role::Mixed]),
+            random.pick(&[Role::Decode, Role::Mixed]),
+        ];
         roles.extend((0..random.between(0, 2)).map(|_| Role::Prefill));
         roles.extend((0..random.between(0, 1)).map(|_| random.pick(&[Role::Decode, Role::Mixed])));
         let block_size = random.between(2, 5) as usize;
@@ -69,7 +72,11 @@ impl Settings {
             max_num_seqs,
             max_batch_tokens: random.between(max_num_seqs as u64, 64) as usize,
             max_model_len: 64.min(n_blocks * block_size),
-            prefix_caching: if random.percent(80) { PrefixCaching::On } else { PrefixCaching::Off },
+            prefix_caching: if random.percent(80) {
+                PrefixCaching::On
+            } else {
+                PrefixCaching::Off
+            },
             fingerprint: Fingerprint([7; 32]),
             policy: random.pick(&POLICIES),
             disaggregation: random.pick(&[Disaggregation::Auto, Disaggregation::ALWAYS, Disaggregation::ALWAYS]),
@@ -107,7 +114,11 @@ impl Settings {
             is_up: true,
             role: self.roles[i],
             numerics_class: if random % 8 == 0 { "other" } else { "usual" },
-            ends_by: if random / 8 % 2 == 0 { EndsBy::Source } else { EndsBy::Destination },
+            ends_by: if random / 8 % 2 == 0 {
+                EndsBy::Source
+            } else {
+                EndsBy::Destination
+            },
             slowness: 100 + random / 16 % 200,
             engine: Engine::new(scheduler, memory),
             tasks: Default::default(),

@@ -1,12 +1,12 @@
 //! A request that runs on an instance or is received there, as its worker drives it: with the production destination
 //! machine when the KV comes from elsewhere.
 
+use super::Simulation;
 use super::coverage::{Transition, destination_fact};
 use super::engine::{Arrived, Command};
 use super::network::{
     Asked, AtDoor, AtInstance, Call, Event, EventStream, Frame, Life, Packed, Party, Said, TransferStream, Wanted,
 };
-use super::Simulation;
 use crate::batch::{Grant, GroupId, Numerics};
 use crate::ids::{BlockId, Epoch, Generation, Nanos};
 use crate::request::{ChoiceState, Failure, Finish, PortableState, Token};
@@ -58,12 +58,19 @@ impl Simulation<'_> {
         let door = stream.door;
         let answered = self.now.saturating_add(self.delay(Party::Door, Party::Instance(i)));
         self.streams[number].last_arrival = answered;
-        self.queue.push(answered, Event::Door(door, AtDoor::Answered { stream: number }));
+        self.queue
+            .push(answered, Event::Door(door, AtDoor::Answered { stream: number }));
         if to != self.instances[i].life(i) {
             let failure = Failure::InstanceLost("the caller means another incarnation".to_owned());
             return self.say_on(number, state.epoch, Said::Ended(Err((failure, None))));
         }
-        let has_ended = self.instances[i].engine.scheduler.config().unfinished(&state).next().is_none();
+        let has_ended = self.instances[i]
+            .engine
+            .scheduler
+            .config()
+            .unfinished(&state)
+            .next()
+            .is_none();
         let (kind, source) = match asked {
             // The last token may have been told before its end was.
             Asked::Generate { prefill: Some(source) } if !has_ended => (Kind::Handoff, Some(source)),
@@ -121,7 +128,14 @@ impl Simulation<'_> {
 
     /// Says a word on a stream, in order.
     fn say_on(&mut self, number: usize, epoch: Epoch, said: Said) {
-        let EventStream { door, to, is_cut, is_open_at_door, last_arrival, .. } = self.streams[number];
+        let EventStream {
+            door,
+            to,
+            is_cut,
+            is_open_at_door,
+            last_arrival,
+            ..
+        } = self.streams[number];
         if is_cut || !is_open_at_door {
             return;
         }
@@ -161,7 +175,9 @@ impl Simulation<'_> {
 
     /// Ends the request here badly, once.
     pub(super) fn task_failed(&mut self, i: usize, id: u64, failure: Failure, blamed: Option<usize>) {
-        let Some(task) = self.instances[i].tasks.get(&id) else { return };
+        let Some(task) = self.instances[i].tasks.get(&id) else {
+            return;
+        };
         if !task.is_over {
             self.task_says(i, id, Said::Ended(Err((failure, blamed))));
             self.release_task(i, id);
@@ -185,7 +201,9 @@ impl Simulation<'_> {
 
     /// Forgets a task of which nothing is left, and closes its transfer's stream when that is over.
     fn tidy_task(&mut self, i: usize, id: u64) {
-        let Some(task) = self.instances[i].tasks.get(&id) else { return };
+        let Some(task) = self.instances[i].tasks.get(&id) else {
+            return;
+        };
         let is_closed = task.machine.as_ref().is_none_or(Destination::is_closed);
         let (stream, request, is_over, transfer) = (task.stream, task.request, task.is_over, task.transfer);
         if let (Some(transfer), true) = (transfer, is_closed) {
@@ -207,14 +225,17 @@ impl Simulation<'_> {
         if std::mem::replace(&mut self.transfers[transfer].is_open_at_destination, false) && !is_cut {
             let delay = self.delay(Party::Instance(from.instance), Party::Instance(to.instance));
             let at = self.now.saturating_add(delay);
-            self.queue.push(at, Event::Instance(from, AtInstance::TransferClosed { transfer }));
+            self.queue
+                .push(at, Event::Instance(from, AtInstance::TransferClosed { transfer }));
         }
     }
 
     /// The front door closed a stream, or the instance noticed that it was cut.
     pub(super) fn stream_closed(&mut self, i: usize, stream: usize) {
         let mut tasks = self.instances[i].tasks.iter();
-        let found = tasks.find(|(_, task)| task.stream == stream).map(|(&id, task)| (id, task.is_over));
+        let found = tasks
+            .find(|(_, task)| task.stream == stream)
+            .map(|(&id, task)| (id, task.is_over));
         if let Some((id, false)) = found {
             if self.instances[i].tasks[&id].machine.is_some() {
                 self.tell_destination(i, id, DestinationFact::Cancelled);
@@ -252,7 +273,11 @@ impl Simulation<'_> {
         task.machine = Some(machine);
         let wanted = match task.kind {
             Kind::Migration => Wanted::Migration {
-                rooms: plan.choices.iter().map(|choice| (choice.first_block, choice.n_blocks)).collect(),
+                rooms: plan
+                    .choices
+                    .iter()
+                    .map(|choice| (choice.first_block, choice.n_blocks))
+                    .collect(),
                 n_known: task.state.choices.iter().map(|choice| choice.output.len()).collect(),
             },
             _ => Wanted::Handoff {
@@ -279,33 +304,48 @@ impl Simulation<'_> {
             busy_until: self.now,
         });
         if self.passes(between.0, between.1) && self.instances[from.instance].is_up {
-            self.queue.push(at, Event::Call(from.instance, Call::Transfer { transfer }));
+            self.queue
+                .push(at, Event::Call(from.instance, Call::Transfer { transfer }));
         } else {
             // Refused soon, or not answered in time.
-            let wait = if self.instances[from.instance].is_up { PROGRESS_DEADLINE } else { delay };
+            let wait = if self.instances[from.instance].is_up {
+                PROGRESS_DEADLINE
+            } else {
+                delay
+            };
             let at = self.now.saturating_add(wait);
             let reason = "no answer to the call";
-            self.queue.push(at, Event::Instance(to, AtInstance::TransferBroken { transfer, reason }));
+            self.queue
+                .push(at, Event::Instance(to, AtInstance::TransferBroken { transfer, reason }));
         }
         self.set_task_timer(i, id);
     }
 
     fn set_task_timer(&mut self, i: usize, id: u64) {
         let life = self.instances[i].life(i);
-        let Some(task) = self.instances[i].tasks.get_mut(&id) else { return };
+        let Some(task) = self.instances[i].tasks.get_mut(&id) else {
+            return;
+        };
         let Some(due) = task.machine.as_ref().and_then(Destination::next_tick) else {
             return;
         };
         if task.timer_at.is_none_or(|at| at <= self.now) {
             task.timer_at = Some(due);
-            self.queue.push(due, Event::Instance(life, AtInstance::TaskTimer { task: id }));
+            self.queue
+                .push(due, Event::Instance(life, AtInstance::TaskTimer { task: id }));
         }
     }
 
     pub(super) fn task_timer(&mut self, i: usize, id: u64) {
-        let Some(task) = self.instances[i].tasks.get_mut(&id) else { return };
+        let Some(task) = self.instances[i].tasks.get_mut(&id) else {
+            return;
+        };
         task.timer_at = None;
-        let is_due = task.machine.as_ref().and_then(Destination::next_tick).is_some_and(|due| due <= self.now);
+        let is_due = task
+            .machine
+            .as_ref()
+            .and_then(Destination::next_tick)
+            .is_some_and(|due| due <= self.now);
         if is_due {
             self.tell_destination(i, id, DestinationFact::Tick);
         }
@@ -332,7 +372,9 @@ impl Simulation<'_> {
             false => Numerics::Other,
         };
         let block_size = self.instances[i].engine.memory.block_size;
-        let Some(task) = self.instances[i].tasks.get_mut(&id) else { return };
+        let Some(task) = self.instances[i].tasks.get_mut(&id) else {
+            return;
+        };
         let mut payload = Vec::new();
         let fact = match frame {
             Frame::Accepted(ends_by) => {
@@ -378,13 +420,22 @@ impl Simulation<'_> {
     fn apply_destination(&mut self, i: usize, id: u64, fact: DestinationFact) -> Vec<DestinationAction> {
         let task = &self.instances[i].tasks[&id];
         let (request, source) = (task.request, task.source);
-        let Some(machine) = &task.machine else { return Vec::new() };
+        let Some(machine) = &task.machine else {
+            return Vec::new();
+        };
         let transition = Transition {
-            machine: if task.kind == Kind::Migration { "destination of a move" } else { "destination" },
+            machine: if task.kind == Kind::Migration {
+                "destination of a move"
+            } else {
+                "destination"
+            },
             stage: machine.stage(),
             fact: destination_fact(&fact),
         };
-        let parties = [Party::Instance(i), Party::Instance(source.map_or(i, |life| life.instance))];
+        let parties = [
+            Party::Instance(i),
+            Party::Instance(source.map_or(i, |life| life.instance)),
+        ];
         self.count(transition, request, &parties);
         self.trace(|| format!("instance {i}, request {request}: {transition}"));
         let task = self.instances[i].tasks.get_mut(&id).expect("a task");
@@ -392,7 +443,9 @@ impl Simulation<'_> {
     }
 
     fn obey_destination(&mut self, i: usize, id: u64, action: DestinationAction) {
-        let Some(task) = self.instances[i].tasks.get_mut(&id) else { return };
+        let Some(task) = self.instances[i].tasks.get_mut(&id) else {
+            return;
+        };
         let source = task.source.map(|life| life.instance);
         match action {
             DestinationAction::Write(_) => unreachable!("frames are landed where they are at hand"),
@@ -451,7 +504,10 @@ impl Simulation<'_> {
                 }
                 return;
             };
-            self.instances[i].engine.memory.land(layer, block, generation, &contents);
+            self.instances[i]
+                .engine
+                .memory
+                .land(layer, block, generation, &contents);
         }
     }
 
@@ -511,7 +567,8 @@ impl Simulation<'_> {
         let mover = instance.movers.iter().find(|(_, mover)| mover.stream == stream);
         if let Some((&transfer, _)) = mover {
             let at = self.now.saturating_add(Nanos(1000));
-            self.queue.push(at, Event::Instance(to, AtInstance::MoverWord { transfer, epoch }));
+            self.queue
+                .push(at, Event::Instance(to, AtInstance::MoverWord { transfer, epoch }));
         }
         None
     }

@@ -12,10 +12,16 @@ fn equal_seeds_give_equal_runs() {
 fn the_first_seeds_pass_and_do_what_they_should() {
     let reports: Vec<_> = (0..30).map(|seed| run(seed, None)).collect();
     for (seed, report) in reports.iter().enumerate() {
-        assert!(report.n_requests >= 100 && report.n_faults >= 5, "seed {seed}: {report:?}");
+        assert!(
+            report.n_requests >= 100 && report.n_faults >= 5,
+            "seed {seed}: {report:?}"
+        );
     }
     let sum = |of: fn(&super::RunReport) -> u64| reports.iter().map(of).sum::<u64>();
     let (n_requests, n_finished) = (sum(|report| report.n_requests), sum(|report| report.n_finished));
-    assert!(n_finished * 10 > n_requests * 7, "{n_finished} of {n_requests} requests finished");
+    assert!(
+        n_finished * 10 > n_requests * 7,
+        "{n_finished} of {n_requests} requests finished"
+    );
     assert!(sum(|report| report.n_moves) > 100);
 }

@@ -30,7 +30,10 @@ pub(super) fn next_token(context: u64, seed: u64, choice: u32) -> TokenId {
 
 fn undisturbed(request: &Request, choice: u32, max_model_len: usize) -> (Vec<TokenId>, Finish) {
     let sampling = &request.sampling;
-    let mut context = request.prompt_ids.iter().fold(0, |context, &token| after(context, token));
+    let mut context = request
+        .prompt_ids
+        .iter()
+        .fold(0, |context, &token| after(context, token));
     let mut output = Vec::new();
     loop {
         let token = next_token(context, sampling.seed, choice);
@@ -47,7 +50,13 @@ fn undisturbed(request: &Request, choice: u32, max_model_len: usize) -> (Vec<Tok
 }
 
 /// Requests that share prompts' beginnings, over `span`, in order of arrival.
-pub(super) fn plan(random: &mut Random, n_requests: usize, span: Nanos, max_model_len: usize, max_n: u32) -> Vec<Planned> {
+pub(super) fn plan(
+    random: &mut Random,
+    n_requests: usize,
+    span: Nanos,
+    max_model_len: usize,
+    max_n: u32,
+) -> Vec<Planned> {
     let families: Vec<Vec<TokenId>> = (0..6)
         .map(|_| (0..24).map(|_| random.below(N_VOCAB) as TokenId).collect())
         .collect();
@@ -57,7 +66,11 @@ pub(super) fn plan(random: &mut Random, n_requests: usize, span: Nanos, max_mode
         let family = &families[random.below(families.len() as u64) as usize];
         let mut prompt = family[..random.between(1, 24) as usize].to_vec();
         prompt.extend((0..random.below(12)).map(|_| random.below(N_VOCAB) as TokenId));
-        let n = if random.percent(75) { 1 } else { random.between(2, u64::from(max_n)) as u32 };
+        let n = if random.percent(75) {
+            1
+        } else {
+            random.between(2, u64::from(max_n)) as u32
+        };
         let sampling = SamplingParams {
             max_tokens: random.between(1, 24) as u32,
             seed: random.next(),
@@ -73,7 +86,9 @@ pub(super) fn plan(random: &mut Random, n_requests: usize, span: Nanos, max_mode
         };
         let after = |random: &mut Random| Nanos::from_millis(random.between(1, 1500));
         Planned {
-            expected: (0..n).map(|choice| undisturbed(&request, choice, max_model_len)).collect(),
+            expected: (0..n)
+                .map(|choice| undisturbed(&request, choice, max_model_len))
+                .collect(),
             request,
             at: Nanos(at),
             leaves_after: random.percent(4).then(|| after(random)),
