@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status};
 
-use crate::worker::{Identity, KvTransports, Offer, TransportChoice, TransportError};
+use crate::worker::{Identity, KvTransports, Offer, TransportChoice, TransportError, TransportKind};
 
 /// As many as a handoff's source has on the link.
 const MAX_IN_FLIGHT: usize = 2;
@@ -63,8 +63,6 @@ impl From<Status> for ProbeError {
 pub struct Shape {
     /// Blocks of the cache.
     pub n_blocks: u32,
-    /// Aimed size of a frame.
-    pub frame_bytes: usize,
 }
 
 impl Shape {
@@ -77,13 +75,12 @@ impl Shape {
         dtype: DType::Bf16,
     };
 
-    /// About `n_bytes`, in frames as a handoff's.
+    /// About `n_bytes`.
     pub fn of_bytes(n_bytes: u64) -> Shape {
         let per_frame = KV_FRAME_BYTES / Shape::LAYOUT.layer_block_bytes();
         let n_blocks = n_bytes as usize / Shape::LAYOUT.block_bytes();
         Shape {
             n_blocks: n_blocks.next_multiple_of(per_frame).max(per_frame) as u32,
-            frame_bytes: KV_FRAME_BYTES,
         }
     }
 
@@ -92,8 +89,9 @@ impl Shape {
         self.n_blocks as usize * Shape::LAYOUT.block_bytes()
     }
 
-    fn blocks_per_frame(&self) -> u32 {
-        (self.frame_bytes / Shape::LAYOUT.layer_block_bytes()).max(1) as u32
+    /// As a handoff's.
+    fn blocks_per_frame(kind: TransportKind) -> u32 {
+        (kind.frame_bytes() / Shape::LAYOUT.layer_block_bytes()).max(1) as u32
     }
 }
 
@@ -269,7 +267,7 @@ impl Worker for Service {
             if frames.send(frame(Frame::Accepted(accepted))).await.is_err() {
                 return;
             }
-            let per_frame = shape.blocks_per_frame();
+            let per_frame = Shape::blocks_per_frame(sender.kind());
             let mut held = Vec::new();
             for layer in 0..Shape::LAYOUT.n_layers {
                 for first_block in (0..shape.n_blocks).step_by(per_frame as usize) {
@@ -484,7 +482,6 @@ impl PlainCopy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::worker::TransportKind;
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn every_transport_delivers_every_byte() {

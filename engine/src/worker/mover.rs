@@ -7,7 +7,6 @@ use std::time::Duration;
 use baton_kernels::KvRead;
 use baton_proto::cluster::{self, generate_event::Event, transfer_frame::Frame};
 use baton_proto::convert::{choice_to_wire, request_id_from_wire};
-use baton_proto::link::KV_FRAME_BYTES;
 use baton_scheduler::ids::RequestId;
 use baton_scheduler::request::{ChoiceState, Failure};
 use baton_scheduler::timeline::Moment;
@@ -135,7 +134,7 @@ impl Mover {
         };
         let limits = MigrationLimits {
             max_in_flight: MAX_IN_FLIGHT,
-            max_blocks_per_frame: (KV_FRAME_BYTES / layout.layer_block_bytes()).max(1) as u32,
+            max_blocks_per_frame: (sender.kind().frame_bytes() / layout.layer_block_bytes()).max(1) as u32,
             stall_deadline: nanos(worker.options.stall_deadline),
             resume_deadline: nanos(worker.options.resume_deadline),
             max_stages: worker.options.move_stages,

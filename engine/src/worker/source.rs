@@ -6,7 +6,6 @@ use std::sync::Arc;
 use baton_kernels::KvRead;
 use baton_proto::cluster::{self, transfer_frame::Frame};
 use baton_proto::convert::token_to_wire;
-use baton_proto::link::KV_FRAME_BYTES;
 use baton_scheduler::ids::Nanos;
 use baton_scheduler::request::{Failure, Finish, PortableState, Token};
 use baton_scheduler::timeline::Moment;
@@ -76,7 +75,7 @@ impl SourceDriver {
         let layout = worker.engine.layout();
         let job = worker.engine.prefill(state, request.first_block as usize)?;
         let plan = TransferPlan::handoff(layout.n_layers as u32, request.first_block, job.n_blocks() as u32);
-        let per_frame = (KV_FRAME_BYTES / layout.layer_block_bytes()).max(1) as u32;
+        let per_frame = (sender.kind().frame_bytes() / layout.layer_block_bytes()).max(1) as u32;
         let stall_deadline = nanos(worker.options.stall_deadline);
         link.push(Frame::Accepted(accepted));
         Ok(SourceDriver {

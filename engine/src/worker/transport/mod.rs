@@ -31,6 +31,7 @@ use std::str::FromStr;
 
 use baton_kernels::{KernelError, KvRead, KvWrite};
 use baton_proto::cluster::KvFrame;
+use baton_proto::link::KV_FRAME_BYTES;
 use baton_scheduler::request::Failure;
 use baton_scheduler::transfer::{EndsBy, KvRange};
 
@@ -70,6 +71,16 @@ impl TransportKind {
         match self {
             TransportKind::Grpc => EndsBy::Source,
             TransportKind::InProcess | TransportKind::SharedMemory => EndsBy::Destination,
+        }
+    }
+
+    /// Aimed size of the blocks that one frame stands for. A frame that carries them is bounded by what a connection should
+    /// have on its way; one that only names them, by how long its copy may keep a thread of the runtime.
+    pub const fn frame_bytes(self) -> usize {
+        match self {
+            TransportKind::Grpc => KV_FRAME_BYTES,
+            // About 0.3 ms.
+            TransportKind::InProcess | TransportKind::SharedMemory => 4 * KV_FRAME_BYTES,
         }
     }
 
