@@ -95,19 +95,26 @@ pub async fn join_registry(
     let link = &service.options().link;
     let channel = link.channel(&membership.scheduler)?;
     let mut backoff = FIRST_BACKOFF;
+    // A scheduler process of the version before refuses ours and takes its own, which we speak too.
+    let mut version = PROTOCOL_VERSION;
     loop {
         let client = RegistryClient::with_interceptor(channel.clone(), link.present_secret());
         let began = Instant::now();
         let _member = Member(&membership.standing);
         tokio::select! {
-            ended = stay(service, membership, client, &mut on_welcome) => match ended {
+            ended = stay(service, membership, version, client, &mut on_welcome) => match ended {
                 Ok(()) => tracing::warn!(scheduler = membership.scheduler, "the scheduler closed the membership"),
-                Err(status) => tracing::warn!(
-                    scheduler = membership.scheduler,
-                    code = %status.code(),
-                    reason = status.message(),
-                    "no membership; trying again"
-                ),
+                Err(status) => {
+                    tracing::warn!(
+                        scheduler = membership.scheduler,
+                        code = %status.code(),
+                        reason = status.message(),
+                        "no membership; trying again"
+                    );
+                    if status.code() == tonic::Code::FailedPrecondition {
+                        version = 2 * PROTOCOL_VERSION - 1 - version;
+                    }
+                }
             },
             () = shutdown.cancelled() => return Ok(()),
         }
@@ -139,6 +146,7 @@ type Client = RegistryClient<
 async fn stay(
     service: &WorkerService,
     membership: &Membership,
+    version: u32,
     mut client: Client,
     on_welcome: &mut impl FnMut(),
 ) -> Result<(), Status> {
@@ -152,7 +160,7 @@ async fn stay(
         sent_at: Instant::now(),
     };
     let first = cluster::WorkerReport {
-        join: Some(worker_join(service, membership)),
+        join: Some(worker_join(service, membership, version)),
         load: Some(reporter.load(service.engine().load())),
         prefix: Some(prefix_to_wire(&snapshot)),
     };
@@ -196,7 +204,7 @@ async fn stay(
     }
 }
 
-fn worker_join(service: &WorkerService, membership: &Membership) -> cluster::WorkerJoin {
+fn worker_join(service: &WorkerService, membership: &Membership, version: u32) -> cluster::WorkerJoin {
     let engine = service.engine();
     let (layout, batch) = (engine.layout(), engine.batch_config());
     cluster::WorkerJoin {
@@ -204,7 +212,7 @@ fn worker_join(service: &WorkerService, membership: &Membership) -> cluster::Wor
         incarnation: service.identity().incarnation.0,
         role: membership.standing.role().as_str().to_owned(),
         address: membership.advertise.clone(),
-        protocol_version: PROTOCOL_VERSION,
+        protocol_version: version,
         fingerprint: service.identity().fingerprint.0.to_vec(),
         numerics_class: service.identity().numerics_class.clone(),
         block_size: batch.block_size as u32,

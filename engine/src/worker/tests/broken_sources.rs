@@ -183,7 +183,7 @@ const BREAKS: &[(Break, &str, u64, usize)] = &[
             frames.extend([frame(first_token(5, None)), frame(first_token(5, None))]);
             then_silence(frames)
         },
-        "a first token came twice",
+        "first tokens came twice",
         0,
         4,
     ),

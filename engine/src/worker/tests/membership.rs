@@ -239,3 +239,39 @@ async fn a_malformed_scheduler_address_is_an_error() {
     let message = joined.unwrap_err().to_string();
     assert!(message.contains("not an address"), "{message}");
 }
+
+#[tokio::test]
+async fn a_role_given_is_kept_and_a_worker_that_leaves_says_so() {
+    let (address, mut members) = registry().await;
+    let worker = quick("decode-0").start().await;
+    let membership = membership(&address);
+    let standing = Arc::clone(&membership.standing);
+    let shutdown = CancellationToken::new();
+    let joined = {
+        let (service, shutdown) = (worker.service.clone(), shutdown.clone());
+        tokio::spawn(async move { join_registry(&service, &membership, shutdown, || {}).await })
+    };
+    let mut member = next(&mut members).await;
+    assert_eq!(member.report().await.join.unwrap().role, "decode");
+    assert!(!standing.is_member(), "it was not welcomed yet");
+    member.say(Command::Welcome(true)).await;
+    member.say(Command::Role("prefill".to_owned())).await;
+    member.say(Command::Role("no such role".to_owned())).await;
+    // A restarted scheduler process hears the role of now.
+    drop(member);
+    let mut member = next(&mut members).await;
+    assert_eq!(member.report().await.join.unwrap().role, "prefill");
+    assert_eq!(standing.role(), Role::Prefill);
+    member.say(Command::Welcome(true)).await;
+    standing.leave();
+    while !member.report().await.load.unwrap().leaving {}
+    assert!(standing.is_member());
+    member.say(Command::Drained(true)).await;
+    timeout(PATIENCE, standing.drained())
+        .await
+        .expect("it hears that it is empty");
+    shutdown.cancel();
+    timeout(PATIENCE, joined).await.unwrap().unwrap().unwrap();
+    assert!(!standing.is_member());
+    worker.stop().await;
+}
