@@ -220,7 +220,7 @@ const BREAKS: &[(Break, &str, u64, usize)] = &[
             frames.push(frame(first_token(48, None)));
             then_silence(frames)
         },
-        "first token is id 48 with index 0, expected an id less than 48 with index 0",
+        "the first token of choice 0 is id 48 with index 0",
         0,
         4,
     ),
@@ -234,7 +234,7 @@ const BREAKS: &[(Break, &str, u64, usize)] = &[
             frames.push(frame(Frame::FirstToken(first)));
             then_silence(frames)
         },
-        "first token is id 5 with index 1, expected an id less than 48 with index 0",
+        "the first token of choice 0 is id 5 with index 1",
         0,
         4,
     ),
