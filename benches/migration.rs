@@ -44,7 +44,7 @@ struct Options {
 
 fn options() -> anyhow::Result<Options> {
     let mut options = Options {
-        transports: ["grpc", "shared-memory", "in-process"].map(str::to_owned).to_vec(),
+        transports: ["grpc", "shared-memory"].map(str::to_owned).to_vec(),
         lengths: vec![256, 1024, 4096, 16_384, 32_000],
         n_moves: 11,
         output: None,
@@ -116,11 +116,9 @@ impl Drop for Cluster {
 
 impl Cluster {
     async fn start(model: &Path, transport: &str, stages: &str) -> anyhow::Result<Cluster> {
-        let instances: &[&str] = match transport {
-            "in-process" => &["--mixed", "2", "--colocate"],
-            _ => &["--mixed", "2"],
-        };
-        let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
+        // Another build of the program may be measured with the same clients.
+        let program = std::env::var_os("BATON").unwrap_or_else(|| env!("CARGO_BIN_EXE_baton").into());
+        let mut command = Command::new(program);
         command
             .args(["serve", "--port", "0", "--threads", "1", "--load-format", "dummy"])
             .args([
@@ -134,7 +132,7 @@ impl Cluster {
             .args(["--prefix-caching", "off", "--rebalance", "off", "--log-level", "warn"])
             .args(["--kv-transport", transport, "--move-stages", stages, "--model"])
             .arg(model)
-            .args(instances)
+            .args(["--mixed", "2"])
             .stdout(Stdio::piped());
         let mut process = command.spawn().context("starting baton serve")?;
         let stdout = process.stdout.take().context("stdout is piped")?;
