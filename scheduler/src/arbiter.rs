@@ -304,7 +304,10 @@ impl Arbiter {
                 self.give_move_up()
             }
             ArbiterFact::Moving { .. } | ArbiterFact::MoveCancelled { .. } => Vec::new(),
-            ArbiterFact::ResumeFailed { epoch, failure } if epoch == self.speaking => {
+            // Whoever has been heard in the epoch was told, though the answer was lost.
+            ArbiterFact::ResumeFailed { epoch, failure }
+                if epoch == self.speaking && !self.spoken_before.is_empty() =>
+            {
                 self.take_failure(now, epoch, failure, None)
             }
             ArbiterFact::ResumeFailed { .. } => Vec::new(),

@@ -16,9 +16,6 @@ use crate::prefix_cache::PrefixHasher;
 use crate::rebalance::{MoveProposal, Rebalancer, RunningRequest};
 use crate::request::{ChoiceState, Failure, Finish, PortableState};
 
-pub(super) const MOVE_DEADLINE: Nanos = Nanos::from_secs(2);
-pub(super) const CALL_TIMEOUT: Nanos = Nanos::from_secs(2);
-const QUEUE_WAIT: Nanos = Nanos::from_secs(8);
 const PAUSE_BEFORE_LAST_ATTEMPTS: Nanos = Nanos::from_millis(300);
 const ROUND: Nanos = Nanos::from_millis(50);
 const MAX_MOVES_OF_INSTANCE: usize = 4;
@@ -103,7 +100,7 @@ impl Simulation<'_> {
             self.queue.push(self.now.saturating_add(after), event);
         }
         let driver = Driver {
-            arbiter: Arbiter::new(n, MOVE_DEADLINE),
+            arbiter: Arbiter::new(n, self.settings.move_deadline),
             choices: vec![ChoiceState::default(); n as usize],
             placing: None,
             n_placings: 0,
@@ -133,7 +130,7 @@ impl Simulation<'_> {
         driver.may_place_at = may_place_at;
         let placing = driver.n_placings;
         self.queue.push(
-            self.now.saturating_add(QUEUE_WAIT),
+            self.now.saturating_add(self.settings.queue_wait),
             Event::Door(life, AtDoor::QueueWait { request, placing }),
         );
         if may_place_at > self.now {
@@ -250,7 +247,6 @@ impl Simulation<'_> {
         let driver = self.door.drivers.get_mut(&request).expect("an open request");
         match action {
             ArbiterAction::Place => {
-                driver.instances.clear();
                 let is_last = driver.arbiter.n_attempts() > 1;
                 let at = if is_last {
                     now.saturating_add(PAUSE_BEFORE_LAST_ATTEMPTS)
@@ -318,6 +314,9 @@ impl Simulation<'_> {
                 let source = driver.speaking.map(|stream| self.streams[stream].to);
                 let to = source.expect("a source that can resume has its stream");
                 self.call_resume(request, to, epoch);
+                if self.random.percent(15) {
+                    self.aim_soon(request);
+                }
             }
             ArbiterAction::Deliver | ArbiterAction::Discard => unreachable!("tokens are applied as they come"),
             ArbiterAction::Finish(finish) => self.door_ends(request, Outcome::Finished(finish)),
@@ -383,7 +382,7 @@ impl Simulation<'_> {
         });
         let delay = self.delay(Party::Door, Party::Instance(to.instance));
         let at = self.now.saturating_add(delay);
-        let mut wait = CALL_TIMEOUT;
+        let mut wait = self.settings.call_timeout;
         if !self.passes(Party::Door, Party::Instance(to.instance)) {
         } else if self.instances[to.instance].is_up {
             self.queue.push(at, Event::Call(to.instance, Call::Open { stream }));
@@ -421,7 +420,7 @@ impl Simulation<'_> {
         let at = self.now.saturating_add(delay);
         if self.passes(Party::Door, Party::Instance(to.instance)) {
             // What is lost is the call, or only its answer.
-            if !is_lost || self.random.percent(50) {
+            if !is_lost || self.random.percent(70) {
                 self.queue.push(at, Event::Call(to.instance, call(!is_lost)));
             }
             if is_doubled {
@@ -435,8 +434,10 @@ impl Simulation<'_> {
             epoch,
             failure: Some(Failure::InstanceLost("no answer to the call".to_owned())),
         };
-        self.queue
-            .push(self.now.saturating_add(CALL_TIMEOUT), Event::Door(door, none));
+        self.queue.push(
+            self.now.saturating_add(self.settings.call_timeout),
+            Event::Door(door, none),
+        );
     }
 
     pub(super) fn at_door(&mut self, event: AtDoor) {
@@ -525,12 +526,7 @@ impl Simulation<'_> {
                     self.place_waiting();
                 }
             }
-            AtDoor::DeadlinePasses { request } => {
-                if self.door.drivers.contains_key(&request) {
-                    self.feel(FaultKind::DeadlinePasses, Scope::Request(request), Nanos::from_secs(3));
-                    self.tell_arbiter(request, ArbiterFact::DeadlinePassed);
-                }
-            }
+            AtDoor::DeadlinePasses { request } => self.deadline_passes(request),
             AtDoor::Round => self.door_round(),
         }
     }
@@ -606,7 +602,10 @@ impl Simulation<'_> {
                 });
             }
             Said::ChoiceFinished { choice, finish } => self.take_choice_finished(request, epoch, choice, finish),
-            Said::Moving => self.tell_arbiter(request, ArbiterFact::Moving { epoch }),
+            Said::Moving => {
+                self.tell_arbiter(request, ArbiterFact::Moving { epoch });
+                self.aim(request);
+            }
             Said::MoveCancelled => self.tell_arbiter(request, ArbiterFact::MoveCancelled { epoch }),
             Said::Joined if is_speaking => {}
             Said::Joined => self.tell_arbiter(request, ArbiterFact::Joined { epoch }),
@@ -735,6 +734,7 @@ impl Simulation<'_> {
         self.door.view.apply(ViewEvent::MoveStarted(planned.id, to.clone()));
         self.door.drivers.get_mut(&request).expect("checked above").order = Some((to, is_advice));
         self.tell_arbiter(request, ArbiterFact::MoveWanted);
+        self.aim(request);
         true
     }
 

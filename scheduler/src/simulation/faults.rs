@@ -2,13 +2,14 @@
 
 use super::network::{AtDoor, AtInstance, Event, InWorld, Life, Party};
 use super::{FaultKind, Simulation};
+use crate::arbiter::ArbiterFact;
 use crate::ids::{Nanos, Role};
 use crate::placement::ViewEvent;
 
 /// A silent peer is noticed after this long.
 const KEEPALIVE: Nanos = Nanos::from_secs(1);
 /// How long after its end a fault is still felt.
-const AFTERMATH: Nanos = Nanos::from_secs(2);
+const AFTERMATH: Nanos = Nanos::from_secs(3);
 
 /// Who feels a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,11 +85,76 @@ impl Simulation<'_> {
         }
     }
 
-    /// One fault of a kind that this run has, now.
-    pub(super) fn inject(&mut self) {
-        let kind = self.random.pick(&self.settings.faults.clone());
-        let i = self.random.below(self.instances.len() as u64) as usize;
-        let lasts = Nanos::from_millis(self.random.between(50, 2500));
+    /// A fault of a kind that this run has, now. What finds nobody is tried again with others.
+    pub(super) fn inject_somewhere(&mut self) {
+        for _ in 0..20 {
+            let kind = self.random.pick(&self.settings.faults.clone());
+            let i = self.random.below(self.instances.len() as u64) as usize;
+            if self.inject(kind, i) {
+                return;
+            }
+        }
+    }
+
+    /// Something has just happened to a request that a fault may follow soon.
+    pub(super) fn aim(&mut self, request: usize) {
+        if self.n_aimed_faults_left > 0 && self.now < self.settings.workload.span && self.random.percent(25) {
+            self.n_aimed_faults_left -= 1;
+            self.aim_soon(request);
+        }
+    }
+
+    pub(super) fn aim_soon(&mut self, request: usize) {
+        let most = self.random.pick(&[50_000, 1_000_000, 3 * self.settings.most_delay.0]);
+        let after = self.random.below(most);
+        let fault = Event::World(InWorld::AimedFault { request });
+        self.queue.push(self.now.saturating_add(Nanos(after)), fault);
+    }
+
+    /// A fault of an instance that a request is on, or of its client.
+    pub(super) fn inject_at(&mut self, request: usize) {
+        let Some(driver) = self.door.drivers.get(&request) else {
+            return;
+        };
+        let instances = driver.instances.clone();
+        // Misfortunes come together.
+        if self.random.percent(60) {
+            self.aim_soon(request);
+        }
+        match self.random.below(5) {
+            0 => self.client_leaves(request),
+            1 => self.deadline_passes(request),
+            _ if instances.is_empty() => {}
+            _ => {
+                let (i, kind) = (
+                    self.random.pick(&instances),
+                    self.random.pick(&self.settings.faults.clone()),
+                );
+                self.inject(kind, i);
+            }
+        }
+    }
+
+    pub(super) fn client_leaves(&mut self, request: usize) {
+        if self.door.drivers.contains_key(&request) {
+            self.n_injected += 1;
+            self.feel(FaultKind::ClientLeaves, Scope::Request(request), Nanos::from_secs(3));
+            self.tell_arbiter(request, ArbiterFact::ClientGone);
+        }
+    }
+
+    pub(super) fn deadline_passes(&mut self, request: usize) {
+        if self.door.drivers.contains_key(&request) {
+            self.n_injected += 1;
+            self.feel(FaultKind::DeadlinePasses, Scope::Request(request), Nanos::from_secs(3));
+            self.tell_arbiter(request, ArbiterFact::DeadlinePassed);
+        }
+    }
+
+    /// False when it finds nobody.
+    fn inject(&mut self, kind: FaultKind, i: usize) -> bool {
+        let most = self.random.pick(&[20, 500, 2500]);
+        let lasts = Nanos::from_millis(self.random.between(5, most));
         let is_well = self.instances[i].is_up && self.instances[i].hung_until.is_none();
         self.trace(|| format!("FAULT {kind:?} of instance {i}, {:.3} s", lasts.as_secs_f64()));
         let id = self.instances[i].id.clone();
@@ -135,12 +201,13 @@ impl Simulation<'_> {
             }
             FaultKind::RoleChanges if self.door.view.instances().contains_key(&id) => {
                 let role = self.random.pick(&[Role::Prefill, Role::Decode, Role::Mixed]);
-                if role != Role::Prefill || self.door.others_generate(&id) {
-                    self.feel(kind, Scope::Instance(i), felt_for);
-                    self.instances[i].role = role;
-                    let incarnation = self.door.view.instances()[&id].info.incarnation;
-                    self.door.view.apply(ViewEvent::RoleChanged(id, incarnation, role));
+                if role == Role::Prefill && !self.door.others_generate(&id) {
+                    return false;
                 }
+                self.feel(kind, Scope::Instance(i), felt_for);
+                self.instances[i].role = role;
+                let incarnation = self.door.view.instances()[&id].info.incarnation;
+                self.door.view.apply(ViewEvent::RoleChanged(id, incarnation, role));
             }
             FaultKind::DoorDies if self.door.is_up => {
                 self.feel(kind, Scope::Everybody, AFTERMATH);
@@ -148,8 +215,10 @@ impl Simulation<'_> {
                 self.recovers_in(Nanos::from_millis(300), Recovery::DoorRestarts);
             }
             // Those of requests are planned with them; the others have found nobody.
-            _ => {}
+            _ => return false,
         }
+        self.n_injected += 1;
+        true
     }
 
     pub(super) fn recover(&mut self, recovery: Recovery) {
@@ -349,17 +418,18 @@ impl Simulation<'_> {
     }
 
     pub(super) fn delay(&mut self, a: Party, b: Party) -> Nanos {
-        let quick = self.random.between(100_000, 1_500_000);
+        let quick = self.random.between(50_000, self.settings.most_delay.0);
         Nanos(if self.is_slow(a, b) { 20 * quick } else { quick })
     }
 
     /// Of one unit of a frame.
     pub(super) fn unit_time(&self, a: Party, b: Party) -> Nanos {
-        Nanos(if self.is_slow(a, b) { 4_000_000 } else { 100_000 })
+        let quick = self.settings.unit_time.0;
+        Nanos(if self.is_slow(a, b) { 20 * quick } else { quick })
     }
 
     pub(super) fn loses_call(&mut self) -> bool {
-        self.now < self.calls_lost_until && self.random.percent(50)
+        self.now < self.calls_lost_until && self.random.percent(80)
     }
 
     pub(super) fn doubles_call(&mut self) -> bool {

@@ -113,6 +113,8 @@ struct Simulation<'a> {
     calls_doubled_until: Nanos,
     n_recoveries: usize,
     n_faults_left: usize,
+    n_aimed_faults_left: usize,
+    n_injected: u64,
     next_id: u64,
     n_moves: u64,
     n_proposals: u64,
@@ -130,8 +132,7 @@ pub fn run(seed: u64, trace: Option<Trace<'_>>) -> RunReport {
     let mut simulation = Simulation::new(seed, trace);
     let mut n_events = 0;
     let settings = &simulation.settings;
-    let most = settings.span.saturating_add(MOST_TO_THE_END);
-    let n_faults = settings.n_faults as u64;
+    let most = settings.workload.span.saturating_add(MOST_TO_THE_END);
     while let Some((at, event)) = simulation.queue.pop() {
         simulation.now = at;
         n_events += 1;
@@ -156,7 +157,7 @@ pub fn run(seed: u64, trace: Option<Trace<'_>>) -> RunReport {
         n_requests: simulation.planned.len() as u64,
         n_finished: count(|outcome| matches!(outcome, Outcome::Finished(_))),
         n_failed: count(|outcome| !matches!(outcome, Outcome::Finished(_))),
-        n_faults,
+        n_faults: simulation.n_injected,
         n_events,
         n_moves: simulation.n_moves,
         n_proposals: simulation.n_proposals,
@@ -172,14 +173,7 @@ impl<'a> Simulation<'a> {
     fn new(seed: u64, trace: Option<Trace<'a>>) -> Simulation<'a> {
         let mut random = Random::new(seed);
         let settings = Settings::draw(&mut random);
-        let n_requests = settings.n_requests;
-        let planned = workload::plan(
-            &mut random,
-            n_requests,
-            settings.span,
-            settings.max_model_len,
-            settings.max_num_seqs.min(4) as u32,
-        );
+        let planned = workload::plan(&mut random, settings.workload);
         let clients = planned.iter().map(|planned| Client {
             choices: vec![Default::default(); planned.expected.len()],
             outcome: None,
@@ -200,6 +194,8 @@ impl<'a> Simulation<'a> {
             calls_doubled_until: Nanos::ZERO,
             n_recoveries: 0,
             n_faults_left: settings.n_faults,
+            n_aimed_faults_left: settings.n_aimed_faults,
+            n_injected: 0,
             next_id: 0,
             n_moves: 0,
             n_proposals: 0,
@@ -224,7 +220,7 @@ impl<'a> Simulation<'a> {
             self.queue.push(planned.at, Event::World(InWorld::Arrives { request }));
         }
         for _ in 0..self.settings.n_faults {
-            let at = Nanos(self.random.below(self.settings.span.0));
+            let at = Nanos(self.random.below(self.settings.workload.span.0));
             self.queue.push(at, Event::World(InWorld::Fault));
         }
         self.queue
@@ -271,16 +267,12 @@ impl<'a> Simulation<'a> {
     fn in_world(&mut self, event: InWorld) {
         match event {
             InWorld::Arrives { request } => self.door_accepts(request),
-            InWorld::ClientLeaves { request } => {
-                if self.door.drivers.contains_key(&request) {
-                    self.feel(FaultKind::ClientLeaves, Scope::Request(request), Nanos::from_secs(3));
-                    self.tell_arbiter(request, crate::arbiter::ArbiterFact::ClientGone);
-                }
-            }
+            InWorld::ClientLeaves { request } => self.client_leaves(request),
             InWorld::Fault => {
                 self.n_faults_left -= 1;
-                self.inject();
+                self.inject_somewhere();
             }
+            InWorld::AimedFault { request } => self.inject_at(request),
             InWorld::Recovers(recovery) => self.recover(recovery),
             InWorld::Operator => {
                 let generating = self.generating();
@@ -404,7 +396,7 @@ impl<'a> Simulation<'a> {
             block_size: self.settings.block_size as u32,
             n_blocks_total: self.settings.n_blocks as u32,
             max_num_seqs: self.settings.max_num_seqs as u32,
-            max_model_len: self.settings.max_model_len as u32,
+            max_model_len: self.settings.workload.max_model_len as u32,
             kv_bytes_per_token: 1024,
         }
     }

@@ -6,15 +6,13 @@ use super::Simulation;
 use super::coverage::{Transition, migration_fact};
 use super::engine::{Command, Stage};
 use super::network::{AtInstance, Event, Frame, Party, Said};
-use super::prefill::{MAX_IN_FLIGHT, STALL_DEADLINE};
+use super::prefill::MAX_IN_FLIGHT;
 use crate::batch::GroupId;
 use crate::ids::{BlockId, Epoch, Generation, Nanos};
 use crate::request::{ChoiceState, Failure};
 use crate::transfer::{
     ChoicePlan, EndsBy, MAX_STAGES, MigrationAction, MigrationFact, MigrationLimits, MigrationSource, TransferPlan,
 };
-
-const RESUME_DEADLINE: Nanos = Nanos::from_secs(5);
 
 type Pinned = VecDeque<(BlockId, Generation)>;
 
@@ -104,8 +102,8 @@ impl Simulation<'_> {
         let limits = MigrationLimits {
             max_in_flight: MAX_IN_FLIGHT,
             max_blocks_per_frame: 3,
-            stall_deadline: STALL_DEADLINE,
-            resume_deadline: RESUME_DEADLINE,
+            stall_deadline: self.settings.stall_deadline,
+            resume_deadline: self.settings.resume_deadline,
             max_stages: MAX_STAGES,
         };
         mover.pinned = vec![vec![VecDeque::new(); n_layers]; plan.choices.len()];
@@ -145,12 +143,13 @@ impl Simulation<'_> {
                 let machine = mover.machine.as_ref().expect("it has asked");
                 if machine.is_pausing() {
                     let mut known = outputs.iter().zip(&mover.n_known);
-                    assert!(
-                        known.all(|(choice, &n_known)| n_known <= choice.output.len()),
-                        "the destination knows more than was generated"
-                    );
-                    mover.outputs = outputs;
-                    MigrationFact::Paused { end: stage.ends }
+                    // An older attempt at the request was found, because the one that was meant has just ended.
+                    if known.any(|(choice, &n_known)| n_known > choice.output.len()) {
+                        MigrationFact::Interrupted(Failure::Invalid("more is known than was generated".to_owned()))
+                    } else {
+                        mover.outputs = outputs;
+                        MigrationFact::Paused { end: stage.ends }
+                    }
                 } else {
                     MigrationFact::Full { end: stage.ends }
                 }

@@ -243,6 +243,7 @@ pub(super) enum InWorld {
     Arrives { request: usize },
     ClientLeaves { request: usize },
     Fault,
+    AimedFault { request: usize },
     Recovers(super::faults::Recovery),
     Operator,
 }

@@ -11,9 +11,7 @@ use crate::ids::{BlockId, Generation, Nanos};
 use crate::request::{Failure, Finish, Token};
 use crate::transfer::{EndsBy, KvRange, Source, SourceAction, SourceFact, TransferPlan};
 
-pub(super) const STALL_DEADLINE: Nanos = Nanos::from_secs(4);
 pub(super) const MAX_IN_FLIGHT: u32 = 2;
-pub(super) const HEARTBEAT: Nanos = Nanos::from_millis(500);
 
 pub(super) struct Prefill {
     request: usize,
@@ -73,7 +71,7 @@ impl Simulation<'_> {
             transfer,
             Prefill {
                 request,
-                machine: Source::new(plan, MAX_IN_FLIGHT, 3, ends_by, STALL_DEADLINE),
+                machine: Source::new(plan, MAX_IN_FLIGHT, 3, ends_by, self.settings.stall_deadline),
                 group: None,
                 ends_by,
                 pinned: vec![VecDeque::new(); n_layers],
@@ -97,7 +95,7 @@ impl Simulation<'_> {
 
     pub(super) fn heartbeat_in(&mut self, i: usize, transfer: usize) {
         let life = self.instances[i].life(i);
-        let at = self.now.saturating_add(HEARTBEAT);
+        let at = self.now.saturating_add(self.settings.heartbeat);
         self.queue
             .push(at, Event::Instance(life, AtInstance::Heartbeat { transfer }));
     }
@@ -119,7 +117,9 @@ impl Simulation<'_> {
         stream.last_arrival = stream.last_arrival.max(arrives_at);
         let arrives_at = stream.last_arrival;
         if frame.is_metered() {
-            let taken_at = taken_at.max(self.now.saturating_add(Nanos(1000)));
+            // The driver hears of it when it is run again.
+            let after = self.random.below(self.settings.most_delay.0);
+            let taken_at = taken_at.saturating_add(Nanos(1000 + after));
             self.queue
                 .push(taken_at, Event::Instance(from, AtInstance::Taken { transfer }));
         }

@@ -6,6 +6,7 @@ use super::engine::Engine;
 use super::instance::Instance;
 use super::memory::Memory;
 use super::random::{Random, mix};
+use super::workload::Kind;
 use crate::batch::{BatchConfig, BatchScheduler, PrefixCaching};
 use crate::ids::{Fingerprint, InstanceId, Nanos, Role};
 use crate::placement::{Disaggregation, POLICIES, policy};
@@ -21,18 +22,32 @@ pub(super) struct Settings {
     n_layers: usize,
     pub(super) max_num_seqs: usize,
     max_batch_tokens: usize,
-    pub(super) max_model_len: usize,
     prefix_caching: PrefixCaching,
     pub(super) fingerprint: Fingerprint,
     policy: &'static str,
     disaggregation: Disaggregation,
     rebalances: bool,
-    pub(super) n_requests: usize,
-    pub(super) span: Nanos,
+    pub(super) workload: Kind,
+    /// At any time.
     pub(super) n_faults: usize,
+    /// At a moment of a move or a join, and at one of the parties to it.
+    pub(super) n_aimed_faults: usize,
+    pub(super) progress_deadline: Nanos,
+    pub(super) stall_deadline: Nanos,
+    pub(super) resume_deadline: Nanos,
+    pub(super) queue_wait: Nanos,
+    pub(super) call_timeout: Nanos,
     /// Kinds that this run has.
     pub(super) faults: Vec<FaultKind>,
     pub(super) between_moves: Nanos,
+    max_stall: Nanos,
+    max_waiting: usize,
+    pub(super) move_deadline: Nanos,
+    /// Of a message on a quick link.
+    pub(super) most_delay: Nanos,
+    pub(super) heartbeat: Nanos,
+    /// A link carries a block of a layer in four times this.
+    pub(super) unit_time: Nanos,
 }
 
 impl Settings {
@@ -46,7 +61,8 @@ impl Settings {
         let block_size = random.between(2, 5) as usize;
         let max_num_seqs = random.between(4, 12) as usize;
         // The longest request has 36 tokens of prompt and 24 of output; some pools have room for little more.
-        let n_tokens = random.between(64, 400) as usize;
+        let most = random.pick(&[90, 400]);
+        let n_tokens = random.between(64, most) as usize;
         let n_blocks = n_tokens.div_ceil(block_size);
         let injected: Vec<FaultKind> = FaultKind::ALL
             .into_iter()
@@ -58,7 +74,7 @@ impl Settings {
         let mut faults: Vec<FaultKind> = injected
             .iter()
             .copied()
-            .filter(|kind| random.percent(if *kind == FaultKind::DoorDies { 10 } else { 50 }))
+            .filter(|kind| random.percent(if *kind == FaultKind::DoorDies { 30 } else { 50 }))
             .collect();
         if faults.is_empty() {
             faults.push(random.pick(&injected));
@@ -71,7 +87,6 @@ impl Settings {
             n_layers: random.between(1, 2) as usize,
             max_num_seqs,
             max_batch_tokens: random.between(max_num_seqs as u64, 64) as usize,
-            max_model_len: 64.min(n_blocks * block_size),
             prefix_caching: if random.percent(80) {
                 PrefixCaching::On
             } else {
@@ -81,11 +96,30 @@ impl Settings {
             policy: random.pick(&POLICIES),
             disaggregation: random.pick(&[Disaggregation::Auto, Disaggregation::ALWAYS, Disaggregation::ALWAYS]),
             rebalances: random.percent(50),
-            n_requests: random.between(100, 110) as usize,
-            span: Nanos::from_secs(random.between(6, 12)),
-            n_faults: random.between(5, 16) as usize,
+            workload: Kind {
+                n_requests: random.between(100, 110) as usize,
+                span: Nanos::from_secs(random.between(5, 10)),
+                max_model_len: 64.min(n_blocks * block_size),
+                max_n: max_num_seqs.min(4) as u32,
+                leaving_percent: random.pick(&[2, 5, 40]),
+                hurried_percent: random.pick(&[2, 5, 40]),
+                patience_ms: random.pick(&[50, 200, 1500]),
+            },
+            n_faults: random.between(6, 12) as usize,
+            n_aimed_faults: random.between(0, 40) as usize,
+            progress_deadline: Nanos::from_millis(random.pick(&[30, 300, 3000])),
+            stall_deadline: Nanos::from_millis(random.pick(&[100, 1000, 4000])),
+            resume_deadline: Nanos::from_millis(random.pick(&[500, 5000])),
+            queue_wait: Nanos::from_millis(random.pick(&[1000, 8000])),
+            call_timeout: Nanos::from_millis(random.pick(&[200, 2000])),
             faults,
-            between_moves: Nanos::from_millis(random.between(20, 300)),
+            between_moves: Nanos::from_millis(random.pick(&[3, 10, 30, 200])),
+            heartbeat: Nanos::from_millis(random.pick(&[2, 20, 200])),
+            max_stall: Nanos::from_millis(random.pick(&[20, 1000])),
+            max_waiting: random.pick(&[1, 2, 8]),
+            move_deadline: Nanos::from_millis(random.pick(&[30, 300, 2000])),
+            most_delay: Nanos::from_millis(random.pick(&[1, 10, 60])),
+            unit_time: Nanos(random.pick(&[20_000, 200_000, 1_000_000])),
         }
     }
 
@@ -100,11 +134,11 @@ impl Settings {
         let mut config = BatchConfig::new(self.n_blocks, self.block_size, self.fingerprint);
         config.max_num_seqs = self.max_num_seqs;
         config.max_batch_tokens = self.max_batch_tokens;
-        config.max_model_len = self.max_model_len;
-        config.max_waiting = 8;
+        config.max_model_len = self.workload.max_model_len;
+        config.max_waiting = self.max_waiting;
         config.max_deferred_reservations = 3;
         config.max_defer = Nanos::from_millis(500);
-        config.max_stall = Nanos::from_secs(1);
+        config.max_stall = self.max_stall;
         config.prefix_caching = self.prefix_caching;
         let scheduler = BatchScheduler::new(config).expect("limits that work together");
         let memory = Memory::new(self.n_layers, self.n_blocks, self.block_size);
@@ -113,8 +147,8 @@ impl Settings {
             incarnation: 1,
             is_up: true,
             role: self.roles[i],
-            numerics_class: if random % 8 == 0 { "other" } else { "usual" },
-            ends_by: if random / 8 % 2 == 0 {
+            numerics_class: if random.is_multiple_of(8) { "other" } else { "usual" },
+            ends_by: if (random / 8).is_multiple_of(2) {
                 EndsBy::Source
             } else {
                 EndsBy::Destination

@@ -14,8 +14,6 @@ use crate::transfer::{
     ChoicePlan, Destination, DestinationAction, DestinationFact, KvRange, OwedBlocks, TransferId, TransferPlan,
 };
 
-const PROGRESS_DEADLINE: Nanos = Nanos::from_secs(3);
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Local,
@@ -269,7 +267,12 @@ impl Simulation<'_> {
             Kind::Migration => Destination::migration,
             _ => Destination::handoff,
         };
-        let machine = begin(TransferId(transfer as u64), plan.clone(), PROGRESS_DEADLINE, self.now);
+        let machine = begin(
+            TransferId(transfer as u64),
+            plan.clone(),
+            self.settings.progress_deadline,
+            self.now,
+        );
         task.machine = Some(machine);
         let wanted = match task.kind {
             Kind::Migration => Wanted::Migration {
@@ -309,7 +312,7 @@ impl Simulation<'_> {
         } else {
             // Refused soon, or not answered in time.
             let wait = if self.instances[from.instance].is_up {
-                PROGRESS_DEADLINE
+                self.settings.progress_deadline
             } else {
                 delay
             };
@@ -319,6 +322,7 @@ impl Simulation<'_> {
                 .push(at, Event::Instance(to, AtInstance::TransferBroken { transfer, reason }));
         }
         self.set_task_timer(i, id);
+        self.aim(request);
     }
 
     fn set_task_timer(&mut self, i: usize, id: u64) {
@@ -524,7 +528,7 @@ impl Simulation<'_> {
             Kind::Migration => Arrived::Outputs(task.outputs.clone()),
             _ => Arrived::First(task.first.iter().map(|(token, _)| token.clone()).collect()),
         };
-        let numerics = task.numerics;
+        let (numerics, request) = (task.numerics, task.request);
         let (is_migration, outputs, known) = (task.kind == Kind::Migration, task.outputs.clone(), task.state.clone());
         self.command(
             i,
@@ -534,6 +538,7 @@ impl Simulation<'_> {
                 numerics,
             },
         );
+        self.aim(request);
         if !is_migration {
             return;
         }
@@ -566,7 +571,8 @@ impl Simulation<'_> {
         let stream = task.stream;
         let mover = instance.movers.iter().find(|(_, mover)| mover.stream == stream);
         if let Some((&transfer, _)) = mover {
-            let at = self.now.saturating_add(Nanos(1000));
+            let after = self.random.pick(&[1_000, 30_000_000, 150_000_000]);
+            let at = self.now.saturating_add(Nanos(after));
             self.queue
                 .push(at, Event::Instance(to, AtInstance::MoverWord { transfer, epoch }));
         }

@@ -49,18 +49,27 @@ fn undisturbed(request: &Request, choice: u32, max_model_len: usize) -> (Vec<Tok
     }
 }
 
-/// Requests that share prompts' beginnings, over `span`, in order of arrival.
-pub(super) fn plan(
-    random: &mut Random,
-    n_requests: usize,
-    span: Nanos,
-    max_model_len: usize,
-    max_n: u32,
-) -> Vec<Planned> {
+/// What is drawn for all requests of a run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kind {
+    pub(super) n_requests: usize,
+    /// They arrive within this time.
+    pub(super) span: Nanos,
+    pub(super) max_model_len: usize,
+    pub(super) max_n: u32,
+    /// Of a hundred clients, those that leave early, and those with a short deadline.
+    pub(super) leaving_percent: u64,
+    pub(super) hurried_percent: u64,
+    /// Those end within this time.
+    pub(super) patience_ms: u64,
+}
+
+/// Requests that share prompts' beginnings, in order of arrival.
+pub(super) fn plan(random: &mut Random, kind: Kind) -> Vec<Planned> {
     let families: Vec<Vec<TokenId>> = (0..6)
         .map(|_| (0..24).map(|_| random.below(N_VOCAB) as TokenId).collect())
         .collect();
-    let mut times: Vec<u64> = (0..n_requests).map(|_| random.below(span.0)).collect();
+    let mut times: Vec<u64> = (0..kind.n_requests).map(|_| random.below(kind.span.0)).collect();
     times.sort_unstable();
     let planned = times.into_iter().enumerate().map(|(number, at)| {
         let family = &families[random.below(families.len() as u64) as usize];
@@ -69,7 +78,7 @@ pub(super) fn plan(
         let n = if random.percent(75) {
             1
         } else {
-            random.between(2, u64::from(max_n)) as u32
+            random.between(2, u64::from(kind.max_n)) as u32
         };
         let sampling = SamplingParams {
             max_tokens: random.between(1, 24) as u32,
@@ -84,15 +93,15 @@ pub(super) fn plan(
             sampling,
             cache_salt: random.below(2),
         };
-        let after = |random: &mut Random| Nanos::from_millis(random.between(1, 1500));
+        let after = |random: &mut Random| Nanos::from_millis(random.between(1, kind.patience_ms));
         Planned {
             expected: (0..n)
-                .map(|choice| undisturbed(&request, choice, max_model_len))
+                .map(|choice| undisturbed(&request, choice, kind.max_model_len))
                 .collect(),
             request,
             at: Nanos(at),
-            leaves_after: random.percent(4).then(|| after(random)),
-            deadline: random.percent(3).then(|| after(random)),
+            leaves_after: random.percent(kind.leaving_percent).then(|| after(random)),
+            deadline: random.percent(kind.hurried_percent).then(|| after(random)),
         }
     });
     planned.collect()
