@@ -17,6 +17,7 @@ pub mod null_generator;
 pub mod operator;
 pub mod registry;
 pub mod scheduler_process;
+pub mod simulate;
 pub mod supervisor;
 pub mod top;
 pub mod worker_process;

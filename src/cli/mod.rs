@@ -6,6 +6,7 @@ mod doctor;
 mod groups;
 mod scheduler;
 mod serve;
+mod simulate;
 mod top;
 mod worker;
 
@@ -52,6 +53,8 @@ enum Command {
     Bench(Box<bench::BenchFlags>),
     /// Find out what this machine can do
     Doctor(doctor::DoctorFlags),
+    /// Try the cluster's decisions under faults, in virtual time
+    Simulate(simulate::SimulateFlags),
 }
 
 /// Runs the command that the process's arguments name, and says how it ended.
@@ -109,6 +112,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             runtime()?.block_on(crate::bench::run(config))
         }
         Command::Doctor(flags) => flags.run(),
+        Command::Simulate(flags) => flags.run(),
     }
 }
 

@@ -3,9 +3,8 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::coverage::{Transition, arbiter_fact};
-use super::faults::Scope;
 use super::network::{Asked, AtDoor, AtInstance, Call, Event, EventStream, Life, Party, Report, Said};
-use super::{FaultKind, Outcome, Simulation};
+use super::{Outcome, Simulation};
 use crate::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
 use crate::ids::{Epoch, InstanceId, Nanos, Role};
 use crate::placement::{
@@ -234,9 +233,8 @@ impl Simulation<'_> {
             return;
         };
         let due = driver.arbiter.next_tick();
-        if due.is_some() && due != driver.tick_at {
+        if let Some(at) = due.filter(|_| due != driver.tick_at) {
             driver.tick_at = due;
-            let at = due.expect("checked");
             self.queue.push(at, Event::Door(life, AtDoor::ArbiterTick { request }));
         }
     }

@@ -33,7 +33,7 @@ use crate::placement::{InstanceInfo, InstanceLoad};
 use crate::request::{Failure, Finish, Token};
 use crate::transfer::RefusedFrame;
 use door::Door;
-use faults::{Felt, Scope};
+use faults::Felt;
 use instance::Instance;
 use network::{AtDoor, AtInstance, Call, Event, EventStream, InWorld, Life, Party, Report, TransferStream};
 use queue::Queue;

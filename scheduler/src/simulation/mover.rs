@@ -245,9 +245,8 @@ impl Simulation<'_> {
         };
         let actions = machine.apply(self.now, fact);
         let deadline = machine.next_deadline();
-        if deadline.is_some() && mover.deadline_at.is_none() {
+        if let Some(at) = deadline.filter(|_| mover.deadline_at.is_none()) {
             mover.deadline_at = deadline;
-            let at = deadline.expect("checked");
             self.queue
                 .push(at, Event::Instance(life, AtInstance::MoverDeadline { transfer }));
         }
