@@ -323,7 +323,11 @@ impl Arbiter {
         self.newest
     }
 
+    /// Nobody speaks while only the destination of a move is awaited: the stream that spoke is closed.
     fn is_speaking(&self, epoch: Epoch) -> bool {
+        if self.moving.as_ref().is_some_and(|moving| moving.source_lost.is_some()) {
+            return false;
+        }
         epoch == self.speaking || self.spoken_before.contains(&epoch)
     }
 
@@ -445,12 +449,11 @@ impl Arbiter {
         let deadline = now.saturating_add(self.move_deadline);
         match &mut self.moving {
             // The destination may be complete all the same: it is awaited.
-            Some(moving) if moving.source_lost.is_none() && is_retried(&failure) => {
+            Some(moving) if is_retried(&failure) => {
                 moving.source_lost = Some((failure, blamed));
                 moving.deadline.get_or_insert(deadline);
                 vec![ArbiterAction::Close]
             }
-            Some(moving) if moving.source_lost.is_some() => Vec::new(),
             _ => self.lose(failure, blamed),
         }
     }
@@ -577,6 +580,23 @@ mod tests {
                 [ArbiterAction::Close, ArbiterAction::Place]
             );
         }
+    }
+
+    #[test]
+    fn a_lost_source_is_not_heard_while_its_destination_is_awaited() {
+        let mut arbiter = moving();
+        assert_eq!(arbiter.apply(Nanos::ZERO, lost(Epoch(1))), [ArbiterAction::Close]);
+        assert_eq!(arbiter.apply(Nanos::ZERO, token(1, 1)), [ArbiterAction::Discard]);
+        assert!(arbiter.apply(Nanos::ZERO, lost(Epoch(1))).is_empty());
+        assert!(
+            arbiter
+                .apply(Nanos::ZERO, ArbiterFact::MoveCancelled { epoch: Epoch(1) })
+                .is_empty()
+        );
+        assert_eq!(
+            arbiter.apply(Nanos::ZERO, token(2, 1)),
+            [ArbiterAction::Settle, ArbiterAction::Deliver]
+        );
     }
 
     /// Found by the simulation: the words of the first epoch were dropped after the second resume, and the next ones came

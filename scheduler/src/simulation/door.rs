@@ -455,9 +455,15 @@ impl Simulation<'_> {
             }
             AtDoor::NoAnswer { stream } => self.no_answer(stream),
             AtDoor::Word { stream, epoch, said } => {
-                let stream_state = &self.streams[stream];
-                if !stream_state.is_cut && stream_state.is_open_at_door {
+                let EventStream {
+                    is_cut,
+                    is_open_at_door,
+                    ..
+                } = self.streams[stream];
+                if is_open_at_door && !is_cut {
                     self.door_hears(stream, epoch, said);
+                } else if !is_cut && self.random.percent(30) {
+                    self.door_hears_late(stream, epoch, said);
                 }
             }
             AtDoor::Broken { stream } => self.door_hears_break(stream),
@@ -630,6 +636,35 @@ impl Simulation<'_> {
                 let blamed = self.blamed(blamed);
                 self.tell_arbiter(request, ArbiterFact::Failed { epoch, failure, blamed });
             }
+        }
+    }
+
+    /// A word that was taken off a stream before that was closed, and told after: it must change nothing.
+    fn door_hears_late(&mut self, stream: usize, epoch: Epoch, said: Said) {
+        let EventStream { request, to, .. } = self.streams[stream];
+        let blamed = self.blamed(to.instance);
+        let fact = match said {
+            Said::Token { choice, token } => ArbiterFact::Token {
+                epoch,
+                choice,
+                index: token.index,
+            },
+            Said::ChoiceFinished { choice, .. } => ArbiterFact::ChoiceFinished { epoch, choice },
+            Said::Moving => ArbiterFact::Moving { epoch },
+            Said::MoveCancelled => ArbiterFact::MoveCancelled { epoch },
+            Said::Joined => ArbiterFact::Joined { epoch },
+            Said::Ended(Ok(finish)) => ArbiterFact::Finished { epoch, finish },
+            Said::Ended(Err((failure, _))) => ArbiterFact::Failed { epoch, failure, blamed },
+        };
+        if let Some(driver) = self.door.drivers.get_mut(&request) {
+            let before = driver.arbiter.clone();
+            let actions = driver.arbiter.apply(self.now, fact.clone());
+            let is_nothing = actions.iter().all(|action| *action == ArbiterAction::Discard);
+            assert!(
+                is_nothing && driver.arbiter == before,
+                "request {request}: a word of a closed stream was heard: {fact:?} gave {actions:?}"
+            );
+            self.n_discarded += 1;
         }
     }
 

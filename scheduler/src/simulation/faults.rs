@@ -44,6 +44,10 @@ pub(super) enum Recovery {
 impl Simulation<'_> {
     pub(super) fn feel(&mut self, kind: FaultKind, scope: Scope, lasts: Nanos) {
         let until = self.now.saturating_add(lasts);
+        // Who had no room was busy, and lost nobody.
+        if kind != FaultKind::NoRoom {
+            self.last_felt = self.last_felt.max(until);
+        }
         let mut felt = self.felt.iter_mut();
         match felt.find(|felt| felt.kind == kind && felt.scope == scope) {
             Some(felt) => felt.until = felt.until.max(until),

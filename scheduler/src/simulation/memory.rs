@@ -44,7 +44,11 @@ impl Memory {
                 !self.is_pinned(block),
                 "{block:?} was given out while a transfer used it"
             );
-            self.generations[block.0 as usize] = generation;
+            let before = std::mem::replace(&mut self.generations[block.0 as usize], generation);
+            assert_ne!(
+                before, generation,
+                "{block:?} was given out again in the generation it had"
+            );
         }
     }
 

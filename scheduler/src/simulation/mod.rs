@@ -107,6 +107,8 @@ struct Simulation<'a> {
     streams: Vec<EventStream>,
     transfers: Vec<TransferStream>,
     felt: Vec<Felt>,
+    /// Until when any fault is felt by anybody.
+    last_felt: Nanos,
     cuts: Vec<(Party, Party)>,
     slow: Vec<(Party, Party)>,
     calls_lost_until: Nanos,
@@ -188,6 +190,7 @@ impl<'a> Simulation<'a> {
             streams: Vec::new(),
             transfers: Vec::new(),
             felt: Vec::new(),
+            last_felt: Nanos::ZERO,
             cuts: Vec::new(),
             slow: Vec::new(),
             calls_lost_until: Nanos::ZERO,
@@ -475,6 +478,10 @@ impl<'a> Simulation<'a> {
             Outcome::Failed(failure @ (Failure::Internal(_) | Failure::Invalid(_) | Failure::Incompatible(_))) => {
                 panic!("request {request} failed as only a bug can make it fail: {failure}")
             }
+            Outcome::Failed(Failure::InstanceLost(message)) => assert!(
+                self.last_felt >= self.planned[request].at,
+                "request {request} was lost without a fault: {message}"
+            ),
             _ => {}
         }
         let before = client.outcome.replace(outcome);
