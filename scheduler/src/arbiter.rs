@@ -685,13 +685,19 @@ mod tests {
         // What it said before the word reached it counts, what the destination said does not.
         assert_eq!(arbiter.apply(Nanos(2), token(1, 1)), [ArbiterAction::Deliver]);
         assert_eq!(arbiter.apply(Nanos(2), token(2, 2)), [ArbiterAction::Discard]);
-        assert_eq!(arbiter.apply(Nanos(3), token(3, 2)), [ArbiterAction::Deliver]);
         let failure = Failure::InstanceLost("unknown here".into());
-        let epoch = Epoch(3);
+        let resume_failed = ArbiterFact::ResumeFailed {
+            epoch: Epoch(3),
+            failure,
+        };
+        let mut unheard = arbiter.clone();
         assert_eq!(
-            arbiter.apply(Nanos(4), ArbiterFact::ResumeFailed { epoch, failure }),
+            unheard.apply(Nanos(3), resume_failed.clone()),
             [ArbiterAction::Close, ArbiterAction::Place]
         );
+        // Once it is heard in the epoch it was told of it, whatever became of the answer.
+        assert_eq!(arbiter.apply(Nanos(3), token(3, 2)), [ArbiterAction::Deliver]);
+        assert!(arbiter.apply(Nanos(4), resume_failed).is_empty());
     }
 
     #[test]

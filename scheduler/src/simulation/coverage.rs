@@ -106,6 +106,34 @@ impl Coverage {
         }
     }
 
+    /// Pairs of a transition and a fault that were met.
+    pub fn n_pairs(&self) -> usize {
+        self.pairs.values().flatten().filter(|&&n| n > 0).count()
+    }
+
+    /// Pairs that were met although they cannot be.
+    pub fn surprises(&self) -> Vec<(Transition, FaultKind)> {
+        let pairs = self
+            .each_pair()
+            .filter(|&(transition, fault, n)| n > 0 && unreachable(transition, fault).is_some());
+        pairs.map(|(transition, fault, _)| (transition, fault)).collect()
+    }
+
+    /// Pairs that can be and were met less than `at_least` times.
+    pub fn shortfalls(&self, at_least: u64) -> Vec<(Transition, FaultKind, u64)> {
+        let is_short = |&(transition, fault, n): &(Transition, FaultKind, u64)| {
+            n < at_least && unreachable(transition, fault).is_none()
+        };
+        self.each_pair().filter(is_short).collect()
+    }
+
+    fn each_pair(&self) -> impl Iterator<Item = (Transition, FaultKind, u64)> {
+        self.pairs.iter().flat_map(|(&transition, counts)| {
+            let counts = FaultKind::ALL.into_iter().zip(counts);
+            counts.map(move |(fault, &n)| (transition, fault, n))
+        })
+    }
+
     /// Adds another run's counts.
     pub fn add(&mut self, other: &Coverage) {
         for (transition, n) in &other.transitions {
@@ -115,6 +143,20 @@ impl Coverage {
             let pairs = self.pairs.entry(*transition).or_default();
             pairs.iter_mut().zip(others).for_each(|(pair, n)| *pair += n);
         }
+    }
+}
+
+/// Why a transition that happens cannot happen while a fault is felt.
+pub fn unreachable(transition: Transition, fault: FaultKind) -> Option<&'static str> {
+    let Transition { machine, fact, .. } = transition;
+    match fault {
+        FaultKind::ClientLeaves if machine == "arbiter" && fact != "client gone" => {
+            Some("the arbiter ends when it hears that its client has left")
+        }
+        FaultKind::DeadlinePasses if machine == "arbiter" && fact != "deadline passed" => {
+            Some("the arbiter ends when it hears that its deadline has passed")
+        }
+        _ => None,
     }
 }
 

@@ -26,7 +26,7 @@ mod task;
 mod tests;
 mod workload;
 
-pub use coverage::{Coverage, FaultKind, Transition};
+pub use coverage::{Coverage, FaultKind, Transition, unreachable};
 
 use crate::ids::{Incarnation, Nanos, RequestId, TokenId};
 use crate::placement::{InstanceInfo, InstanceLoad};

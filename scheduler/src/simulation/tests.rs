@@ -20,7 +20,7 @@ fn the_first_seeds_pass_and_do_what_they_should() {
     let sum = |of: fn(&super::RunReport) -> u64| reports.iter().map(of).sum::<u64>();
     let (n_requests, n_finished) = (sum(|report| report.n_requests), sum(|report| report.n_finished));
     assert!(
-        n_finished * 10 > n_requests * 7,
+        n_finished * 2 > n_requests,
         "{n_finished} of {n_requests} requests finished"
     );
     assert!(sum(|report| report.n_moves) > 100);
