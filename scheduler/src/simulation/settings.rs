@@ -79,7 +79,7 @@ impl Settings {
         if faults.is_empty() {
             faults.push(random.pick(&injected));
         }
-        Settings {
+        let mut settings = Settings {
             seed: random.next(),
             roles,
             n_blocks,
@@ -120,6 +120,29 @@ impl Settings {
             move_deadline: Nanos::from_millis(random.pick(&[30, 300, 2000])),
             most_delay: Nanos::from_millis(random.pick(&[1, 10, 60])),
             unit_time: Nanos(random.pick(&[20_000, 200_000, 1_000_000])),
+        };
+        if random.percent(30) {
+            settings.become_stormy(random);
+        }
+        settings
+    }
+
+    /// Everything together that makes words of one move come late into the next: moves all the time, long delays, little
+    /// patience, and calls and links that fail.
+    fn become_stormy(&mut self, random: &mut Random) {
+        self.n_blocks = 400usize.div_ceil(self.block_size);
+        self.workload.max_model_len = 64;
+        (self.workload.leaving_percent, self.workload.hurried_percent) = (5, 5);
+        self.workload.patience_ms = 1500;
+        self.between_moves = Nanos::from_millis(3);
+        self.most_delay = Nanos::from_millis(60);
+        self.call_timeout = Nanos::from_millis(200);
+        self.move_deadline = Nanos::from_millis(random.pick(&[30, 100]));
+        self.unit_time = Nanos(random.pick(&[200_000, 1_000_000]));
+        for kind in [FaultKind::CallLost, FaultKind::LinkSlow] {
+            if !self.faults.contains(&kind) {
+                self.faults.push(kind);
+            }
         }
     }
 
