@@ -40,6 +40,8 @@ pub struct EngineConfig {
     pub n_threads: u32,
     /// Memory of the KV cache.
     pub kv_memory: ByteSize,
+    /// Whether the KV cache gets its pages before they are needed.
+    pub kv_prefault: Switch,
     /// Tokens of a block.
     pub block_size: u32,
     /// Longest prompt plus output; the model's own limit when absent.

@@ -11,7 +11,7 @@ use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, ModelFolder, l
 use baton_engine::worker::{
     Identity, KvTransports, Membership, Standing, WorkerOptions, WorkerService, join_registry, serve,
 };
-use baton_engine::{Cpu, DType, keep_freed_memory};
+use baton_engine::{Cpu, DType, KvPrefault, keep_freed_memory};
 use baton_scheduler::batch::{BatchConfig, PrefixCaching};
 use baton_scheduler::ids::{Incarnation, InstanceId, Role};
 use tokio::net::{TcpListener, UnixListener};
@@ -67,6 +67,7 @@ impl WorkerConfig {
         flag("--isa", self.engine.isa.as_str().into());
         flag("--threads", self.engine.n_threads.to_string().into());
         flag("--kv-memory", self.engine.kv_memory.to_string().into());
+        flag("--kv-prefault", self.engine.kv_prefault.as_str().into());
         flag("--block-size", self.engine.block_size.to_string().into());
         if let Some(max_model_len) = self.engine.max_model_len {
             flag("--max-model-len", max_model_len.to_string().into());
@@ -108,6 +109,9 @@ pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> an
         numerics_class: decoder.numerics_class(),
     };
     let share = decoder.kv_cache().share();
+    if config.engine.kv_prefault == Switch::On {
+        prefault(decoder.kv_cache().prefault())?;
+    }
     let batch = batch_config(&config.engine, &mut decoder);
     let engine = start(decoder, EngineConfig::new(batch))?;
     let options = WorkerOptions {
@@ -202,6 +206,24 @@ fn load(folder: &ModelFolder, selection: &ModelSelection, limits: &Limits) -> an
         "model loaded"
     );
     Ok(decoder)
+}
+
+/// Touches the KV cache on a thread that runs when nothing else wants to.
+fn prefault(kv: KvPrefault) -> std::io::Result<()> {
+    let run = move || {
+        // Of this thread alone, as Linux has it.
+        let _ = rustix::process::setpriority_process(None, 19);
+        let began = std::time::Instant::now();
+        match kv.run() {
+            Ok(n_bytes) => {
+                let seconds = began.elapsed().as_secs_f64();
+                tracing::info!(n_bytes, seconds, "KV cache touched");
+            }
+            Err(error) => tracing::warn!(%error, "the KV cache is not touched beforehand"),
+        }
+    };
+    std::thread::Builder::new().name("kv-prefault".into()).spawn(run)?;
+    Ok(())
 }
 
 fn batch_config(limits: &Limits, decoder: &mut Decoder<Cpu>) -> BatchConfig {

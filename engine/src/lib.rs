@@ -10,4 +10,4 @@ pub mod sampler;
 pub mod text;
 pub mod worker;
 
-pub use baton_kernels::{Cpu, DType, Isa, keep_freed_memory};
+pub use baton_kernels::{Cpu, DType, Isa, KvPrefault, keep_freed_memory};

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use baton_kernels::machine::{measure_peak, measure_read_bandwidth};
 use baton_kernels::{
-    AttentionParams, Backend, Cpu, CpuOptions, DType, KvCache, KvLayout, PackedWeights, RaggedBatch, RaggedSequence,
-    SourceTensor, WeightKind, WeightSource, WeightSpec,
+    AttentionParams, Backend, Cpu, CpuOptions, DType, KernelError, KvCache, KvLayout, PackedWeights, RaggedBatch,
+    RaggedSequence, SourceTensor, WeightKind, WeightSource, WeightSpec,
 };
 use criterion::Criterion;
 
@@ -55,7 +55,7 @@ fn main() {
     for (n_in, n_out) in [(2048, 2048), (2048, 8192), (8192, 2048), (2048, 128_256)] {
         linear(bench, n_in, n_out);
     }
-    for context in [1024, 4096] {
+    for context in [1024, 4096, 16_384] {
         decode_attention(bench, context);
     }
     for n_tokens in [512, 2048] {
@@ -185,11 +185,14 @@ fn linear(bench: &mut Bench<'_>, n_in: usize, n_out: usize) {
     }
 }
 
-fn attention(bench: &mut Bench<'_>, name: &str, start_pos: usize, n_tokens: usize) {
+/// How the KV cache gets its memory.
+type MakeCache = fn(KvLayout, usize) -> Result<KvCache, KernelError>;
+
+fn attention(bench: &mut Bench<'_>, name: &str, make_cache: MakeCache, start_pos: usize, n_tokens: usize) {
     let cpu = bench.cpu;
     let context = start_pos + n_tokens;
     let n_blocks = LAYOUT.blocks_for(context);
-    let mut kv = KvCache::new(LAYOUT, n_blocks).expect("a small cache");
+    let mut kv = make_cache(LAYOUT, n_blocks).expect("a small cache");
     let part: Vec<u8> = (0..LAYOUT.part_bytes())
         .map(|i| if i % 2 == 0 { (i * 31) as u8 } else { 0x3d })
         .collect();
@@ -228,9 +231,14 @@ fn attention(bench: &mut Bench<'_>, name: &str, start_pos: usize, n_tokens: usiz
 }
 
 fn decode_attention(bench: &mut Bench<'_>, context: usize) {
-    attention(bench, &format!("attention/decode/context={context}"), context - 1, 1);
+    let private = format!("attention/decode/context={context}");
+    attention(bench, &private, KvCache::new, context - 1, 1);
+    // What instances use, so that other processes can read it; in huge pages only where the system has them for files.
+    let shared = format!("attention/decode/context={context}/shared");
+    attention(bench, &shared, KvCache::shared, context - 1, 1);
 }
 
 fn prefill_attention(bench: &mut Bench<'_>, n_tokens: usize) {
-    attention(bench, &format!("attention/prefill/tokens={n_tokens}"), 0, n_tokens);
+    let name = format!("attention/prefill/tokens={n_tokens}");
+    attention(bench, &name, KvCache::shared, 0, n_tokens);
 }

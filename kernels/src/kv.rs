@@ -7,6 +7,7 @@
 mod foreign;
 mod handles;
 mod memory;
+mod prefault;
 
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -15,13 +16,14 @@ use memory::{Geometry, KvMemory, Part};
 
 pub use foreign::{ForeignKv, KvShare};
 pub use handles::{KvRead, KvWrite};
+pub use prefault::KvPrefault;
 
 use crate::error::KernelError;
 use crate::layout::KvLayout;
 
 /// Owner of the KV memory of one process; lives on the step thread.
 ///
-/// Memory is zero and untouched at the start: pages come with their first use.
+/// Memory is zero and untouched at the start: pages come with their first use, or before it by [`KvCache::prefault`].
 pub struct KvCache {
     memory: Arc<KvMemory>,
     /// Per block, the append that last touched it: no two sequences of a batch may append to one block.
@@ -58,6 +60,11 @@ impl KvCache {
     pub fn share(&self) -> Option<KvShare> {
         let memory = Arc::clone(&self.memory);
         memory.file.is_some().then_some(KvShare { memory })
+    }
+
+    /// The way to have all pages before they are needed.
+    pub fn prefault(&self) -> KvPrefault {
+        KvPrefault::of(&self.memory)
     }
 
     /// Says that what the block holds from here on is another's: must be called before anything is written for it, so

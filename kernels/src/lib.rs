@@ -20,7 +20,7 @@ pub use allocator::keep_freed_memory;
 pub use backend::{AttentionParams, Backend, RaggedBatch, RaggedSequence, RopeParams};
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::KernelError;
-pub use kv::{ForeignKv, KvCache, KvRead, KvShare, KvWrite};
+pub use kv::{ForeignKv, KvCache, KvPrefault, KvRead, KvShare, KvWrite};
 pub use layout::{DType, KvLayout};
 pub use mapped_file::MappedFile;
 pub use packed::{PackedWeights, SourceTensor, WeightKind, WeightSource, WeightSpec};

@@ -106,6 +106,10 @@ pub struct EngineFlags {
     /// KV cache of each instance [default: 2GiB, or less: all instances together take at most half of the free memory]
     #[arg(long, value_name = "SIZE", value_parser = flag::<ByteSize>)]
     pub kv_memory: Option<ByteSize>,
+    /// Touch all of the KV cache in the background, so that no request waits for memory to be used for the first time
+    /// [default: on when kv_memory is given]
+    #[arg(long, value_enum)]
+    pub kv_prefault: Option<Switch>,
     /// Tokens of a KV block: a power of two up to 256 [default: 16]
     #[arg(long, value_name = "TOKENS", value_parser = flag::<NonZeroU32>)]
     pub block_size: Option<NonZeroU32>,
@@ -148,7 +152,12 @@ impl EngineFlags {
             Some(n_threads) => n_threads.get(),
             None => u32::try_from(machine.threads_per_instance(n_instances)).unwrap_or(u32::MAX),
         };
-        let kv_memory = layers.pick("kv_memory", self.kv_memory)?.unwrap_or_else(|| {
+        let kv_memory = layers.pick("kv_memory", self.kv_memory)?;
+        // A default size is a guess, and a guess must not fill the machine.
+        let kv_prefault = layers
+            .pick("kv_prefault", self.kv_prefault)?
+            .unwrap_or(if kv_memory.is_some() { Switch::On } else { Switch::Off });
+        let kv_memory = kv_memory.unwrap_or_else(|| {
             // A machine this full will fail later and say where; a cache of zero bytes would only hide it.
             let share = machine.kv_share_bytes(n_instances).max(1 << 20);
             EngineConfig::DEFAULT_KV_MEMORY.min(ByteSize(share >> 20 << 20))
@@ -162,6 +171,7 @@ impl EngineFlags {
             isa: layers.pick("isa", self.isa)?.unwrap_or(InstructionSet::Auto),
             n_threads,
             kv_memory,
+            kv_prefault,
             block_size,
             max_model_len,
             max_num_seqs: max_num_seqs.get(),

@@ -31,6 +31,7 @@ pub const KEYS: &[Key] = &[
     open("device"),
     open("isa"),
     open("kv_memory"),
+    open("kv_prefault"),
     open("max_model_len"),
     open("max_num_seqs"),
     open("max_batch_tokens"),

@@ -161,6 +161,17 @@ impl KvMemory {
         }
     }
 
+    /// Gives the range pages to be written to, without changing what they hold.
+    pub(super) fn populate(&self, offset: usize, n_bytes: usize) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        return self.map.advise_range(memmap2::Advice::PopulateWrite, offset, n_bytes);
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = (offset, n_bytes);
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
     /// Start of a part; in range because every caller has checked layer and block, which is asserted again here.
     pub(super) fn part(&self, layer: usize, block: u32, part: Part) -> *mut u8 {
         self.map

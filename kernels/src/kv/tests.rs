@@ -47,6 +47,28 @@ fn what_is_written_is_read_and_neighbours_stay_zero() {
 }
 
 #[test]
+fn prefaulting_touches_all_and_changes_nothing() {
+    for mut kv in [cache(), KvCache::shared(LAYOUT, 5).unwrap()] {
+        let part = vec![7; LAYOUT.part_bytes()];
+        let mut writer = kv.write_handle(1).unwrap();
+        writer.write(1, &part, &part).unwrap();
+        writer.seal();
+        let n_bytes = kv.prefault().run().unwrap();
+        assert_eq!(n_bytes, kv.memory.geometry.n_bytes);
+        if let Some(share) = kv.share() {
+            let file = std::fs::File::from(share.as_fd().try_clone_to_owned().unwrap());
+            let n_sectors = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
+            assert!(n_sectors * 512 >= n_bytes as u64, "{n_sectors} sectors");
+        }
+        assert_eq!(kv.pin(1, 1).value(), part);
+        assert!(kv.pin(0, 1).value().iter().all(|&byte| byte == 0));
+        let prefault = kv.prefault();
+        drop(kv);
+        assert_eq!(prefault.run().unwrap(), 0, "of a cache that has gone");
+    }
+}
+
+#[test]
 fn pins_count_clones_over_layers_and_outlive_the_cache() {
     let mut kv = cache();
     let a = kv.pin(0, 2);
