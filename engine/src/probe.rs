@@ -8,11 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use baton_kernels::{DType, KernelError, KvCache, KvLayout, KvWrite};
-use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::worker_client::WorkerClient;
-use baton_proto::cluster::worker_server::{Worker, WorkerServer};
+use baton_proto::cluster::worker_server::Worker;
 use baton_proto::cluster::{self, transfer_frame::Frame};
 use baton_proto::link::{KV_FRAME_BYTES, LinkError, LinkOptions, MAX_MESSAGE_BYTES};
+use baton_proto::{PROTOCOL_VERSION, RawFrames};
 use baton_scheduler::ids::{Fingerprint, Incarnation, InstanceId};
 use baton_scheduler::transfer::{EndsBy, KvRange, TransferId};
 use futures::stream::Empty;
@@ -174,8 +174,8 @@ impl ProbeSource {
             stream.set_nodelay(true)?;
             Ok::<_, io::Error>(stream)
         });
-        let server = WorkerServer::new(service).max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let grpc = tokio::spawn(link.server().add_service(server).serve_with_incoming(grpc));
+        let server = link.server().add_service(RawFrames::new(service));
+        let grpc = tokio::spawn(server.serve_with_incoming(grpc));
         // Ends with the process: a blocking accept cannot be woken.
         std::thread::spawn(move || {
             for socket in raw.incoming().map_while(Result::ok) {

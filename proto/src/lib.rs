@@ -1,8 +1,11 @@
-//! The wire: generated code of the `.proto` files, and `convert`, the one place where wire types meet domain types.
-//! No policy, no I/O.
+//! The wire: generated code of the `.proto` files, `convert`, the one place where wire types meet domain types, and how KV is
+//! framed. No policy, no I/O.
 
 pub mod convert;
 pub mod link;
+mod raw_frames;
+
+pub use raw_frames::RawFrames;
 
 /// The public API, `baton.v1`.
 #[allow(missing_docs, unused_qualifications, clippy::all)]

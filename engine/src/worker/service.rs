@@ -4,11 +4,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_proto::cluster;
 use baton_proto::cluster::generate_event::Event;
-use baton_proto::cluster::worker_server::{self, WorkerServer};
+use baton_proto::cluster::worker_server;
 use baton_proto::convert::request_id_from_wire;
-use baton_proto::link::MAX_MESSAGE_BYTES;
+use baton_proto::{RawFrames, cluster};
 use baton_scheduler::ids::Epoch;
 use baton_scheduler::pacer::Pacer;
 use baton_scheduler::request::{Failure, PortableState};
@@ -281,9 +280,7 @@ where
     IO: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let worker = Arc::clone(&service.worker);
-    let server = WorkerServer::new(service)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let server = RawFrames::new(service);
     let server = tonic::service::interceptor::InterceptedService::new(server, worker.options.link.require_secret());
     let stopping = shutdown.clone();
     let serving = worker
