@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use baton_scheduler::ids::InstanceId;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -11,7 +12,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
 use crate::api::metrics::MetricsRegistry;
-use crate::door::{Cluster, Member};
+use crate::door::{Cluster, Member, MoveMetrics};
 use crate::metric_names as names;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -51,6 +52,12 @@ impl Collector for MemberCollector {
                 }
             }
         }
+        let help = "1 while an instance is being emptied";
+        let mut family = encoder.encode_descriptor(names::INSTANCE_DRAINING, help, None, MetricType::Gauge)?;
+        for member in &members {
+            let id = InstanceId::new(&member.join.instance_id);
+            ConstGauge::new(i64::from(self.0.is_draining(&id))).encode(family.encode_family(&Labels::of(member))?)?;
+        }
         let help = "1 while an instance's ledger of blocks adds up";
         let mut family = encoder.encode_descriptor(names::INSTANCE_LEDGER_WHOLE, help, None, MetricType::Gauge)?;
         for member in &members {
@@ -61,7 +68,30 @@ impl Collector for MemberCollector {
     }
 }
 
-/// Exports what the members of `cluster` report.
-pub fn register(registry: &MetricsRegistry, cluster: &Arc<Cluster>) {
+/// Exports what the members of `cluster` report, and what moves come to.
+pub fn register(registry: &MetricsRegistry, cluster: &Arc<Cluster>, moves: &MoveMetrics) {
+    let moves = moves.clone();
+    registry.register(names::MOVES, "Orders to move a request that ended", moves.moves);
+    registry.register(
+        names::MOVE_SECONDS,
+        "Seconds from order to settlement of a move",
+        moves.seconds,
+    );
+    registry.register(
+        names::MOVE_PAUSE_SECONDS,
+        "Seconds a moving request stood still, as the front door sees it",
+        moves.pause_seconds,
+    );
+    registry.register(
+        names::STALE_EVENTS,
+        "Tokens and ends known already, or of an instance that no longer speaks",
+        moves.stale,
+    );
+    registry.register(names::REPLAYS, "Placements after a request's first", moves.replays);
+    registry.register(
+        names::REBALANCE_PROPOSALS,
+        "Moves the rebalancer proposed",
+        moves.proposals,
+    );
     registry.register_collector(Box::new(MemberCollector(Arc::clone(cluster))));
 }

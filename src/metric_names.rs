@@ -52,6 +52,22 @@ pub const BUILD_INFO: &str = "baton_build_info";
 /// Gauge: connections open on the front door's port.
 pub const CONNECTIONS: &str = "baton_connections";
 
+/// Counter, labels `reason` (`operator`, `drain`, `role`, `rebalance`), `outcome` (`settled`, `failed`, `refused`): orders to
+/// move a request that ended.
+pub const MOVES: &str = "baton_moves";
+/// Histogram, seconds: order to settlement of a move.
+pub const MOVE_SECONDS: &str = "baton_move_seconds";
+/// Histogram, seconds: a source's word that it is about to pause to the destination's first word, moves that settled.
+pub const MOVE_PAUSE_SECONDS: &str = "baton_move_pause_seconds";
+/// Counter: tokens and ends of choices that were known already, or that an instance said which no longer speaks.
+pub const STALE_EVENTS: &str = "baton_stale_events";
+/// Counter: placements after a request's first: an instance was lost or said busy.
+pub const REPLAYS: &str = "baton_replays";
+/// Counter, labels `reason` (`balance`, `defragment`), `done` (`advised`, `ordered`): moves the rebalancer proposed.
+pub const REBALANCE_PROPOSALS: &str = "baton_rebalance_proposals";
+/// Gauge, labels `instance`, `role`: 1 while an instance is being emptied.
+pub const INSTANCE_DRAINING: &str = "baton_instance_draining";
+
 /// Values of the label `phase` of [`REQUEST_PHASE`].
 pub mod phase {
     /// Read to tokenized.

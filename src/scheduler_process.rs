@@ -106,7 +106,7 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
 
     let api_key = config.api_key.as_ref().map(|key| ApiKey::new(key.expose()));
     let metrics = MetricsRegistry::default();
-    cluster_metrics::register(&metrics, &cluster);
+    cluster_metrics::register(&metrics, &cluster, door.move_metrics());
     let api_options = ApiOptions {
         api_key,
         ..ApiOptions::default()
@@ -130,7 +130,14 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     };
     let balanced = rebalancing.map(|rebalancing| {
         let cluster = Arc::clone(&cluster);
-        tokio::spawn(keep_balanced(cluster, door.requests(), rebalancing, shutdown.clone()))
+        let metrics = door.move_metrics().clone();
+        tokio::spawn(keep_balanced(
+            cluster,
+            door.requests(),
+            rebalancing,
+            metrics,
+            shutdown.clone(),
+        ))
     });
     let operator = OperatorService::new(Arc::clone(&cluster), door.requests(), emptying);
     let operator = OperatorServer::new(operator);

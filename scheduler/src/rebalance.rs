@@ -66,6 +66,16 @@ pub enum RebalanceReason {
     Defragment,
 }
 
+impl RebalanceReason {
+    /// As a label value.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            RebalanceReason::Balance => "balance",
+            RebalanceReason::Defragment => "defragment",
+        }
+    }
+}
+
 /// A move that would help.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoveProposal {

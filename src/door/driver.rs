@@ -18,7 +18,8 @@ use tokio::time::Instant;
 use super::admission::{Admission, QueuePlace, Wanted, place_when_possible};
 use super::cluster::{Called, Cluster, Reachable};
 use super::front_door::FrontDoorOptions;
-use super::moves::{Listed, MoveError, MoveOrder, Moved, RequestStage};
+use super::move_metrics::{MoveMetrics, MoveOutcome};
+use super::moves::{Listed, MoveError, MoveOrder, MoveReason, Moved, RequestStage};
 use super::streams::{self, OpenStream, Opening};
 use super::{DoorEvent, Submission, Usage};
 
@@ -33,6 +34,7 @@ pub(super) struct RequestDriver {
     deadline: Option<Instant>,
     events: mpsc::Sender<DoorEvent>,
     listed: Listed,
+    metrics: MoveMetrics,
     arbiter: Arbiter,
     wanted: Wanted,
     /// What was delivered.
@@ -57,7 +59,10 @@ struct Order {
     from: InstanceId,
     to: InstanceId,
     destination: Option<Called>,
+    reason: MoveReason,
     began: Instant,
+    /// When the source said that it is about to pause.
+    pauses_at: Option<Instant>,
     /// Why the destination failed, when it said so.
     failure: Option<Failure>,
     reply: oneshot::Sender<Result<Moved, MoveError>>,
@@ -88,6 +93,7 @@ impl RequestDriver {
         submission: Submission,
         events: mpsc::Sender<DoorEvent>,
         listed: Listed,
+        metrics: MoveMetrics,
     ) -> RequestDriver {
         let usage = Usage {
             n_prompt_tokens: submission.request.prompt_ids.len() as u32,
@@ -102,6 +108,7 @@ impl RequestDriver {
             deadline: submission.deadline.map(|left| Instant::now() + left),
             events,
             listed,
+            metrics,
             arbiter: Arbiter::new(n, move_deadline),
             wanted: Wanted::new(submission.request.clone()),
             choices: vec![ChoiceState::default(); n as usize],
@@ -237,6 +244,7 @@ impl RequestDriver {
         for action in actions {
             match action {
                 ArbiterAction::Place => {
+                    self.metrics.replays.inc();
                     self.cluster.close(self.submission.request.id);
                     self.listed.request.update(|progress| {
                         progress.stage = RequestStage::Queued;
@@ -259,6 +267,7 @@ impl RequestDriver {
                 ArbiterAction::Settle => self.settle(),
                 ArbiterAction::RefuseMove(reason) => {
                     if let Some(order) = self.order.take() {
+                        self.metrics.ended(order.reason, MoveOutcome::Refused);
                         self.cluster.move_ended(self.submission.request.id);
                         let _ = order.reply.send(Err(MoveError::Refused(reason.to_owned())));
                     }
@@ -322,12 +331,17 @@ impl RequestDriver {
         }
     }
 
+    fn refuse_order(&self, order: MoveOrder, error: MoveError) {
+        self.metrics.ended(order.reason, MoveOutcome::Refused);
+        order.refuse(error);
+    }
+
     fn take_order(&mut self, order: MoveOrder) {
         if self.order.is_some() {
-            return order.refuse(MoveError::Refused("a move of it is under way".to_owned()));
+            return self.refuse_order(order, MoveError::Refused("a move of it is under way".to_owned()));
         }
         let Some(source) = &self.speaking else {
-            return order.refuse(MoveError::Refused("it is being placed".to_owned()));
+            return self.refuse_order(order, MoveError::Refused("it is being placed".to_owned()));
         };
         let longest = self.choices.iter().map(|choice| choice.output.len() as u32).max();
         let n_tokens = self.usage.n_prompt_tokens + longest.unwrap_or(0);
@@ -350,13 +364,15 @@ impl RequestDriver {
                     from: source.instance.clone(),
                     to,
                     destination: Some(called),
+                    reason: order.reason,
                     began: Instant::now(),
+                    pauses_at: None,
                     failure: None,
                     reply: order.reply,
                 });
                 self.facts.push_back(ArbiterFact::MoveWanted);
             }
-            Err(error) => order.refuse(error),
+            Err(error) => self.refuse_order(order, error),
         }
     }
 
@@ -386,6 +402,7 @@ impl RequestDriver {
             progress.destination = None;
         });
         if let Some(order) = self.order.take() {
+            self.metrics.ended(order.reason, MoveOutcome::Failed);
             let reason = match order.failure {
                 Some(failure) => failure.to_string(),
                 None => "it was given up by the source, or not complete in time".to_owned(),
@@ -416,10 +433,13 @@ impl RequestDriver {
             progress.n_moves = n_moves;
         });
         tracing::debug!(request_id = %self.submission.request.id, from = %order.from, to = %order.to, "moved");
+        let took = order.began.elapsed();
+        let paused = order.pauses_at.map(|at| at.elapsed());
+        self.metrics.settled(order.reason, took, paused);
         let moved = Moved {
             from: order.from,
             to: order.to,
-            took: order.began.elapsed(),
+            took,
         };
         let _ = order.reply.send(Ok(moved));
     }
@@ -494,7 +514,12 @@ impl RequestDriver {
                     blamed: Some(instance),
                 }),
             },
-            Event::Moving(_) => self.facts.push_back(ArbiterFact::Moving { epoch }),
+            Event::Moving(_) => {
+                if let Some(order) = &mut self.order {
+                    order.pauses_at = Some(Instant::now());
+                }
+                self.facts.push_back(ArbiterFact::Moving { epoch });
+            }
             Event::MoveCancelled(cancelled) => {
                 if let Some(order) = &mut self.order {
                     order.failure = cancelled.failure.map(Into::into);
@@ -536,7 +561,9 @@ impl RequestDriver {
                     let token = token.clone();
                     self.deliver(DoorEvent::Token { choice, token }).await;
                 }
-                ArbiterAction::Discard => {}
+                ArbiterAction::Discard => {
+                    self.metrics.stale.inc();
+                }
                 other => self.obey(vec![other]).await,
             }
         }
@@ -550,7 +577,9 @@ impl RequestDriver {
                     self.choices[choice as usize].finish = Some(finish);
                     self.deliver(DoorEvent::ChoiceFinished { choice, finish }).await;
                 }
-                ArbiterAction::Discard => {}
+                ArbiterAction::Discard => {
+                    self.metrics.stale.inc();
+                }
                 other => self.obey(vec![other]).await,
             }
         }

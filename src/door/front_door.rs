@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use super::admission::Admission;
 use super::cluster::Cluster;
 use super::driver::RequestDriver;
+use super::move_metrics::MoveMetrics;
 use super::moves::OpenRequests;
 use super::{DoorLoad, Generator, Rejection, RequestStream, Submission};
 
@@ -48,6 +49,7 @@ pub struct FrontDoor {
     admission: Arc<Admission>,
     options: FrontDoorOptions,
     requests: OpenRequests,
+    metrics: MoveMetrics,
     tasks: TaskTracker,
     n_running: Arc<AtomicUsize>,
 }
@@ -61,6 +63,7 @@ impl FrontDoor {
             admission,
             options,
             requests: OpenRequests::default(),
+            metrics: MoveMetrics::default(),
             tasks: TaskTracker::new(),
             n_running: Arc::default(),
         }
@@ -69,6 +72,11 @@ impl FrontDoor {
     /// The requests open here.
     pub fn requests(&self) -> OpenRequests {
         self.requests.clone()
+    }
+
+    /// What moves and replays come to.
+    pub fn move_metrics(&self) -> &MoveMetrics {
+        &self.metrics
     }
 
     /// Waits until every request has ended; no further ones may be submitted.
@@ -95,6 +103,7 @@ impl Generator for FrontDoor {
                 submission,
                 events,
                 listed,
+                self.metrics.clone(),
             );
             let running = Running::count(&self.n_running);
             self.tasks.spawn(async move {

@@ -6,6 +6,7 @@ mod cluster;
 mod driver;
 mod emptying;
 mod front_door;
+mod move_metrics;
 mod moves;
 mod rebalancing;
 mod streams;
@@ -22,6 +23,7 @@ use tokio::sync::mpsc;
 pub use cluster::{Cluster, Commands, JoinError, Member};
 pub use emptying::{EmptyingTotals, keep_emptying, n_open};
 pub use front_door::{FrontDoor, FrontDoorOptions};
+pub use move_metrics::MoveMetrics;
 pub use moves::{MoveError, MoveReason, Moved, OpenRequest, OpenRequests, RequestProgress, RequestStage};
 pub use rebalancing::{Rebalancing, keep_balanced};
 

@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::Cluster;
+use super::move_metrics::MoveMetrics;
 use super::moves::{MoveReason, OpenRequest, OpenRequests, RequestStage};
 
 /// How often the rebalancer is asked.
@@ -29,6 +30,7 @@ pub async fn keep_balanced(
     cluster: Arc<Cluster>,
     requests: OpenRequests,
     rebalancing: Rebalancing,
+    metrics: MoveMetrics,
     shutdown: CancellationToken,
 ) {
     let mut rebalancer = Rebalancer::new(RebalanceConfig::default());
@@ -64,6 +66,11 @@ pub async fn keep_balanced(
             continue;
         };
         tracing::info!(request_id = %request, label = %open.label, %from, %to, ?reason, ?rebalancing, "should move");
+        let done = match rebalancing {
+            Rebalancing::Advise => "advised",
+            Rebalancing::Act => "ordered",
+        };
+        metrics.proposed(reason.as_str(), done);
         // So that it is not proposed again in the next round.
         rebalancer.ended(now, request, true);
         if rebalancing == Rebalancing::Act {

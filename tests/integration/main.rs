@@ -10,6 +10,7 @@ mod layerwise;
 mod moves;
 mod operations;
 mod purity;
+mod rolling;
 mod soak;
 mod storm;
 mod throttle;
