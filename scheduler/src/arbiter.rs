@@ -61,7 +61,8 @@ pub enum ArbiterFact {
         /// The epoch it was said in.
         epoch: Epoch,
     },
-    /// The source could not be told to resume, or knows nothing of the request.
+    /// The source could not be told to resume: nobody answered. An answer that there is nothing to resume is no failure: the
+    /// request has ended there or was told before, and its stream, which is in order, says the rest or breaks.
     ResumeFailed {
         /// The epoch it should have spoken in.
         epoch: Epoch,

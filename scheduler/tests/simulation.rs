@@ -11,6 +11,9 @@ use baton_scheduler::simulation::{Coverage, run};
 /// About two minutes on two cores.
 const SEEDS: u64 = 20_000;
 
+/// Every transition that can be is met this often together with every fault that can be felt then.
+const AT_LEAST: u64 = 100;
+
 fn setting(name: &str, default: u64) -> u64 {
     let value = std::env::var(name).ok();
     value.map_or(default, |value| {
@@ -64,4 +67,16 @@ fn every_seed_of_the_fixed_set_passes() {
     );
     let surprises = coverage.surprises();
     assert!(surprises.is_empty(), "what cannot be has been: {surprises:?}");
+    if n_seeds >= SEEDS {
+        let shortfalls = coverage.shortfalls(AT_LEAST);
+        let lines = shortfalls
+            .iter()
+            .map(|(transition, fault, n)| format!("{transition} / {}: {n}", fault.as_str()));
+        let lines: Vec<String> = lines.collect();
+        assert!(
+            lines.is_empty(),
+            "met less than {AT_LEAST} times:\n{}",
+            lines.join("\n")
+        );
+    }
 }

@@ -94,7 +94,11 @@ pub(super) fn attach(cluster: &Cluster, state: &PortableState, source: cluster::
     Box::pin(async move { opened(client.attach(request), destination, opened_at, limit).await })
 }
 
-/// Tells the source of a failed move to go on.
+/// Tells the source of a failed move to go on. Whatever it answers, it was told, or has nothing to resume; then its stream
+/// says what became of the request, and giving that up would compute again what is on its way.
+///
+/// # Errors
+/// `InstanceLost` when nobody answers.
 pub(super) fn resume(
     cluster: &Cluster,
     source: &OpenStream,
@@ -112,11 +116,13 @@ pub(super) fn resume(
     Box::pin(async move {
         let lost = |reason: &str| Failure::InstanceLost(format!("{instance} could not be told to go on: {reason}"));
         match tokio::time::timeout(limit, client.resume(request)).await {
-            Ok(Ok(answer)) => match answer.into_inner().failure {
-                None => Ok(()),
-                // Whatever it is called there, here the source is lost.
-                Some(failure) => Err(lost(&Failure::from(failure).to_string())),
-            },
+            Ok(Ok(answer)) => {
+                if let Some(failure) = answer.into_inner().failure {
+                    let failure = Failure::from(failure);
+                    tracing::debug!(%instance, %failure, "there is nothing to resume");
+                }
+                Ok(())
+            }
             Ok(Err(status)) => Err(lost(&said(&status))),
             Err(_) => Err(lost("no answer to the call")),
         }

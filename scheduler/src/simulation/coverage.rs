@@ -1,8 +1,9 @@
 //! Which transitions of which machines happened while which faults were felt.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use super::reachable::{every_transition, never, never_with};
 use crate::arbiter::ArbiterFact;
 use crate::transfer::{DestinationFact, MigrationFact, SourceFact};
 
@@ -111,27 +112,32 @@ impl Coverage {
         self.pairs.values().flatten().filter(|&&n| n > 0).count()
     }
 
-    /// Pairs that were met although they cannot be.
-    pub fn surprises(&self) -> Vec<(Transition, FaultKind)> {
-        let pairs = self
-            .each_pair()
-            .filter(|&(transition, fault, n)| n > 0 && unreachable(transition, fault).is_some());
-        pairs.map(|(transition, fault, _)| (transition, fault)).collect()
+    /// Pairs that were met although they cannot be, and transitions that nobody knows.
+    pub fn surprises(&self) -> Vec<(Transition, Option<FaultKind>)> {
+        let known: BTreeSet<Transition> = every_transition().collect();
+        let alone = self.transitions.keys().copied();
+        let alone = alone.filter(|transition| !known.contains(transition) || never(*transition).is_some());
+        let pairs = self.pairs.iter().flat_map(|(&transition, counts)| {
+            let met = FaultKind::ALL.into_iter().zip(counts).filter(|&(_, &n)| n > 0);
+            met.map(move |(fault, _)| (transition, fault))
+        });
+        let pairs = pairs.filter(|&(transition, fault)| never_with(transition, fault).is_some());
+        let pairs = pairs.map(|(transition, fault)| (transition, Some(fault)));
+        alone.map(|transition| (transition, None)).chain(pairs).collect()
     }
 
     /// Pairs that can be and were met less than `at_least` times.
     pub fn shortfalls(&self, at_least: u64) -> Vec<(Transition, FaultKind, u64)> {
-        let is_short = |&(transition, fault, n): &(Transition, FaultKind, u64)| {
-            n < at_least && unreachable(transition, fault).is_none()
-        };
-        self.each_pair().filter(is_short).collect()
-    }
-
-    fn each_pair(&self) -> impl Iterator<Item = (Transition, FaultKind, u64)> {
-        self.pairs.iter().flat_map(|(&transition, counts)| {
-            let counts = FaultKind::ALL.into_iter().zip(counts);
-            counts.map(move |(fault, &n)| (transition, fault, n))
-        })
+        let pairs = every_transition().flat_map(|transition| {
+            let counts = self.pairs.get(&transition).copied().unwrap_or_default();
+            FaultKind::ALL
+                .into_iter()
+                .zip(counts)
+                .map(move |(fault, n)| (transition, fault, n))
+        });
+        pairs
+            .filter(|&(transition, fault, n)| n < at_least && never_with(transition, fault).is_none())
+            .collect()
     }
 
     /// Adds another run's counts.
@@ -143,20 +149,6 @@ impl Coverage {
             let pairs = self.pairs.entry(*transition).or_default();
             pairs.iter_mut().zip(others).for_each(|(pair, n)| *pair += n);
         }
-    }
-}
-
-/// Why a transition that happens cannot happen while a fault is felt.
-pub fn unreachable(transition: Transition, fault: FaultKind) -> Option<&'static str> {
-    let Transition { machine, fact, .. } = transition;
-    match fault {
-        FaultKind::ClientLeaves if machine == "arbiter" && fact != "client gone" => {
-            Some("the arbiter ends when it hears that its client has left")
-        }
-        FaultKind::DeadlinePasses if machine == "arbiter" && fact != "deadline passed" => {
-            Some("the arbiter ends when it hears that its deadline has passed")
-        }
-        _ => None,
     }
 }
 

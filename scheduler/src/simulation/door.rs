@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::coverage::{Transition, arbiter_fact};
-use super::network::{Asked, AtDoor, AtInstance, Call, Event, EventStream, Life, Party, Report, Said};
+use super::network::{Asked, AtDoor, AtInstance, Call, Event, EventStream, InWorld, Life, Party, Report, Said};
 use super::{Outcome, Simulation};
 use crate::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
 use crate::ids::{Epoch, InstanceId, Nanos, Role};
@@ -312,8 +312,13 @@ impl Simulation<'_> {
                 let source = driver.speaking.map(|stream| self.streams[stream].to);
                 let to = source.expect("a source that can resume has its stream");
                 self.call_resume(request, to, epoch);
-                if self.random.percent(15) {
-                    self.aim_soon(request);
+                self.aim_often(request);
+                if self.random.percent(self.settings.again_percent) {
+                    let most = self.settings.most_delay.0;
+                    let most = self.random.pick(&[most / 20, most / 4, 2 * most]);
+                    let after = self.random.below(most);
+                    let again = Event::World(InWorld::MoveAgain { request });
+                    self.queue.push(self.now.saturating_add(Nanos(after)), again);
                 }
             }
             ArbiterAction::Deliver | ArbiterAction::Discard => unreachable!("tokens are applied as they come"),
@@ -430,7 +435,7 @@ impl Simulation<'_> {
         let none = AtDoor::ResumeAnswered {
             request,
             epoch,
-            failure: Some(Failure::InstanceLost("no answer to the call".to_owned())),
+            is_told: false,
         };
         self.queue.push(
             self.now.saturating_add(self.settings.call_timeout),
@@ -470,16 +475,15 @@ impl Simulation<'_> {
             AtDoor::ResumeAnswered {
                 request,
                 epoch,
-                failure,
+                is_told,
             } => {
                 let Some(driver) = self.door.drivers.get_mut(&request) else {
                     return;
                 };
                 if driver.resuming == Some(epoch) {
                     driver.resuming = None;
-                    if let Some(failure) = failure {
-                        // Whatever it is called there, here the source is lost.
-                        let failure = Failure::InstanceLost(failure.to_string());
+                    if !is_told {
+                        let failure = Failure::InstanceLost("no answer to the call".to_owned());
                         self.tell_arbiter(request, ArbiterFact::ResumeFailed { epoch, failure });
                     }
                 }

@@ -108,6 +108,13 @@ impl Simulation<'_> {
         }
     }
 
+    /// As [`Simulation::aim`], at what happens so seldom that it is not counted.
+    pub(super) fn aim_often(&mut self, request: usize) {
+        if self.now < self.settings.workload.span && self.random.percent(self.settings.aim_percent) {
+            self.aim_soon(request);
+        }
+    }
+
     pub(super) fn aim_soon(&mut self, request: usize) {
         let most = self.random.pick(&[50_000, 1_000_000, 3 * self.settings.most_delay.0]);
         let after = self.random.below(most);
@@ -125,17 +132,18 @@ impl Simulation<'_> {
         if self.random.percent(60) {
             self.aim_soon(request);
         }
-        match self.random.below(5) {
-            0 => self.client_leaves(request),
-            1 => self.deadline_passes(request),
-            _ if instances.is_empty() => {}
-            _ => {
-                let (i, kind) = (
-                    self.random.pick(&instances),
-                    self.random.pick(&self.settings.faults.clone()),
-                );
-                self.inject(kind, i);
+        if self.random.percent(self.settings.client_percent) {
+            if self.random.percent(50) {
+                self.client_leaves(request);
+            } else {
+                self.deadline_passes(request);
             }
+        } else if !instances.is_empty() {
+            let (i, kind) = (
+                self.random.pick(&instances),
+                self.random.pick(&self.settings.faults.clone()),
+            );
+            self.inject(kind, i);
         }
     }
 

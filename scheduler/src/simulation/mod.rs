@@ -20,13 +20,15 @@ mod network;
 mod prefill;
 mod queue;
 mod random;
+mod reachable;
 mod settings;
 mod task;
 #[cfg(test)]
 mod tests;
 mod workload;
 
-pub use coverage::{Coverage, FaultKind, Transition, unreachable};
+pub use coverage::{Coverage, FaultKind, Transition};
+pub use reachable::{every_transition, never, never_with};
 
 use crate::ids::{Incarnation, Nanos, RequestId, TokenId};
 use crate::placement::{InstanceInfo, InstanceLoad};
@@ -276,6 +278,14 @@ impl<'a> Simulation<'a> {
                 self.inject_somewhere();
             }
             InWorld::AimedFault { request } => self.inject_at(request),
+            InWorld::MoveAgain { request } => {
+                let i = self.random.below(self.instances.len() as u64) as usize;
+                let to = self.instances[i].id.clone();
+                if self.order_move(request, Some(to), false) {
+                    // What comes late of the move before is what this is about.
+                    self.aim_often(request);
+                }
+            }
             InWorld::Recovers(recovery) => self.recover(recovery),
             InWorld::Operator => {
                 let generating = self.generating();
@@ -311,14 +321,14 @@ impl<'a> Simulation<'a> {
                 if !self.passes(Party::Door, Party::Instance(i)) || !self.instances[i].is_up {
                     return;
                 }
-                let failure = self.serve_resume(i, to, request, epoch);
+                self.serve_resume(i, to, request, epoch);
                 if is_answered {
                     let delay = self.delay(Party::Door, Party::Instance(i));
                     let at = self.now.saturating_add(delay);
                     let answer = AtDoor::ResumeAnswered {
                         request,
                         epoch,
-                        failure,
+                        is_told: true,
                     };
                     self.queue.push(at, Event::Door(door, answer));
                 }

@@ -262,11 +262,14 @@ impl Simulation<'_> {
                 .movers
                 .get_mut(&transfer)
                 .expect("it is being told something");
-            let task = mover.task;
+            let (task, request) = (mover.task, mover.request);
             match action {
                 MigrationAction::PinFull { from } => self.mover_asks(i, transfer, from, false),
                 MigrationAction::Pause { from } => self.mover_asks(i, transfer, from, true),
-                MigrationAction::SayMoving => self.task_says(i, task, Said::Moving),
+                MigrationAction::SayMoving => {
+                    self.task_says(i, task, Said::Moving);
+                    self.aim_often(request);
+                }
                 MigrationAction::SendKv(range, _) => {
                     let pinned = &mut mover.pinned[range.choice as usize][range.layer as usize];
                     let blocks: Vec<_> = pinned.drain(..range.n_blocks as usize).collect();
@@ -290,7 +293,13 @@ impl Simulation<'_> {
                     let n_beats = self.instances[i].engine.n_beats;
                     self.send(transfer, Frame::Progress(n_beats));
                 }
-                MigrationAction::SendEnd(failure) => self.send(transfer, Frame::Ended(failure)),
+                MigrationAction::SendEnd(failure) => {
+                    let is_bad = failure.is_some();
+                    self.send(transfer, Frame::Ended(failure));
+                    if is_bad {
+                        self.aim_often(request);
+                    }
+                }
                 MigrationAction::ResumeDecoding(_) => {
                     self.unpin_held(i, transfer);
                     let mover = self.instances[i].movers.get_mut(&transfer).expect("as above");

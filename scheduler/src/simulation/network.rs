@@ -147,7 +147,8 @@ pub(super) enum AtDoor {
     ResumeAnswered {
         request: usize,
         epoch: Epoch,
-        failure: Option<Failure>,
+        /// False when nobody answered in time.
+        is_told: bool,
     },
     Joined {
         life: Life,
@@ -240,10 +241,20 @@ pub(super) enum AtInstance {
 
 #[derive(Clone, Debug)]
 pub(super) enum InWorld {
-    Arrives { request: usize },
-    ClientLeaves { request: usize },
+    Arrives {
+        request: usize,
+    },
+    ClientLeaves {
+        request: usize,
+    },
     Fault,
-    AimedFault { request: usize },
+    AimedFault {
+        request: usize,
+    },
+    /// Somebody who saw a move fail tries again.
+    MoveAgain {
+        request: usize,
+    },
     Recovers(super::faults::Recovery),
     Operator,
 }

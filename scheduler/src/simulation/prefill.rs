@@ -242,7 +242,13 @@ impl Simulation<'_> {
                     let n_beats = instance.engine.n_beats;
                     self.send(transfer, Frame::Progress(n_beats));
                 }
-                SourceAction::SendEnd(failure) => self.send(transfer, Frame::Ended(failure)),
+                SourceAction::SendEnd(failure) => {
+                    let is_bad = failure.is_some();
+                    self.send(transfer, Frame::Ended(failure));
+                    if is_bad {
+                        self.aim_often(request);
+                    }
+                }
                 SourceAction::Release => {
                     let prefill = instance.prefills.remove(&transfer).expect("it is being told something");
                     let unsent = prefill.pinned.into_iter().flatten().map(|(block, _)| block);

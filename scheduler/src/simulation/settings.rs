@@ -32,6 +32,12 @@ pub(super) struct Settings {
     pub(super) n_faults: usize,
     /// At a moment of a move or a join, and at one of the parties to it.
     pub(super) n_aimed_faults: usize,
+    /// Of a hundred aimed faults, those of the request's own client.
+    pub(super) client_percent: u64,
+    /// Of a hundred things that happen seldom, those that a fault follows.
+    pub(super) aim_percent: u64,
+    /// Of a hundred moves given up, those that are soon tried again.
+    pub(super) again_percent: u64,
     pub(super) progress_deadline: Nanos,
     pub(super) stall_deadline: Nanos,
     pub(super) resume_deadline: Nanos,
@@ -107,6 +113,9 @@ impl Settings {
             },
             n_faults: random.between(6, 12) as usize,
             n_aimed_faults: random.between(0, 40) as usize,
+            client_percent: random.pick(&[40, 90]),
+            aim_percent: 15,
+            again_percent: 0,
             progress_deadline: Nanos::from_millis(random.pick(&[30, 300, 3000])),
             stall_deadline: Nanos::from_millis(random.pick(&[100, 1000, 4000])),
             resume_deadline: Nanos::from_millis(random.pick(&[500, 5000])),
@@ -121,7 +130,7 @@ impl Settings {
             most_delay: Nanos::from_millis(random.pick(&[1, 10, 60])),
             unit_time: Nanos(random.pick(&[20_000, 200_000, 1_000_000])),
         };
-        if random.percent(30) {
+        if random.percent(50) {
             settings.become_stormy(random);
         }
         settings
@@ -134,10 +143,12 @@ impl Settings {
         self.workload.max_model_len = 64;
         (self.workload.leaving_percent, self.workload.hurried_percent) = (5, 5);
         self.workload.patience_ms = 1500;
+        (self.aim_percent, self.again_percent) = (60, 90);
+        self.n_aimed_faults = 60;
         self.between_moves = Nanos::from_millis(3);
         self.most_delay = Nanos::from_millis(60);
         self.call_timeout = Nanos::from_millis(200);
-        self.move_deadline = Nanos::from_millis(random.pick(&[30, 100]));
+        self.move_deadline = Nanos::from_millis(random.pick(&[30, 100, 2000, 2000]));
         self.unit_time = Nanos(random.pick(&[200_000, 1_000_000]));
         for kind in [FaultKind::CallLost, FaultKind::LinkSlow] {
             if !self.faults.contains(&kind) {

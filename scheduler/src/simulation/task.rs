@@ -554,18 +554,17 @@ impl Simulation<'_> {
     }
 
     /// A front door's word to go on in another epoch. Answers why not.
-    pub(super) fn serve_resume(&mut self, i: usize, to: Life, request: usize, epoch: Epoch) -> Option<Failure> {
-        let lost = |message: &str| Some(Failure::InstanceLost(message.to_owned()));
+    pub(super) fn serve_resume(&mut self, i: usize, to: Life, request: usize, epoch: Epoch) {
         if to != self.instances[i].life(i) {
-            return lost("the caller means another incarnation");
+            return;
         }
         let instance = &mut self.instances[i];
         let Some(&id) = instance.registered.get(&request) else {
-            return lost("the request is not open here");
+            return;
         };
         let task = instance.tasks.get_mut(&id).expect("a registered task");
         if task.epoch >= epoch {
-            return Some(Failure::Invalid("the epoch is not newer".to_owned()));
+            return;
         }
         task.epoch = epoch;
         let stream = task.stream;
@@ -576,7 +575,6 @@ impl Simulation<'_> {
             self.queue
                 .push(at, Event::Instance(to, AtInstance::MoverWord { transfer, epoch }));
         }
-        None
     }
 }
 

@@ -243,10 +243,10 @@ impl World {
     }
 
     /// The answer to a word that let a source go on, or that there is none.
-    pub fn door_hears_answer(&mut self, epoch: Epoch, is_ok: bool) {
+    pub fn door_hears_answer(&mut self, epoch: Epoch, is_told: bool) {
         if self.door.resuming == Some(epoch) {
             self.door.resuming = None;
-            if !is_ok {
+            if !is_told {
                 let failure = Failure::InstanceLost("could not be told".into());
                 self.tell_arbiter(Nanos::ZERO, ArbiterFact::ResumeFailed { epoch, failure });
             }

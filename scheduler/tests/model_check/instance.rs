@@ -621,28 +621,29 @@ impl World {
     /// A front door's word arrives.
     pub fn resume(&mut self, call: usize) {
         let (to, epoch) = (self.calls[call].to, self.calls[call].epoch);
-        let is_ok = self.hear_resume(to, epoch);
-        self.calls[call].stage = CallStage::Answered { is_ok };
+        // A call to a life that has ended finds nobody.
+        let is_told = self.life(to.instance) == to;
+        self.hear_resume(to, epoch);
+        self.calls[call].stage = CallStage::Answered { is_told };
     }
 
-    pub fn hear_resume(&mut self, to: Life, epoch: Epoch) -> bool {
+    pub fn hear_resume(&mut self, to: Life, epoch: Epoch) {
         let instance = to.instance;
         if self.life(instance) != to {
-            return false;
+            return;
         }
         let Some(stream) = self.instances[instance].open else {
-            return false;
+            return;
         };
         let task = self.task(instance, stream).expect("an open request has a task");
         if task.epoch >= epoch {
-            return false;
+            return;
         }
         task.epoch = epoch;
         let mut movers = self.instances[instance].movers.iter_mut();
         if let Some(mover) = movers.find(|mover| mover.stream == stream) {
             mover.words.push_back(epoch);
         }
-        true
     }
 
     /// An instance dies, and another life of it begins with nothing.

@@ -369,8 +369,8 @@ impl World {
             Event::DoorHearsBreak(ear) => self.door_hears_break(ear),
             Event::DoorHearsAnswer(number) => {
                 let call = self.calls.remove(number);
-                if let CallStage::Answered { is_ok } = call.stage {
-                    self.door_hears_answer(call.epoch, is_ok);
+                if let CallStage::Answered { is_told } = call.stage {
+                    self.door_hears_answer(call.epoch, is_told);
                 }
             }
             Event::Served(stream) => self.serve(stream),
