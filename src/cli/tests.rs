@@ -218,6 +218,21 @@ fn a_worker_of_several_roles_has_an_instance_of_each() {
 }
 
 #[test]
+fn colocate_is_a_flag_with_or_without_its_value() {
+    for (arguments, variable, n_processes) in [
+        ("--prefill 2 --decode 2", "off", 4),
+        ("--prefill 2 --decode 2", "on", 2),
+        ("--colocate --prefill 2 --decode 2", "off", 2),
+        ("--colocate=off --prefill 2 --decode 2", "on", 4),
+    ] {
+        let config = serve(arguments, &[("BATON_COLOCATE", variable)]).expect(arguments);
+        assert_eq!(config.processes.len(), n_processes, "{arguments}");
+        assert_eq!(config.scheduler.n_awaited_instances, 4);
+        assert_eq!(config.worker.engine.n_threads, 2, "of each instance");
+    }
+}
+
+#[test]
 fn exit_codes_tell_configuration_from_running() {
     let configuration = anyhow::Error::from(ConfigError::Impossible("x".into())).context("while starting");
     assert_eq!(exit_code(&configuration), EXIT_CONFIG);
