@@ -1,10 +1,11 @@
 //! What a migration costs the client: the gap in its stream, for contexts of 256 to 32k tokens, on each transport; beside it
 //! the same move as a blocking copy, and the context computed again.
 //!
-//! `cargo bench --bench migration -- [--transports grpc,shared-memory] [--lengths 256,4096] [--moves N] [--output FILE]`.
-//! Two mixed instances of a thin model with the KV of Llama-3.2-1B (32 KiB a token), their prefix caches off, so that every
-//! move carries the whole context. One request decodes and is moved to and fro; nothing else runs. The extra gap of a move
-//! is the longest interval between tokens from the asking to the fifth token after the answer, less the median interval.
+//! `cargo bench --bench migration -- [--transports grpc,shared-memory,in-process] [--lengths 256,4096] [--moves N]
+//! [--output FILE]`. Two mixed instances of a thin model with the KV of Llama-3.2-1B (32 KiB a token), in one process for
+//! `in-process` and else in two, their prefix caches off, so that every move carries the whole context. One request decodes
+//! and is moved to and fro; nothing else runs. The extra gap of a move is the longest interval between tokens from the
+//! asking to the fifth token after the answer, less the median interval.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -44,7 +45,7 @@ struct Options {
 
 fn options() -> anyhow::Result<Options> {
     let mut options = Options {
-        transports: ["grpc", "shared-memory"].map(str::to_owned).to_vec(),
+        transports: ["grpc", "shared-memory", "in-process"].map(str::to_owned).to_vec(),
         lengths: vec![256, 1024, 4096, 16_384, 32_000],
         n_moves: 11,
         output: None,
@@ -134,6 +135,9 @@ impl Cluster {
             .arg(model)
             .args(["--mixed", "2"])
             .stdout(Stdio::piped());
+        if transport == "in-process" {
+            command.arg("--colocate");
+        }
         let mut process = command.spawn().context("starting baton serve")?;
         let stdout = process.stdout.take().context("stdout is piped")?;
         let mut lines = BufReader::new(stdout).lines();

@@ -1,4 +1,4 @@
-//! The process of one instance: what it is told, on which command line, and how it starts.
+//! A worker process, which hosts one instance or several: what it is told, on which command line, and how it starts.
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use baton_engine::worker::{
 use baton_engine::{Cpu, DType, KvPrefault, keep_freed_memory};
 use baton_scheduler::batch::{BatchConfig, PrefixCaching};
 use baton_scheduler::ids::{Incarnation, InstanceId, Role};
+use futures::future::{join_all, try_join_all};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinHandle;
 use tokio_stream::StreamExt as _;
@@ -24,9 +25,9 @@ use crate::config::{Address, ConfigError, LoadFormat, Span, Switch};
 use crate::engine_config::{EngineConfig as Limits, LinkConfig, ModelSelection};
 use crate::{announce, model_files};
 
-/// Everything a worker process is told.
-#[derive(Clone, Debug)]
-pub struct WorkerConfig {
+/// One of the instances of a worker process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostedInstance {
     /// The instance's name, unique in the cluster.
     pub id: InstanceId,
     /// What it is used for.
@@ -35,11 +36,18 @@ pub struct WorkerConfig {
     pub listen: Address,
     /// Where other processes are told to reach it, when that is not where it listens (behind a proxy, say).
     pub advertise: Option<Address>,
+}
+
+/// Everything a worker process is told.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// Its instances, at least one. They live and leave together.
+    pub instances: Vec<HostedInstance>,
     /// Where the scheduler process is.
     pub scheduler: Address,
     /// The model.
     pub model: ModelSelection,
-    /// Compute, memory and limits.
+    /// Compute, memory and limits of each instance.
     pub engine: Limits,
     /// Links to the scheduler and to other workers.
     pub links: LinkConfig,
@@ -51,12 +59,21 @@ impl WorkerConfig {
     pub fn to_arguments(&self) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = vec!["worker".into()];
         let mut flag = |name: &str, value: OsString| arguments.extend([name.into(), value]);
-        flag("--role", self.role.as_str().into());
-        flag("--id", self.id.to_string().into());
+        let list = |of: &dyn Fn(&HostedInstance) -> Option<String>| -> OsString {
+            self.instances
+                .iter()
+                .filter_map(of)
+                .collect::<Vec<_>>()
+                .join(",")
+                .into()
+        };
+        flag("--role", list(&|instance| Some(instance.role.to_string())));
+        flag("--id", list(&|instance| Some(instance.id.to_string())));
         flag("--scheduler", self.scheduler.to_string().into());
-        flag("--listen", self.listen.to_string().into());
-        if let Some(advertise) = &self.advertise {
-            flag("--advertise", advertise.to_string().into());
+        flag("--listen", list(&|instance| Some(instance.listen.to_string())));
+        let advertise = list(&|instance| instance.advertise.as_ref().map(Address::to_string));
+        if !advertise.is_empty() {
+            flag("--advertise", advertise);
         }
         flag("--model", self.model.source.to_argument());
         flag("--served-model-name", self.model.served_name.clone().into());
@@ -91,64 +108,157 @@ impl WorkerConfig {
 /// How long open streams may go on once the worker is told to stop.
 const STREAM_GRACE: Duration = Duration::from_secs(4);
 
-/// Joins the cluster and serves until `shutdown`. Prints the worker's ready line each time the registry accepts it.
+/// Joins the cluster with every instance and serves until `shutdown`. Prints an instance's ready line each time the
+/// registry accepts it. The process ends with an error as soon as one of its instances cannot go on.
 ///
 /// # Errors
-/// A model or limits that cannot work, an address that cannot be listened on.
+/// A model or limits that cannot work, an address that cannot be listened on, an instance that does not compute any more.
 pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     keep_freed_memory();
-    let folder = model_files::open(&config.model).await?;
-    let limits = config.engine.clone();
-    let selection = config.model.clone();
-    let mut decoder = tokio::task::spawn_blocking(move || load(&folder, &selection, &limits)).await??;
-    let layout = decoder.layout();
-    let identity = Identity {
-        instance: config.id.clone(),
-        incarnation: Incarnation(uuid::Uuid::new_v4().as_u64_pair().0),
-        fingerprint: decoder.transfer_fingerprint(),
-        numerics_class: decoder.numerics_class(),
-    };
-    let share = decoder.kv_cache().share();
-    if config.engine.kv_prefault == Switch::On {
-        prefault(decoder.kv_cache().prefault())?;
-    }
-    let batch = batch_config(&config.engine, &mut decoder);
-    let engine = start(decoder, EngineConfig::new(batch))?;
-    let options = WorkerOptions {
-        link: config.links.options()?,
-        progress_deadline: config.links.progress_deadline,
-        move_bytes_per_second: Some(config.links.move_rate.0),
-        move_stages: config.links.move_stages,
-        ..WorkerOptions::default()
-    };
-    let choice = config.links.kv_transport.choice();
-    let transports = KvTransports::new(&identity, layout, choice, &options.link, share)?;
-    let service = WorkerService::new(engine, identity, transports, options);
+    let folder = Arc::new(model_files::open(&config.model).await?);
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
-    let (advertise, serving) = listen(&config.listen, service.clone(), stop.clone()).await?;
-    tracing::info!(instance = %config.id, address = advertise, "serving");
-    let standing = Arc::new(Standing::new(config.role));
-    let membership = Membership {
-        scheduler: config.scheduler.to_string(),
-        advertise: config
-            .advertise
-            .as_ref()
-            .map_or(advertise, |address| address.to_string()),
-        model: config.model.served_name.clone(),
-        standing: Arc::clone(&standing),
-    };
-    let ready_line = announce::worker_ready_line(&config.id.to_string());
-    let joining = join_registry(&service, &membership, stop.clone(), || announce::print(&ready_line));
-    let health = watch(&service, stop.clone());
-    let left = leave(&service, &standing, config.links.drain_timeout, &shutdown);
+    let mut running = Vec::new();
+    // One after the other: the first packs the weights, if nobody has, and the others map the same file.
+    for hosted in &config.instances {
+        running.push(RunningInstance::start(hosted, &config, Arc::clone(&folder), &stop).await?);
+    }
+    let joining = try_join_all(running.iter().map(|instance| instance.join(&stop)));
+    let health = try_join_all(running.iter().map(|instance| instance.watch(&stop)));
+    let left = leave(&running, config.links.drain_timeout, &shutdown);
     tokio::select! {
-        joined = joining => joined?,
-        died = health => died?,
+        joined = joining => drop(joined?),
+        died = health => drop(died?),
         () = left => {}
     }
     stop.cancel();
-    serving.await.context("the worker service panicked")?
+    let served = join_all(running.into_iter().map(|instance| instance.serving)).await;
+    for served in served {
+        served.context("the worker service panicked")??;
+    }
+    Ok(())
+}
+
+/// An instance that can be reached.
+struct RunningInstance {
+    service: WorkerService,
+    membership: Membership,
+    serving: JoinHandle<anyhow::Result<()>>,
+}
+
+impl RunningInstance {
+    /// Loads the model and listens.
+    async fn start(
+        hosted: &HostedInstance,
+        config: &WorkerConfig,
+        folder: Arc<ModelFolder>,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<RunningInstance> {
+        let limits = config.engine.clone();
+        let selection = config.model.clone();
+        let mut decoder = tokio::task::spawn_blocking(move || load(&folder, &selection, &limits)).await??;
+        let layout = decoder.layout();
+        let identity = Identity {
+            instance: hosted.id.clone(),
+            incarnation: Incarnation(uuid::Uuid::new_v4().as_u64_pair().0),
+            fingerprint: decoder.transfer_fingerprint(),
+            numerics_class: decoder.numerics_class(),
+        };
+        let share = decoder.kv_cache().share();
+        if config.engine.kv_prefault == Switch::On {
+            prefault(decoder.kv_cache().prefault())?;
+        }
+        let batch = batch_config(&config.engine, &mut decoder);
+        let engine = start(decoder, EngineConfig::new(batch))?;
+        let options = WorkerOptions {
+            link: config.links.options()?,
+            progress_deadline: config.links.progress_deadline,
+            move_bytes_per_second: Some(config.links.move_rate.0),
+            move_stages: config.links.move_stages,
+            ..WorkerOptions::default()
+        };
+        let choice = config.links.kv_transport.choice();
+        let transports = KvTransports::new(&identity, layout, choice, &options.link, share)?;
+        let service = WorkerService::new(engine, identity, transports, options);
+        let (address, serving) = listen(&hosted.listen, service.clone(), stop.clone()).await?;
+        tracing::info!(instance = %hosted.id, address, "serving");
+        let membership = Membership {
+            scheduler: config.scheduler.to_string(),
+            advertise: hosted.advertise.as_ref().map_or(address, Address::to_string),
+            model: config.model.served_name.clone(),
+            standing: Arc::new(Standing::new(hosted.role)),
+        };
+        Ok(RunningInstance {
+            service,
+            membership,
+            serving,
+        })
+    }
+
+    /// Keeps the membership until `stop`.
+    async fn join(&self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let ready_line = announce::worker_ready_line(&self.service.identity().instance.to_string());
+        let say_ready = || announce::print(&ready_line);
+        Ok(join_registry(&self.service, &self.membership, stop.clone(), say_ready).await?)
+    }
+
+    /// Ends with an error when the step thread has died or comes round no more: its streams break, its requests are placed
+    /// again, and a process that cannot compute is replaced.
+    async fn watch(&self, stop: &CancellationToken) -> anyhow::Result<()> {
+        let name = &self.service.identity().instance;
+        let mut ticks = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => match self.service.engine().health() {
+                    Health::Well => {}
+                    Health::Stuck(since) => {
+                        anyhow::bail!("{name}: no step for {:.1} s although work is pending", since.as_secs_f64())
+                    }
+                    Health::Dead(words) => anyhow::bail!("{name}: the step thread has ended: {words}"),
+                },
+                () = stop.cancelled() => return Ok(()),
+            }
+        }
+    }
+
+    /// Waits until the requests here have gone on elsewhere: as long as they may take, or until nothing is open and no
+    /// scheduler process is there that could say so.
+    async fn emptied(&self, drain_timeout: Duration) {
+        let (service, standing) = (&self.service, &self.membership.standing);
+        let instance = &service.identity().instance;
+        let alone = async {
+            let mut ticks = tokio::time::interval(Duration::from_millis(20));
+            loop {
+                ticks.tick().await;
+                if service.n_open() == 0 && !standing.is_member() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = standing.drained() => tracing::info!(%instance, "empty"),
+            () = alone => {}
+            () = tokio::time::sleep(drain_timeout) => {
+                let n_open = service.n_open();
+                tracing::warn!(%instance, n_open, "ending with requests open: they are replayed elsewhere");
+            }
+        }
+    }
+}
+
+/// Once told to end, waits until every instance here is empty. They leave together: none takes over what another hands
+/// over, and none ends while another may still be sending from it.
+async fn leave(running: &[RunningInstance], drain_timeout: Duration, shutdown: &CancellationToken) {
+    shutdown.cancelled().await;
+    for instance in running {
+        instance.service.refuse_moves();
+    }
+    for instance in running {
+        instance.membership.standing.leave();
+        let n_open = instance.service.n_open();
+        tracing::info!(instance = %instance.service.identity().instance, n_open, "told to end");
+    }
+    join_all(running.iter().map(|instance| instance.emptied(drain_timeout))).await;
 }
 
 /// Loads the weights with a progress bar on a terminal.
@@ -270,46 +380,6 @@ async fn listen(
             });
             let serving = async move { Ok(serve(service, incoming, stop, STREAM_GRACE).await?) };
             Ok((advertise, tokio::spawn(serving)))
-        }
-    }
-}
-
-/// Once told to end, waits until the requests here have gone on elsewhere: as long as they may take, or until nothing is
-/// open and no scheduler process is there that could say so.
-async fn leave(service: &WorkerService, standing: &Standing, drain_timeout: Duration, shutdown: &CancellationToken) {
-    shutdown.cancelled().await;
-    standing.leave();
-    tracing::info!(n_open = service.n_open(), "told to end");
-    let alone = async {
-        let mut ticks = tokio::time::interval(Duration::from_millis(20));
-        loop {
-            ticks.tick().await;
-            if service.n_open() == 0 && !standing.is_member() {
-                return;
-            }
-        }
-    };
-    tokio::select! {
-        () = standing.drained() => tracing::info!("empty"),
-        () = alone => {}
-        () = tokio::time::sleep(drain_timeout) => {
-            tracing::warn!(n_open = service.n_open(), "ending with requests open: they are replayed elsewhere");
-        }
-    }
-}
-
-/// Ends with an error when the step thread has died or comes round no more: its streams break, its requests are placed
-/// again, and a process that cannot compute is replaced.
-async fn watch(service: &WorkerService, stop: CancellationToken) -> anyhow::Result<()> {
-    let mut ticks = tokio::time::interval(Duration::from_secs(1));
-    loop {
-        tokio::select! {
-            _ = ticks.tick() => match service.engine().health() {
-                Health::Well => {}
-                Health::Stuck(since) => anyhow::bail!("no step for {:.1} s although work is pending", since.as_secs_f64()),
-                Health::Dead(words) => anyhow::bail!("the step thread has ended: {words}"),
-            },
-            () = stop.cancelled() => return Ok(()),
         }
     }
 }

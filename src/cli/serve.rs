@@ -4,10 +4,10 @@ use baton_scheduler::ids::{InstanceId, Role};
 use clap::Args;
 
 use super::groups::{EngineFlags, FrontDoorFlags, LinkFlags, ModelFlags, ProcessFlags};
-use crate::config::{Address, ConfigError, Layers, Machine, Secret, flag};
+use crate::config::{Address, ConfigError, Layers, Machine, Secret, Switch, flag};
 use crate::scheduler_process::SchedulerConfig;
-use crate::supervisor::{InstancePlan, ServeConfig};
-use crate::worker_process::WorkerConfig;
+use crate::supervisor::{InstancePlan, ProcessPlan, ServeConfig};
+use crate::worker_process::{HostedInstance, WorkerConfig};
 
 /// More instances than this on one machine is a typing error.
 const N_INSTANCES_LIMIT: u32 = 256;
@@ -18,6 +18,8 @@ Examples:
     baton serve
   A model folder, two prefill processes and one decode process:
     baton serve --model models/Llama-3.2-1B-Instruct --prefill 2 --decode 1
+  The same pair in one process, where KV is handed over without leaving it:
+    baton serve --colocate
   Ask it:
     curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
       -d '{\"model\": \"baton-demo\", \"messages\": [{\"role\": \"user\", \"content\": \"What is 37 + 58?\"}]}'
@@ -41,6 +43,11 @@ pub struct ServeFlags {
     /// Instances that do both phases [default: 0]
     #[arg(long, value_name = "N", value_parser = flag::<u16>, help_heading = "Pools")]
     pub mixed: Option<u16>,
+    /// Two instances to a process: each prefill instance with a decode instance, mixed ones with each other; what is left
+    /// over has its own [default: off]
+    #[arg(long, value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "on",
+          help_heading = "Pools")]
+    pub colocate: Option<Switch>,
     #[command(flatten)]
     model: ModelFlags,
     #[command(flatten)]
@@ -63,26 +70,33 @@ impl ServeFlags {
             (Role::Mixed, layers.pick("mixed", self.mixed)?),
         ];
         let instances = plan(counts)?;
+        let n_instances = instances.len();
+        let processes = match layers.pick("colocate", self.colocate)?.unwrap_or(Switch::Off) {
+            Switch::On => in_pairs(instances),
+            Switch::Off => instances.into_iter().map(|plan| ProcessPlan(vec![plan])).collect(),
+        };
         let (model, max_model_len) = self.model.resolve(layers)?;
         let mut links = self.links.resolve(layers)?;
         // Other users of the machine must not be able to join, and nobody needs to know the secret but the children.
         links.cluster_secret.get_or_insert_with(Secret::random);
-        let engine = self.engine.resolve(layers, machine, instances.len(), max_model_len)?;
+        let engine = self.engine.resolve(layers, machine, n_instances, max_model_len)?;
         let front_door = self
             .front_door
             .resolve(layers, model.clone(), max_model_len, links.clone())?;
         let scheduler = SchedulerConfig {
             dtype: Some(engine.dtype),
-            n_awaited_instances: instances.len(),
+            n_awaited_instances: n_instances,
             ..front_door
         };
         let unset = Address::Unix("/unset".into());
         let worker = WorkerConfig {
-            id: InstanceId::new("unset"),
-            role: Role::Mixed,
-            listen: unset.clone(),
+            instances: vec![HostedInstance {
+                id: InstanceId::new("unset"),
+                role: Role::Mixed,
+                listen: unset.clone(),
+                advertise: None,
+            }],
             scheduler: unset,
-            advertise: None,
             model,
             engine,
             links,
@@ -90,7 +104,7 @@ impl ServeFlags {
         Ok(ServeConfig {
             scheduler,
             worker,
-            instances,
+            processes,
             log,
             runtime_dir: layers.environment.runtime_dir.clone(),
         })
@@ -123,9 +137,39 @@ fn plan(counts: [(Role, Option<u16>); 3]) -> Result<Vec<InstancePlan>, ConfigErr
     Ok(counts.into_iter().flat_map(named).collect())
 }
 
+/// The instances of each process when two share one: prefill with decode in order, mixed with mixed.
+fn in_pairs(instances: Vec<InstancePlan>) -> Vec<ProcessPlan> {
+    let of = |role| instances.iter().filter(move |plan| plan.role == role).cloned();
+    let (mut prefill, mut decode) = (of(Role::Prefill), of(Role::Decode));
+    let mut processes = Vec::new();
+    loop {
+        let pair: Vec<InstancePlan> = prefill.next().into_iter().chain(decode.next()).collect();
+        if pair.is_empty() {
+            break;
+        }
+        processes.push(ProcessPlan(pair));
+    }
+    let mixed: Vec<InstancePlan> = of(Role::Mixed).collect();
+    processes.extend(mixed.chunks(2).map(|pair| ProcessPlan(pair.to_vec())));
+    processes
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn colocated_instances_are_paired_and_none_is_lost() {
+        let pairs = |prefill, decode, mixed| {
+            let counts = [(Role::Prefill, prefill), (Role::Decode, decode), (Role::Mixed, mixed)];
+            let instances = plan(counts.map(|(role, count)| (role, Some(count)))).expect("a cluster");
+            let names: Vec<String> = in_pairs(instances).iter().map(|plan| plan.name().to_string()).collect();
+            names.join(" ")
+        };
+        assert_eq!(pairs(1, 1, 0), "prefill-0+decode-0");
+        assert_eq!(pairs(1, 3, 0), "prefill-0+decode-0 decode-1 decode-2");
+        assert_eq!(pairs(2, 1, 3), "prefill-0+decode-0 prefill-1 mixed-0+mixed-1 mixed-2");
+    }
 
     fn names(prefill: Option<u16>, decode: Option<u16>, mixed: Option<u16>) -> Result<String, String> {
         plan([(Role::Prefill, prefill), (Role::Decode, decode), (Role::Mixed, mixed)])

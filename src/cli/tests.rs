@@ -44,7 +44,7 @@ fn the_definitions_are_sound() {
 #[test]
 fn serve_without_arguments_divides_the_machine_between_two_instances() {
     let config = serve("", &[]).expect("valid");
-    assert_eq!(config.instances.len(), 2);
+    assert_eq!(config.processes.len(), 2);
     assert_eq!(config.scheduler.listen.to_string(), "127.0.0.1:8000");
     assert_eq!(config.scheduler.model.served_name, "baton-demo");
     assert_eq!(config.worker.engine.n_threads, 4);
@@ -70,7 +70,7 @@ fn flags_win_over_variables() {
     let config = serve("--port 0 --kv-memory 512MiB --threads 3 --prefill 1", &variables).expect("valid");
     assert_eq!(config.scheduler.listen.port(), 0);
     assert_eq!(config.scheduler.policy, PolicyKind::LeastLoaded);
-    assert_eq!(config.instances.len(), 4);
+    assert_eq!(config.processes.len(), 4);
     assert_eq!(
         (config.worker.engine.n_threads, config.worker.engine.kv_memory),
         (3, ByteSize(512 << 20))
@@ -90,7 +90,7 @@ fn a_child_reads_from_its_command_line_what_serve_resolved() {
         (parent.model.source, "tiny")
     );
     assert_eq!(child.model.load_format, LoadFormat::Dummy);
-    assert_eq!((child.listen, child.scheduler), (parent.listen, parent.scheduler));
+    assert_eq!((child.instances, child.scheduler), (parent.instances, parent.scheduler));
     assert_eq!(child.links.keepalive, parent.links.keepalive);
     assert_eq!(child.links.progress_deadline, parent.links.progress_deadline);
 }
@@ -162,6 +162,77 @@ fn a_worker_needs_a_role_a_scheduler_and_off_loopback_a_secret() {
 }
 
 #[test]
+fn a_worker_of_several_roles_has_an_instance_of_each() {
+    let resolved = |arguments: &str| {
+        let words = format!("worker --scheduler a:1 {arguments}");
+        worker(words.split_whitespace().map(Into::into))
+    };
+    let names = |arguments: &str| {
+        let instances = resolved(arguments).expect(arguments).instances;
+        instances
+            .iter()
+            .map(|instance| instance.id.to_string())
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    assert_eq!(
+        names("--role prefill,decode,decode --id n"),
+        "n-prefill n-decode n-decode-2"
+    );
+    assert_eq!(names("--role mixed,mixed --id a,b"), "a b");
+    assert_eq!(names("--role decode --id n"), "n");
+    let pid = std::process::id();
+    assert_eq!(names("--role decode"), format!("decode-{pid}"));
+    assert_eq!(names("--role mixed,mixed"), format!("mixed-{pid} mixed-{pid}-2"));
+    let config = resolved("--role prefill,decode").expect("valid");
+    assert_eq!(
+        (config.engine.n_threads, config.engine.kv_memory),
+        (4, ByteSize(3 << 29))
+    );
+    let config = resolved("--role prefill,decode --listen 127.0.0.1:1,unix:/b --advertise c:3,d:4").expect("valid");
+    let again = worker(config.to_arguments()).expect("a command line of our own");
+    assert_eq!(again.instances, config.instances);
+    assert_eq!(config.instances[1].listen.to_string(), "unix:/b");
+    for (arguments, expected) in [
+        (
+            "--role prefill,decode --listen 127.0.0.1:7000",
+            "listen: found 127.0.0.1:7000, expected an address for each of 2",
+        ),
+        (
+            "--role prefill,decode --advertise a:7000",
+            "advertise: found a:7000, expected an address for each of 2",
+        ),
+        (
+            "--role prefill,decode --id a,b,c",
+            "id: found 3 names, expected one for each of 2 roles",
+        ),
+        ("--role prefill,decode --id a,a", "id: found \"a\" twice"),
+        (
+            "--role prefill,decode --listen 127.0.0.1:1,0.0.0.0:2",
+            "cluster_secret: missing",
+        ),
+    ] {
+        let message = resolved(arguments).expect_err(arguments).to_string();
+        assert!(message.starts_with(expected), "{message}");
+    }
+}
+
+#[test]
+fn colocate_is_a_flag_with_or_without_its_value() {
+    for (arguments, variable, n_processes) in [
+        ("--prefill 2 --decode 2", "off", 4),
+        ("--prefill 2 --decode 2", "on", 2),
+        ("--colocate --prefill 2 --decode 2", "off", 2),
+        ("--colocate=off --prefill 2 --decode 2", "on", 4),
+    ] {
+        let config = serve(arguments, &[("BATON_COLOCATE", variable)]).expect(arguments);
+        assert_eq!(config.processes.len(), n_processes, "{arguments}");
+        assert_eq!(config.scheduler.n_awaited_instances, 4);
+        assert_eq!(config.worker.engine.n_threads, 2, "of each instance");
+    }
+}
+
+#[test]
 fn exit_codes_tell_configuration_from_running() {
     let configuration = anyhow::Error::from(ConfigError::Impossible("x".into())).context("while starting");
     assert_eq!(exit_code(&configuration), EXIT_CONFIG);
@@ -220,7 +291,7 @@ fn the_documents_name_every_setting_and_the_example_file_is_valid() {
         flags
             .resolve(&layers, &MACHINE)
             .expect("valid settings")
-            .instances
+            .processes
             .len(),
         2
     );

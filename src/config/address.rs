@@ -69,6 +69,22 @@ impl Setting for Address {
     }
 }
 
+/// Addresses of a worker process's instances, in order. A path with a comma in it is cut there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addresses(pub Vec<Address>);
+
+impl Setting for Addresses {
+    const EXPECTED: &'static str =
+        "host:port, http://host:port or unix:/absolute/path (at most 107 bytes), or several with commas between";
+
+    fn parse(text: &str) -> Option<Self> {
+        text.split(',')
+            .map(Address::parse)
+            .collect::<Option<_>>()
+            .map(Addresses)
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -166,6 +166,18 @@ impl Setting for Role {
     }
 }
 
+/// The roles of a worker process's instances, in order; a role may stand there more than once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Roles(pub Vec<Role>);
+
+impl Setting for Roles {
+    const EXPECTED: &'static str = "prefill, decode or mixed, or several with commas between";
+
+    fn parse(text: &str) -> Option<Self> {
+        text.split(',').map(Role::parse).collect::<Option<_>>().map(Roles)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,6 +24,7 @@ pub const KEYS: &[Key] = &[
     open("prefill"),
     open("decode"),
     open("mixed"),
+    open("colocate"),
     open("host"),
     open("port"),
     open("dtype"),

@@ -14,9 +14,10 @@ mod quantity;
 mod secret;
 mod setting;
 
-pub use address::{Address, UNIX_PATH_LIMIT};
+pub use address::{Address, Addresses, UNIX_PATH_LIMIT};
 pub use choice::{
-    ComputeDtype, Device, InstructionSet, KvTransportKind, LoadFormat, LogFormat, PolicyKind, RebalanceMode, Switch,
+    ComputeDtype, Device, InstructionSet, KvTransportKind, LoadFormat, LogFormat, PolicyKind, RebalanceMode, Roles,
+    Switch,
 };
 pub use environment::{Environment, HubEnvironment, setting_variables};
 pub use error::ConfigError;

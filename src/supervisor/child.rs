@@ -18,7 +18,6 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use super::restart::Exit;
-use crate::announce;
 use crate::config::{LogFormat, Secret, setting_variables};
 
 /// A longer line of a child is cut into pieces of this many bytes.
@@ -36,6 +35,8 @@ pub struct ChildCommand {
     pub arguments: Vec<OsString>,
     /// Settings for its environment, where no process list shows them: name of the variable, value.
     pub secrets: Vec<(String, Secret)>,
+    /// What it prints when it is ready, each of its instances a line.
+    pub ready_lines: Vec<String>,
 }
 
 /// A running child. Dropping it kills it.
@@ -48,7 +49,8 @@ pub struct ChildProcess {
 }
 
 impl ChildProcess {
-    /// Starts `command` as instance `id`. The receiver fires when the child prints its ready line.
+    /// Starts `command` as instance `id`. The receiver fires when the child has printed all its
+    /// ready lines.
     pub fn start(
         id: &InstanceId,
         command: &ChildCommand,
@@ -78,11 +80,13 @@ impl ChildProcess {
             log_format,
         };
         if let Some(stdout) = child.stdout.take() {
-            let ready_line = announce::worker_ready_line(&id.to_string());
+            let ready_lines = command.ready_lines.clone();
+            let mut awaited = ready_lines.clone();
             let mut ready = Some(ready);
             readers.spawn(for_each_line(BufReader::new(stdout), writer.clone(), move |line| {
-                let is_ready = line == ready_line;
-                if let Some(ready) = ready.take_if(|_| is_ready) {
+                let is_ready = ready_lines.iter().any(|ready_line| ready_line == line);
+                awaited.retain(|ready_line| ready_line != line);
+                if let Some(ready) = ready.take_if(|_| is_ready && awaited.is_empty()) {
                     // The supervisor stops listening once it has decided to stop the child.
                     let _ = ready.send(());
                 }

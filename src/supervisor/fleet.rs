@@ -141,6 +141,7 @@ mod tests {
             program: "/bin/sh".into(),
             arguments: ["-c", script, "sh", &n_starts.to_string()].map(Into::into).to_vec(),
             secrets: Vec::new(),
+            ready_lines: vec!["baton worker ready: decode-0".into()],
         }
     }
 
@@ -235,6 +236,7 @@ mod tests {
             program: "/no/such/program".into(),
             arguments: vec![],
             secrets: vec![],
+            ready_lines: vec![],
         };
         let message = supervise(&command, &CancellationToken::new(), |_| {})
             .await

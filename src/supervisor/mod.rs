@@ -17,9 +17,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Address, ConfigError, ModelSource, UNIX_PATH_LIMIT};
 use crate::logging::LogConfig;
-use crate::model_files;
 use crate::scheduler_process::{SchedulerConfig, run_scheduler};
-use crate::worker_process::WorkerConfig;
+use crate::worker_process::{HostedInstance, WorkerConfig};
+use crate::{announce, model_files};
 use child::ChildCommand;
 pub use fleet::{ChildEvent, GaveUp, Supervision};
 pub use restart::{Backoff, Exit, GiveUp, RestartPolicy, Verdict};
@@ -39,15 +39,27 @@ pub struct InstancePlan {
     pub role: Role,
 }
 
+/// The instances that one process hosts, at least one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessPlan(pub Vec<InstancePlan>);
+
+impl ProcessPlan {
+    /// What the process is called in logs: its instances' names.
+    pub fn name(&self) -> InstanceId {
+        let names: Vec<String> = self.0.iter().map(|plan| plan.id.to_string()).collect();
+        InstanceId::new(&names.join("+"))
+    }
+}
+
 /// Everything `baton serve` is told.
 #[derive(Clone, Debug)]
 pub struct ServeConfig {
     /// The front door, run in this process.
     pub scheduler: SchedulerConfig,
-    /// What every worker is told; name, role and addresses are filled in for each.
+    /// What every worker is told; its instances are filled in for each.
     pub worker: WorkerConfig,
-    /// The instances, each a child process.
-    pub instances: Vec<InstancePlan>,
+    /// The child processes.
+    pub processes: Vec<ProcessPlan>,
     /// Logs of this process and of its children.
     pub log: LogConfig,
     /// Where the private folder of sockets is made.
@@ -61,7 +73,10 @@ pub async fn run_serve(mut config: ServeConfig, shutdown: CancellationToken) -> 
         config.scheduler.model.source = ModelSource::Folder(path.clone());
         config.worker.model.source = ModelSource::Folder(path);
     }
-    let sockets = private_dir(&config.runtime_dir, &config.instances)?;
+    let sockets = private_dir(
+        &config.runtime_dir,
+        config.processes.iter().flat_map(|process| &process.0),
+    )?;
     let scheduler_socket = sockets.path().join("scheduler.sock");
     config.scheduler.cluster_socket = Some(scheduler_socket.clone());
     config.worker.scheduler = Address::Unix(scheduler_socket);
@@ -72,14 +87,15 @@ pub async fn run_serve(mut config: ServeConfig, shutdown: CancellationToken) -> 
     let drain = config.scheduler.drain_timeout + DRAIN_SLACK;
     let mut scheduler = tokio::spawn(run_scheduler(config.scheduler.clone(), stop_scheduler.clone()));
     let program = own_program()?;
-    let children = config.instances.iter().map(|plan| {
+    let children = config.processes.iter().map(|plan| {
+        let name = plan.name();
         let command = |n_starts| child_command(&config, plan, &program, sockets.path(), n_starts);
         let stop_children = &stop_children;
         let log_format = config.log.format;
         async move {
             let policy = RestartPolicy::of_serve();
             let supervision = Supervision {
-                id: &plan.id,
+                id: &name,
                 command: &command,
                 policy,
                 stop_grace: STOP_GRACE,
@@ -148,18 +164,22 @@ fn own_program() -> anyhow::Result<PathBuf> {
     }
 }
 
-/// The command of the n-th start of an instance. Each start has its own socket, so none meets what an earlier one left.
+/// The command of the n-th start of a process. Each start of an instance has its own socket, so none meets what an earlier one left.
 fn child_command(
     config: &ServeConfig,
-    plan: &InstancePlan,
+    plan: &ProcessPlan,
     program: &Path,
     sockets: &Path,
     n_starts: u32,
 ) -> ChildCommand {
+    let hosted = |instance: &InstancePlan| HostedInstance {
+        id: instance.id.clone(),
+        role: instance.role,
+        listen: Address::Unix(sockets.join(socket_name(&instance.id, n_starts))),
+        advertise: None,
+    };
     let worker = WorkerConfig {
-        id: plan.id.clone(),
-        role: plan.role,
-        listen: Address::Unix(sockets.join(socket_name(&plan.id, n_starts))),
+        instances: plan.0.iter().map(hosted).collect(),
         ..config.worker.clone()
     };
     let mut arguments = worker.to_arguments();
@@ -179,6 +199,11 @@ fn child_command(
         program: program.to_owned(),
         arguments,
         secrets: secret.into_iter().collect(),
+        ready_lines: plan
+            .0
+            .iter()
+            .map(|plan| announce::worker_ready_line(&plan.id.to_string()))
+            .collect(),
     }
 }
 
@@ -187,13 +212,20 @@ fn socket_name(id: &InstanceId, n_starts: u32) -> String {
 }
 
 /// A folder that only this user can enter, with a path short enough for the names of all sockets.
-fn private_dir(runtime_dir: &Path, instances: &[InstancePlan]) -> anyhow::Result<tempfile::TempDir> {
+fn private_dir<'a>(
+    runtime_dir: &Path,
+    instances: impl Iterator<Item = &'a InstancePlan>,
+) -> anyhow::Result<tempfile::TempDir> {
     let longest = instances
-        .iter()
         .map(|plan| socket_name(&plan.id, u32::MAX).len())
         .max()
         .unwrap_or(0);
-    for parent in [runtime_dir, Path::new("/tmp")] {
+    // Addresses of several instances have commas between.
+    let runtime_dir_fits = !runtime_dir.as_os_str().as_encoded_bytes().contains(&b',');
+    for parent in [runtime_dir, Path::new("/tmp")]
+        .into_iter()
+        .skip(usize::from(!runtime_dir_fits))
+    {
         let dir = tempfile::Builder::new()
             .prefix("baton-")
             .permissions(std::fs::Permissions::from_mode(0o700))
@@ -225,7 +257,7 @@ mod tests {
         let long = base.path().join("x".repeat(90));
         std::fs::create_dir(&long).expect("created");
         for runtime_dir in [base.path(), &long, Path::new("/no/such/folder")] {
-            let dir = private_dir(runtime_dir, &plans).expect("a folder");
+            let dir = private_dir(runtime_dir, plans.iter()).expect("a folder");
             let mode = std::fs::metadata(dir.path()).expect("exists").permissions().mode();
             assert_eq!(mode & 0o777, 0o700);
             assert!(dir.path().join(socket_name(&plans[0].id, u32::MAX)).as_os_str().len() <= UNIX_PATH_LIMIT);

@@ -2,6 +2,7 @@
 
 mod clients;
 mod cluster;
+mod colocate;
 mod equality;
 mod faults;
 mod goldens;

@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use baton_proto::cluster::generate_event::Event;
@@ -41,6 +42,8 @@ pub(super) struct Worker {
     pub(super) transports: KvTransports,
     pub(super) peers: Peers,
     pub(super) open: OpenRequests,
+    /// Nothing moves in any more.
+    refuses_moves: AtomicBool,
     /// Of the background frames of all moves out of here.
     pub(super) pacer: Mutex<Pacer>,
     pub(super) started_at: Instant,
@@ -71,6 +74,7 @@ impl WorkerService {
             transports,
             peers,
             open: OpenRequests::default(),
+            refuses_moves: AtomicBool::new(false),
             pacer: Mutex::new(pacer),
             started_at: Instant::now(),
             counters: TransferCounters::default(),
@@ -104,6 +108,12 @@ impl WorkerService {
     /// Streams served now: requests that run or are received here, and prefills and moves under way.
     pub fn n_open(&self) -> usize {
         self.worker.tasks.len()
+    }
+
+    /// From now on nothing moves in. Instances that leave together say this before any of them asks to be emptied, so that
+    /// none takes over what another hands over.
+    pub fn refuse_moves(&self) {
+        self.worker.refuses_moves.store(true, Relaxed);
     }
 
     pub(super) fn options(&self) -> &WorkerOptions {
@@ -149,7 +159,9 @@ impl worker_server::Worker for WorkerService {
         let worker = Arc::clone(&self.worker);
         self.worker.tasks.spawn(async move {
             let accepted = worker.identity.accepted(request.handshake.as_ref());
-            let state = worker.check(request.handshake.as_ref(), request.state);
+            let state = worker
+                .check(request.handshake.as_ref(), request.state)
+                .and_then(|state| worker.takes_moves().map(|()| state));
             let source = request
                 .source
                 .ok_or_else(|| Failure::Invalid("field source is missing".into()));
@@ -217,6 +229,13 @@ impl Worker {
         self.identity.check_caller(handshake)?;
         let state = state.ok_or_else(|| Failure::Invalid("field state is missing".into()))?;
         PortableState::try_from(state).map_err(|error| Failure::Invalid(error.to_string()))
+    }
+
+    fn takes_moves(&self) -> Result<(), Failure> {
+        match self.refuses_moves.load(Relaxed) {
+            true => Err(Failure::Busy(format!("{} is leaving", self.identity.instance))),
+            false => Ok(()),
+        }
     }
 
     fn take(

@@ -91,7 +91,7 @@ impl Simulation<'_> {
             return self.ends(request, Outcome::NotAccepted);
         }
         if let Some(after) = planned.leaves_after {
-            let event = Event::World(super::network::InWorld::ClientLeaves { request });
+            let event = Event::World(InWorld::ClientLeaves { request });
             self.queue.push(self.now.saturating_add(after), event);
         }
         if let Some(after) = planned.deadline {

@@ -109,6 +109,6 @@ pub enum CallStage {
     /// On its way; `is_awaited` unless nobody wants the answer any more.
     Asked,
     Answered {
-        is_ok: bool,
+        is_told: bool,
     },
 }
