@@ -52,8 +52,8 @@ pub const BUILD_INFO: &str = "baton_build_info";
 /// Gauge: connections open on the front door's port.
 pub const CONNECTIONS: &str = "baton_connections";
 
-/// Counter, labels `reason` (`operator`, `drain`, `role`, `rebalance`), `outcome` (`settled`, `failed`, `refused`): orders to
-/// move a request that ended.
+/// Counter, labels `reason` (`operator`, `drain`, `role`, `rebalance`), `outcome` (`settled`, `failed`, `refused`,
+/// `overtaken` by the request's end): orders to move a request that ended.
 pub const MOVES: &str = "baton_moves";
 /// Histogram, seconds: order to settlement of a move.
 pub const MOVE_SECONDS: &str = "baton_move_seconds";

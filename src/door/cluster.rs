@@ -420,21 +420,31 @@ impl Cluster {
         let source = state.view.instances().get(from);
         let source = source.ok_or_else(|| refused(format!("its instance, {from}, is not a member any more")))?;
         let needs_version = min_protocol_version(&request.sampling).max(MOVE_PROTOCOL_VERSION);
+        // Blocks of each choice, and room for it to grow while it moves.
+        let n_blocks = n_choices * (n_tokens.div_ceil(source.info.block_size) + 1);
         let to = match to {
             Some(to) => {
                 let Some(destination) = state.view.instances().get(to) else {
                     return Err(state.unknown(to));
                 };
                 let why_not = if to == from {
-                    Some("it runs there already")
+                    Some("it runs there already".to_owned())
                 } else if destination.info.role == Role::Prefill {
-                    Some("it is a prefill instance")
+                    Some("it is a prefill instance".to_owned())
                 } else if destination.info.fingerprint != source.info.fingerprint {
-                    Some("it serves another model, dtype or layout")
+                    Some("it serves another model, dtype or layout".to_owned())
                 } else if destination.info.protocol_version < needs_version {
-                    Some("it speaks an older protocol")
+                    Some("it speaks an older protocol".to_owned())
                 } else if destination.is_draining() {
-                    Some("it is being drained")
+                    Some("it is being drained".to_owned())
+                } else if destination.n_sequences().saturating_add(n_choices) > destination.info.max_num_seqs {
+                    let (has, max) = (destination.n_sequences(), destination.info.max_num_seqs);
+                    Some(format!(
+                        "{n_choices} more sequences are wanted, it has {has} of at most {max}"
+                    ))
+                } else if destination.n_blocks_available() < n_blocks {
+                    let available = destination.n_blocks_available();
+                    Some(format!("{n_blocks} blocks are wanted, {available} are available"))
                 } else {
                     None
                 };
@@ -443,12 +453,8 @@ impl Cluster {
                     None => to.clone(),
                 }
             }
-            None => {
-                let block_size = source.info.block_size;
-                let n_blocks = n_choices * (n_tokens.div_ceil(block_size) + 1);
-                choose_destination(&state.view, from, n_blocks, n_choices, needs_version)
-                    .ok_or_else(|| refused("no other instance could take it".to_owned()))?
-            }
+            None => choose_destination(&state.view, from, n_blocks, n_choices, needs_version)
+                .ok_or_else(|| refused("no other instance could take it".to_owned()))?,
         };
         let Some(member) = state.members.get(&to) else {
             return Err(state.unknown(&to));

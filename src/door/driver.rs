@@ -20,6 +20,7 @@ use super::cluster::{Called, Cluster, Reachable};
 use super::front_door::FrontDoorOptions;
 use super::move_metrics::{MoveMetrics, MoveOutcome};
 use super::moves::{Listed, MoveError, MoveOrder, MoveReason, Moved, RequestStage};
+use super::outbox::Outbox;
 use super::streams::{self, OpenStream, Opening};
 use super::{DoorEvent, Submission, Usage};
 
@@ -32,7 +33,7 @@ pub(super) struct RequestDriver {
     options: FrontDoorOptions,
     submission: Submission,
     deadline: Option<Instant>,
-    events: mpsc::Sender<DoorEvent>,
+    outbox: Outbox,
     listed: Listed,
     metrics: MoveMetrics,
     arbiter: Arbiter,
@@ -100,13 +101,16 @@ impl RequestDriver {
             ..Usage::default()
         };
         let n = submission.request.sampling.n;
+        // Each choice's tokens and end, log-probabilities of the prompt, and the terminal event.
+        let max_events = n as usize * (submission.request.sampling.max_tokens as usize + 1) + 2;
+        let outbox = Outbox::new(events, max_events, options.client_stall);
         let move_deadline = Nanos(options.move_deadline.as_nanos() as u64);
         RequestDriver {
             cluster,
             admission,
             options,
             deadline: submission.deadline.map(|left| Instant::now() + left),
-            events,
+            outbox,
             listed,
             metrics,
             arbiter: Arbiter::new(n, move_deadline),
@@ -137,7 +141,8 @@ impl RequestDriver {
                 self.obey(actions).await;
             }
             if self.arbiter.is_ended() {
-                return;
+                // Nothing is held anywhere for a request that has ended, however slow its client is.
+                return self.into_outbox().finish().await;
             }
             match self.wait().await {
                 Woken::Fact(fact) => self.facts.push_back(fact),
@@ -159,6 +164,10 @@ impl RequestDriver {
                 Woken::Ordered(order) => self.take_order(order),
             }
         }
+    }
+
+    fn into_outbox(self) -> Outbox {
+        self.outbox
     }
 
     async fn place_first(&mut self, place: QueuePlace) -> ArbiterFact {
@@ -199,34 +208,19 @@ impl RequestDriver {
     }
 
     /// A placement, unless the client, the deadline or the bound of the wait comes first.
-    fn placed<T, F: Future<Output = T>>(&self, placing: F) -> impl Future<Output = Result<T, ArbiterFact>> + use<T, F> {
-        let interrupted = self.interrupted();
-        let max_queue_wait = self.options.max_queue_wait;
-        async move {
-            tokio::select! {
-                placed = placing => Ok(placed),
-                fact = interrupted => Err(fact),
-                () = tokio::time::sleep(max_queue_wait) => Err(ArbiterFact::NoRoom),
-            }
-        }
-    }
-
-    fn interrupted(&self) -> impl Future<Output = ArbiterFact> + use<> {
-        let (events, deadline) = (self.events.clone(), self.deadline);
-        async move {
-            tokio::select! {
-                () = events.closed() => ArbiterFact::ClientGone,
-                () = sleep_until(deadline) => ArbiterFact::DeadlinePassed,
-            }
+    async fn placed<T>(&mut self, placing: impl Future<Output = T>) -> Result<T, ArbiterFact> {
+        tokio::select! {
+            placed = placing => Ok(placed),
+            fact = interrupted(&mut self.outbox, self.deadline) => Err(fact),
+            () = tokio::time::sleep(self.options.max_queue_wait) => Err(ArbiterFact::NoRoom),
         }
     }
 
     async fn wait(&mut self) -> Woken {
-        let interrupted = self.interrupted();
         let tick = self.arbiter.next_tick();
         let tick_in = tick.map(|at| Duration::from_nanos(at.saturating_sub(self.cluster.now()).0));
         tokio::select! {
-            fact = interrupted => Woken::Fact(fact),
+            fact = interrupted(&mut self.outbox, self.deadline) => Woken::Fact(fact),
             said = next(&mut self.speaking), if self.speaking.is_some() => Woken::Speaking(said),
             said = next(&mut self.attached), if self.attached.is_some() => Woken::Attached(said),
             (epoch, opened) = answer(&mut self.attaching), if self.attaching.is_some() => {
@@ -279,8 +273,8 @@ impl RequestDriver {
                     self.listed.request.update(|progress| progress.epoch = epoch.0);
                 }
                 ArbiterAction::Deliver | ArbiterAction::Discard => unreachable!("tokens are applied as they come"),
-                ArbiterAction::Finish(finish) => self.finish(finish).await,
-                ArbiterAction::Fail(failure) => self.end(DoorEvent::Failed(failure)).await,
+                ArbiterAction::Finish(finish) => self.finish(finish),
+                ArbiterAction::Fail(failure) => self.end(DoorEvent::Failed(failure)),
             }
         }
     }
@@ -313,10 +307,9 @@ impl RequestDriver {
             progress.prefill = placement.prefill.clone();
         });
         let opening = streams::generate(&self.cluster, &self.state(epoch), placed);
-        let interrupted = self.interrupted();
         let opened = tokio::select! {
             opened = opening => opened,
-            fact = interrupted => {
+            fact = interrupted(&mut self.outbox, self.deadline) => {
                 self.facts.push_back(fact);
                 return;
             }
@@ -401,6 +394,10 @@ impl RequestDriver {
             progress.stage = RequestStage::Decode;
             progress.destination = None;
         });
+        // A move that the request's end overtakes has not failed; `end` answers whoever ordered it.
+        if self.arbiter.is_ended() {
+            return;
+        }
         if let Some(order) = self.order.take() {
             self.metrics.ended(order.reason, MoveOutcome::Failed);
             let reason = match order.failure {
@@ -499,7 +496,7 @@ impl RequestDriver {
             Event::PromptLogprobs(logprobs) => {
                 if !std::mem::replace(&mut self.has_prompt_logprobs, true) {
                     let logprobs: Vec<TokenLogprobs> = logprobs.tokens.into_iter().map(Into::into).collect();
-                    self.deliver(DoorEvent::PromptLogprobs(logprobs)).await;
+                    self.deliver(DoorEvent::PromptLogprobs(logprobs));
                 }
             }
             Event::Token(token) => {
@@ -559,7 +556,7 @@ impl RequestDriver {
                         }
                     });
                     let token = token.clone();
-                    self.deliver(DoorEvent::Token { choice, token }).await;
+                    self.deliver(DoorEvent::Token { choice, token });
                 }
                 ArbiterAction::Discard => {
                     self.metrics.stale.inc();
@@ -575,7 +572,7 @@ impl RequestDriver {
             match action {
                 ArbiterAction::Deliver => {
                     self.choices[choice as usize].finish = Some(finish);
-                    self.deliver(DoorEvent::ChoiceFinished { choice, finish }).await;
+                    self.deliver(DoorEvent::ChoiceFinished { choice, finish });
                 }
                 ArbiterAction::Discard => {
                     self.metrics.stale.inc();
@@ -639,19 +636,18 @@ impl RequestDriver {
         }
     }
 
-    /// Hands an event to the client; a client that takes nothing for too long counts as gone.
-    async fn deliver(&mut self, event: DoorEvent) {
-        if self
-            .events
-            .send_timeout(event, self.options.client_stall)
-            .await
-            .is_err()
-        {
-            self.facts.push_back(ArbiterFact::ClientGone);
+    /// Hands an event to the client, when it takes it.
+    fn deliver(&mut self, event: DoorEvent) {
+        if let Err(error) = self.outbox.push(event) {
+            self.facts.push_back(ArbiterFact::Failed {
+                epoch: self.arbiter.epoch(),
+                failure: Failure::Internal(error.to_string()),
+                blamed: None,
+            });
         }
     }
 
-    async fn finish(&mut self, finish: Finish) {
+    fn finish(&mut self, finish: Finish) {
         self.timeline.mark(Moment::Finished, self.cluster.now());
         self.usage.n_completion_tokens = self.choices.iter().map(|choice| choice.output.len() as u32).sum();
         let event = DoorEvent::Ended {
@@ -659,11 +655,17 @@ impl RequestDriver {
             usage: self.usage,
             timeline: self.timeline.clone(),
         };
-        self.end(event).await;
+        self.end(event);
     }
 
-    async fn end(&mut self, event: DoorEvent) {
+    fn end(&mut self, event: DoorEvent) {
         self.cluster.close(self.submission.request.id);
+        if let Some(order) = self.order.take() {
+            self.metrics.ended(order.reason, MoveOutcome::Overtaken);
+            let _ = order
+                .reply
+                .send(Err(MoveError::Refused("the request has ended".to_owned())));
+        }
         if let DoorEvent::Failed(failure) = &event {
             tracing::info!(
                 request_id = %self.submission.request.id,
@@ -673,7 +675,7 @@ impl RequestDriver {
                 "request failed"
             );
         }
-        self.deliver(event).await;
+        self.deliver(event);
     }
 }
 
@@ -688,6 +690,14 @@ async fn answer<T>(asked: &mut Option<(Epoch, BoxFuture<'static, T>)>) -> (Epoch
     match asked {
         Some((epoch, asked)) => (*epoch, asked.await),
         None => std::future::pending().await,
+    }
+}
+
+/// What ends the request at any time. What the client has not taken is handed over meanwhile.
+async fn interrupted(outbox: &mut Outbox, deadline: Option<Instant>) -> ArbiterFact {
+    tokio::select! {
+        () = outbox.client_gone() => ArbiterFact::ClientGone,
+        () = sleep_until(deadline) => ArbiterFact::DeadlinePassed,
     }
 }
 

@@ -8,6 +8,7 @@ mod emptying;
 mod front_door;
 mod move_metrics;
 mod moves;
+mod outbox;
 mod rebalancing;
 mod streams;
 

@@ -25,12 +25,14 @@ pub(super) enum MoveOutcome {
     Failed,
     /// It was not begun.
     Refused,
+    /// The request ended before it settled.
+    Overtaken,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct MoveLabels {
-    reason: &'static str,
-    outcome: &'static str,
+    pub(super) reason: &'static str,
+    pub(super) outcome: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -77,6 +79,7 @@ impl MoveMetrics {
                 MoveOutcome::Settled => "settled",
                 MoveOutcome::Failed => "failed",
                 MoveOutcome::Refused => "refused",
+                MoveOutcome::Overtaken => "overtaken",
             },
         };
         self.moves.get_or_create(&labels).inc();
