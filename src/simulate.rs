@@ -5,7 +5,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use baton_scheduler::simulation::{Coverage, FaultKind, RunReport, run as run_seed};
+use baton_scheduler::simulation::{
+    Coverage, FaultKind, RunReport, Transition, every_transition, never, rare, run as run_seed,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// Which seeds.
@@ -127,15 +129,27 @@ pub fn run(config: SimulateConfig) -> anyhow::Result<()> {
     if config.coverage {
         print_coverage(&totals.coverage);
     }
+    let surprises = totals.coverage.surprises();
+    anyhow::ensure!(surprises.is_empty(), "what cannot be has been: {surprises:?}");
     Ok(())
 }
 
-/// A line for each transition: how often, and with which faults.
+/// A line for each transition: how often, and with which faults, or why never. Then those with less than a hundred.
 fn print_coverage(coverage: &Coverage) {
+    for transition in every_transition() {
+        if let Some(reason) = never(transition) {
+            println!("{transition}: never ({reason})");
+        }
+    }
     for (transition, n) in &coverage.transitions {
         let with = coverage.pairs.get(transition).into_iter().flatten().zip(FaultKind::ALL);
         let with: Vec<String> = with.map(|(n, fault)| format!("{fault:?} {n}")).collect();
         println!("{transition}: {n} ({})", with.join(", "));
+    }
+    let under = |&(_, _, n): &(Transition, FaultKind, u64)| n < 100;
+    for (transition, fault, n) in coverage.reachable_pairs().filter(under) {
+        let reason = rare(transition).map_or(String::new(), |reason| format!(" ({reason})"));
+        println!("seldom: {transition} / {}: {n}{reason}", fault.as_str());
     }
 }
 

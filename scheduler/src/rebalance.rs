@@ -20,6 +20,8 @@ pub struct RebalanceConfig {
     pub cooldown: Nanos,
     /// Longest that failures make the cooldown.
     pub max_cooldown: Nanos,
+    /// Blocks of an instance kept clear while a request of high priority generates there, as a share of all it has.
+    pub priority_headroom: f64,
 }
 
 impl Default for RebalanceConfig {
@@ -29,6 +31,7 @@ impl Default for RebalanceConfig {
             max_moves: 2,
             cooldown: Nanos::from_secs(2),
             max_cooldown: Nanos::from_secs(60),
+            priority_headroom: 0.25,
         }
     }
 }
@@ -46,6 +49,8 @@ pub struct RunningRequest {
     pub n_choices: u32,
     /// The oldest protocol that can say all of it.
     pub needs_version: u32,
+    /// Lower is more urgent; below 0 is high priority.
+    pub priority: i32,
 }
 
 /// The request that waits longest for a placement.
@@ -62,7 +67,7 @@ pub struct WaitingRequest {
 pub enum RebalanceReason {
     /// Its instance is much less free than another.
     Balance,
-    /// What is free lies apart: without this request its instance has room for the one that waits.
+    /// What is free lies apart: without this request, and maybe more, its instance has room for the one that waits.
     Defragment,
 }
 
@@ -151,16 +156,31 @@ impl Rebalancer {
         };
         let movable: Vec<&RunningRequest> = running.iter().filter(may_move).collect();
         waiting
-            .and_then(|waiting| defragment(view, &movable, waiting))
-            .or_else(|| self.balance(view, &movable))
+            .and_then(|waiting| defragment(view, running, &movable, waiting))
+            .or_else(|| self.balance(view, running, &movable))
+    }
+
+    /// Blocks to be kept clear on an instance.
+    fn headroom(&self, instance: &InstanceState, running: &[RunningRequest]) -> u32 {
+        let mut here = running.iter().filter(|request| request.instance == instance.info.id);
+        if here.any(|request| request.priority < 0) {
+            (f64::from(instance.info.n_blocks_total) * self.config.priority_headroom) as u32
+        } else {
+            0
+        }
     }
 
     /// Of all moves that even out two uneven instances, the one that leaves the less free of them freest. Moving never
     /// makes the destination the less free one, so the lower freeness of a pair only rises, and a load that stands still
-    /// comes to rest.
-    fn balance(&self, view: &ClusterView, movable: &[&RunningRequest]) -> Option<MoveProposal> {
+    /// comes to rest. A request of high priority stays where its headroom is; others make room for it.
+    fn balance(
+        &self,
+        view: &ClusterView,
+        running: &[RunningRequest],
+        movable: &[&RunningRequest],
+    ) -> Option<MoveProposal> {
         let mut best: Option<(f64, MoveProposal)> = None;
-        for request in movable {
+        for request in movable.iter().filter(|request| request.priority >= 0) {
             let source = view.instances().get(&request.instance);
             let Some(source) = source.filter(|source| !source.is_draining()) else {
                 continue;
@@ -171,18 +191,20 @@ impl Rebalancer {
             if n_source <= n_choices {
                 continue;
             }
-            let free_source = source.freeness(0);
-            let source_after = freeness(f64::from(source.n_blocks_available()) + n_blocks, n_source - n_choices);
+            let headroom = self.headroom(source, running);
+            let free_source = source.freeness(headroom);
+            let n_available = f64::from(source.n_blocks_available()) - f64::from(headroom);
+            let source_after = freeness(n_available + n_blocks, n_source - n_choices);
             for (to, destination) in view.instances() {
-                if !takes(source, destination, request) {
+                if !takes(source, destination, request, Taken::default()) {
                     continue;
                 }
-                let free_destination = destination.freeness(0);
+                let headroom = self.headroom(destination, running);
+                let free_destination = destination.freeness(headroom);
                 let is_uneven = free_destination > free_source.max(0.0) * self.config.max_ratio;
-                let destination_after = freeness(
-                    f64::from(destination.n_blocks_available()) - n_blocks,
-                    f64::from(destination.n_sequences()) + n_choices,
-                );
+                let n_available = f64::from(destination.n_blocks_available()) - f64::from(headroom);
+                let destination_after =
+                    freeness(n_available - n_blocks, f64::from(destination.n_sequences()) + n_choices);
                 let helps = free_source < source_after && source_after <= destination_after;
                 if is_uneven && helps && best.as_ref().is_none_or(|(most, _)| source_after > *most) {
                     let proposal = MoveProposal {
@@ -199,49 +221,116 @@ impl Rebalancer {
     }
 }
 
-/// The smallest request whose leaving makes room for the one that waits, if that has room nowhere.
-fn defragment(view: &ClusterView, movable: &[&RunningRequest], waiting: &WaitingRequest) -> Option<MoveProposal> {
-    let generates = |state: &&InstanceState| state.info.role != Role::Prefill;
+/// Makes room for a request that has it nowhere: on the instance where the fewest blocks must leave for that, and only if
+/// they all find a place elsewhere. What moves away already counts as gone.
+fn defragment(
+    view: &ClusterView,
+    running: &[RunningRequest],
+    movable: &[&RunningRequest],
+    waiting: &WaitingRequest,
+) -> Option<MoveProposal> {
+    let generates = |state: &&InstanceState| state.info.role != Role::Prefill && state.is_usable();
     let mut generating = view.instances().values().filter(generates);
     if generating.any(|state| state.has_room(waiting.n_blocks, waiting.n_choices)) {
         return None;
     }
-    let mut by_size: Vec<&&RunningRequest> = movable.iter().collect();
-    by_size.sort_by_key(|request| (request.n_blocks, request.id));
-    by_size.into_iter().find_map(|request| {
-        let source = view
-            .instances()
-            .get(&request.instance)
-            .filter(|state| state.is_usable())?;
-        let n_places = source.n_sequences().saturating_sub(request.n_choices) + waiting.n_choices;
-        let makes_room = source.n_blocks_available() + request.n_blocks >= waiting.n_blocks
-            && n_places <= source.info.max_num_seqs
-            && source.info.role != Role::Prefill;
-        let to = view.instances().iter().find(|(_, state)| takes(source, state, request));
-        let (to, _) = to.filter(|_| makes_room)?;
-        Some(MoveProposal {
-            request: request.id,
-            from: request.instance.clone(),
-            to: to.clone(),
-            reason: RebalanceReason::Defragment,
-        })
+    let plans = view.instances().values().filter(generates);
+    let plans = plans.filter_map(|source| Evacuation::of(source, view, running, movable, waiting));
+    let best = plans.min_by_key(|plan| plan.n_blocks)?;
+    let (request, to) = best.first?;
+    Some(MoveProposal {
+        request: request.id,
+        from: request.instance.clone(),
+        to,
+        reason: RebalanceReason::Defragment,
     })
 }
 
-/// Whether `destination` may be asked to take `request` from `source`. Other bits than the source's are not risked for the
+/// Who would have to leave an instance so that a request that waits finds room there.
+struct Evacuation<'a> {
+    n_blocks: u32,
+    /// Who goes next and where; nobody when enough is on its way.
+    first: Option<(&'a RunningRequest, InstanceId)>,
+}
+
+impl<'a> Evacuation<'a> {
+    /// `None` when not enough of them find a place elsewhere.
+    fn of(
+        source: &InstanceState,
+        view: &ClusterView,
+        running: &[RunningRequest],
+        movable: &[&'a RunningRequest],
+        waiting: &WaitingRequest,
+    ) -> Option<Evacuation<'a>> {
+        let id = &source.info.id;
+        let leaving = running.iter().filter(|request| request.instance == *id);
+        let leaving = leaving.filter(|request| view.moves().contains_key(&request.id));
+        let (mut n_blocks_free, mut n_sequences) = (source.n_blocks_available(), source.n_sequences());
+        for request in leaving {
+            n_blocks_free += request.n_blocks;
+            n_sequences = n_sequences.saturating_sub(request.n_choices);
+        }
+        let here = movable.iter().copied().filter(|request| request.instance == *id);
+        let mut here: Vec<&RunningRequest> = here.collect();
+        here.sort_by_key(|request| (request.n_blocks, request.id));
+        // What this plan itself puts elsewhere.
+        let mut taken: BTreeMap<&InstanceId, Taken> = BTreeMap::new();
+        let mut evacuation = Evacuation {
+            n_blocks: 0,
+            first: None,
+        };
+        loop {
+            let missing_blocks = waiting.n_blocks.saturating_sub(n_blocks_free);
+            if missing_blocks == 0 && n_sequences + waiting.n_choices <= source.info.max_num_seqs {
+                return Some(evacuation);
+            }
+            // The smallest that is enough by itself, else the largest.
+            let enough = here.iter().position(|request| request.n_blocks >= missing_blocks);
+            let chosen = here.remove(enough.or_else(|| here.len().checked_sub(1))?);
+            let mut places = view.instances().iter();
+            let place = places.find(|(to, state)| {
+                let taken = taken.get(to).copied().unwrap_or_default();
+                takes(source, state, chosen, taken)
+            });
+            let Some((to, _)) = place else { continue };
+            taken.entry(to).or_default().add(chosen);
+            n_blocks_free += chosen.n_blocks;
+            n_sequences = n_sequences.saturating_sub(chosen.n_choices);
+            evacuation.n_blocks += chosen.n_blocks;
+            evacuation.first.get_or_insert_with(|| (chosen, to.clone()));
+        }
+    }
+}
+
+/// What a plan has put on an instance before.
+#[derive(Clone, Copy, Debug, Default)]
+struct Taken {
+    n_blocks: u32,
+    n_choices: u32,
+}
+
+impl Taken {
+    fn add(&mut self, request: &RunningRequest) {
+        // A block for each choice to grow into.
+        self.n_blocks += request.n_blocks + request.n_choices;
+        self.n_choices += request.n_choices;
+    }
+}
+
+/// Whether `destination` may be asked to take `request` from `source`, besides what it has `taken`. Other bits than the source's are not risked for the
 /// sake of balance.
-fn takes(source: &InstanceState, destination: &InstanceState, request: &RunningRequest) -> bool {
+fn takes(source: &InstanceState, destination: &InstanceState, request: &RunningRequest, taken: Taken) -> bool {
     let (from, to) = (&source.info, &destination.info);
     let speaks = |version| version >= request.needs_version.max(MOVE_PROTOCOL_VERSION);
-    // A block for each choice to grow into.
-    let n_blocks = request.n_blocks + request.n_choices;
+    let mut all = taken;
+    all.add(request);
     from.id != to.id
         && from.fingerprint == to.fingerprint
         && from.numerics_class == to.numerics_class
         && to.role != Role::Prefill
         && speaks(from.protocol_version)
         && speaks(to.protocol_version)
-        && destination.has_room(n_blocks, request.n_choices)
+        && destination.has_room(all.n_blocks, all.n_choices)
 }
 
 #[cfg(test)]

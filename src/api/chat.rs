@@ -104,6 +104,7 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         sampling,
         text: common.text,
         cache_salt: common.cache_salt,
+        priority: common.priority,
         deadline: None,
         timeline: timeline_from(state, received),
     };

@@ -79,6 +79,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         is_seeded,
         text,
         cache_salt,
+        priority,
         stream,
         ..
     } = common;
@@ -118,6 +119,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
             sampling: sampling.clone(),
             text: text.clone(),
             cache_salt,
+            priority,
             deadline: None,
             timeline: timeline_from(state, received),
         });

@@ -114,6 +114,7 @@ impl BatonService {
                     ..TextOptions::default()
                 },
                 cache_salt: 0,
+                priority: 0,
                 deadline,
                 timeline: timeline_from(&state, received),
             })

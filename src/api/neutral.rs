@@ -108,7 +108,6 @@ pub const UNSUPPORTED: &[Unsupported] = &[
     row("spaces_between_special_tokens", Neutral::True),
     row("allowed_media_domains", Neutral::Empty),
     // Scheduling.
-    row("priority", Neutral::Zero),
     row("kv_transfer_params", Neutral::Null),
     row("ec_transfer_params", Neutral::Null),
     row("vllm_xargs", Neutral::Empty),

@@ -56,6 +56,8 @@ pub struct CommonOptions {
     pub tokens_as_ids: bool,
     /// Separates prefix caches; 0 when not asked for.
     pub cache_salt: u64,
+    /// Lower is more urgent.
+    pub priority: i32,
     /// `prompt_logprobs`, as asked.
     pub prompt_logprobs: Option<u8>,
     /// Encode text prompts with the tokenizer's own special tokens; `None` means the endpoint's default.
@@ -130,6 +132,9 @@ impl CommonOptions {
                 }
                 Some(salt) => salt_of(&salt),
             },
+            priority: fields
+                .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
+                .map_or(0, |priority| priority as i32),
             prompt_logprobs: fields
                 .integer("prompt_logprobs", 0..=i64::from(MAX_LOGPROBS))?
                 .map(|n| n as u8),

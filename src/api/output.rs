@@ -34,6 +34,8 @@ pub struct Job {
     pub text: TextOptions,
     /// Separates prefix caches.
     pub cache_salt: u64,
+    /// Lower is more urgent.
+    pub priority: i32,
     /// When the client gives up.
     pub deadline: Option<Instant>,
     /// Moments so far.
@@ -133,6 +135,7 @@ impl OutputStream {
                 sampling: job.sampling,
                 cache_salt: job.cache_salt,
             },
+            priority: job.priority,
             deadline,
             label: job.label.shared(),
             timeline: job.timeline,

@@ -1,5 +1,6 @@
-//! The only place where requests wait before work: a bounded queue, first come first placed.
+//! The only place where requests wait before work: a bounded queue, first come first placed among those of one priority.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
 use std::time::Duration;
@@ -8,7 +9,8 @@ use baton_scheduler::ids::{InstanceId, Nanos, TokenId};
 use baton_scheduler::prefix_cache::{PrefixHasher, PrefixKey};
 use baton_scheduler::rebalance::WaitingRequest;
 use baton_scheduler::request::{ChoiceState, Request};
-use tokio::sync::Mutex;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
 
 use super::Rejection;
 use super::cluster::{Cluster, KeySpace, Reachable};
@@ -17,8 +19,7 @@ use super::cluster::{Cluster, KeySpace, Reachable};
 pub(super) struct Admission {
     limit: usize,
     n_queued: AtomicUsize,
-    /// Held by the request that is asked for next; tokio's mutex is fair, so the order is that of arrival.
-    head: Mutex<()>,
+    line: Arc<Line>,
 }
 
 /// A place in the queue, given back on drop.
@@ -35,7 +36,7 @@ impl Admission {
         Arc::new(Admission {
             limit,
             n_queued: AtomicUsize::new(0),
-            head: Mutex::new(()),
+            line: Arc::default(),
         })
     }
 
@@ -64,15 +65,72 @@ impl Admission {
     pub(super) async fn place_in_turn(
         &self,
         place: QueuePlace,
+        priority: i32,
         cluster: &Cluster,
         wanted: &mut Wanted,
     ) -> (Reachable, Nanos) {
-        let turn = self.head.lock().await;
+        let turn = self.line.turn(priority).await;
         let admitted_at = cluster.now();
         let reachable = place_when_possible(cluster, wanted).await;
         drop(turn);
         drop(place);
         (reachable, admitted_at)
+    }
+}
+
+/// Who is asked for next, and who waits for that: the most urgent first, then the oldest. Nobody waits longer than the
+/// front door lets a request wait to be placed.
+#[derive(Default)]
+struct Line(Mutex<InLine>);
+
+#[derive(Default)]
+struct InLine {
+    has_turn: bool,
+    n_came: u64,
+    waiting: BTreeMap<(i32, u64), oneshot::Sender<Turn>>,
+}
+
+/// Given to the next in line on drop, also when it never reached who waited for it.
+struct Turn(Arc<Line>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let next = {
+            let mut line = self.0.0.lock();
+            let next = line.waiting.pop_first();
+            line.has_turn = next.is_some();
+            next
+        };
+        if let Some((_, next)) = next {
+            // One that has gone gives it on by the drop of what comes back.
+            drop(next.send(Turn(Arc::clone(&self.0))));
+        }
+    }
+}
+
+/// Leaves the line on drop.
+struct InLineAt<'a>(&'a Line, (i32, u64));
+
+impl Drop for InLineAt<'_> {
+    fn drop(&mut self) {
+        self.0.0.lock().waiting.remove(&self.1);
+    }
+}
+
+impl Line {
+    async fn turn(self: &Arc<Self>, priority: i32) -> Turn {
+        let (_at, turn) = {
+            let mut line = self.0.lock();
+            if !std::mem::replace(&mut line.has_turn, true) {
+                return Turn(Arc::clone(self));
+            }
+            let (sender, turn) = oneshot::channel();
+            line.n_came += 1;
+            let at = (priority, line.n_came);
+            line.waiting.insert(at, sender);
+            (InLineAt(self, at), turn)
+        };
+        turn.await.expect("a turn is given on, never dropped")
     }
 }
 
@@ -157,5 +215,54 @@ pub(super) async fn place_when_possible(cluster: &Cluster, wanted: &mut Wanted) 
         }
         // The cluster holds the sender and outlives this borrow of it.
         let _ = changes.changed().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_most_urgent_is_next_then_the_oldest_and_who_leaves_is_passed_over() {
+        let line = Arc::new(Line::default());
+        let first = line.turn(0).await;
+        let mut waiting: Vec<_> = [(1, 5), (2, 0), (3, -1), (4, 0), (5, -1)]
+            .map(|(name, priority)| {
+                let line = Arc::clone(&line);
+                let mut turn = Box::pin(async move { line.turn(priority).await });
+                assert!((&mut turn).now_or_never().is_none(), "it is another's turn");
+                (name, turn)
+            })
+            .into();
+        // The oldest of the urgent ones leaves the line.
+        waiting.retain(|(name, _)| *name != 3);
+        drop(first);
+        let mut order = Vec::new();
+        while !waiting.is_empty() {
+            let next = waiting.iter_mut().enumerate().find_map(|(idx, (name, turn))| {
+                let turn = turn.now_or_never()?;
+                Some((idx, *name, turn))
+            });
+            let (idx, name, turn) = next.expect("somebody has the turn");
+            order.push(name);
+            drop(waiting.remove(idx));
+            drop(turn);
+        }
+        assert_eq!(order, [5, 2, 4, 1]);
+        assert!(line.turn(7).now_or_never().is_some(), "nobody has it");
+    }
+
+    #[tokio::test]
+    async fn a_turn_given_to_who_has_left_is_not_lost() {
+        let line = Arc::new(Line::default());
+        let first = line.turn(0).await;
+        let mut leaves = Box::pin(line.turn(-1));
+        assert!((&mut leaves).now_or_never().is_none());
+        drop(first);
+        // It has been given the turn and does not know.
+        drop(leaves);
+        assert!(line.turn(0).now_or_never().is_some());
     }
 }

@@ -173,7 +173,7 @@ impl RequestDriver {
     async fn place_first(&mut self, place: QueuePlace) -> ArbiterFact {
         let (admission, cluster) = (Arc::clone(&self.admission), Arc::clone(&self.cluster));
         let mut wanted = std::mem::replace(&mut self.wanted, Wanted::new(self.submission.request.clone()));
-        let placing = admission.place_in_turn(place, &cluster, &mut wanted);
+        let placing = admission.place_in_turn(place, self.submission.priority, &cluster, &mut wanted);
         match self.placed(placing).await {
             Ok((placed, admitted_at)) => {
                 self.timeline.mark(Moment::Admitted, admitted_at);

@@ -33,6 +33,8 @@ pub use rebalancing::{Rebalancing, keep_balanced};
 pub struct Submission {
     /// What to generate.
     pub request: Request,
+    /// Lower is more urgent: the order of admission, and below 0 the rebalancer keeps room clear beside it.
+    pub priority: i32,
     /// Time left for the whole request, from now.
     pub deadline: Option<Duration>,
     /// The client's name for it (`x-request-id`), for logs.

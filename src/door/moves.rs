@@ -149,6 +149,8 @@ pub struct OpenRequest {
     pub max_tokens: u32,
     /// The oldest protocol that can say all of it.
     pub needs_version: u32,
+    /// Lower is more urgent.
+    pub priority: i32,
     /// When it came.
     pub opened_at: Instant,
     progress: Mutex<RequestProgress>,
@@ -210,6 +212,7 @@ impl OpenRequests {
             n_choices: request.sampling.n,
             max_tokens: request.sampling.max_tokens,
             needs_version: min_protocol_version(&request.sampling),
+            priority: submission.priority,
             opened_at: Instant::now(),
             progress: Mutex::default(),
             orders,

@@ -94,5 +94,6 @@ fn running(view: &ClusterView, request: &OpenRequest) -> Option<RunningRequest> 
         n_blocks: n_tokens.div_ceil(block_size) * request.n_choices,
         n_choices: request.n_choices,
         needs_version: request.needs_version,
+        priority: request.priority,
     })
 }

@@ -376,8 +376,7 @@ fn choices_with_tokens_of_their_own_are_not_handed_over_and_need_more_blocks() {
 fn a_move_counts_at_both_ends_until_it_settles() {
     let mut view = cluster(&POOLS);
     let n_available = |view: &ClusterView, id: &str| view.instances()[&InstanceId::new(id)].n_blocks_available();
-    view.apply(ViewEvent::Placed(RequestId(9), open("d0", Some("p0"), 64)));
-    view.apply(ViewEvent::Grew(RequestId(9), 20));
+    view.apply(ViewEvent::Placed(RequestId(9), open("d0", Some("p0"), 19 * 16)));
     view.apply(ViewEvent::MoveStarted(RequestId(9), InstanceId::new("d1")));
     view.apply(ViewEvent::MoveStarted(RequestId(8), InstanceId::new("d1")));
     assert_eq!((n_available(&view, "d0"), n_available(&view, "d1")), (80, 80));
@@ -461,8 +460,7 @@ proptest! {
                 6 => ViewEvent::MoveStarted(RequestId(id), InstanceId::new(name)),
                 7 => ViewEvent::MoveEnded(RequestId(id)),
                 8 => ViewEvent::Moved(RequestId(id), InstanceId::new(name)),
-                9 => ViewEvent::Grew(RequestId(id), n_tokens),
-                10 => ViewEvent::Draining(InstanceId::new(name), n_tokens % 2 == 0),
+                9 => ViewEvent::Draining(InstanceId::new(name), n_tokens % 2 == 0),
                 _ => ViewEvent::Busy(InstanceId::new(name)),
             };
             view.apply(event);

@@ -87,8 +87,6 @@ pub enum ViewEvent {
     MoveEnded(RequestId),
     /// A placed request generates on another instance now, which holds its KV. Ignored when the request is unknown.
     Moved(RequestId, InstanceId),
-    /// All choices of a placed request hold this many blocks now. Without it a placement counts what it was placed with.
-    Grew(RequestId, u32),
 }
 
 /// A placement of this front door that still holds something.
@@ -96,7 +94,7 @@ pub enum ViewEvent {
 pub struct OpenPlacement {
     /// Where it runs.
     pub placement: Placement,
-    /// Blocks reserved at the decode instance at the start, for all choices.
+    /// Blocks reserved at the decode instance at the start, for all choices. What they grow by is in its reports.
     pub n_blocks: u32,
     /// Choices generated: as many places in the batch.
     pub n_choices: u32,
@@ -325,7 +323,6 @@ impl ClusterView {
                 self.open.insert(request, placement);
             }
             ViewEvent::PrefillDone(request) => self.change(request, |open, _| open.n_prefill_tokens = 0),
-            ViewEvent::Grew(request, n_blocks) => self.change(request, |open, _| open.n_blocks = n_blocks),
             ViewEvent::Closed(request) => {
                 let moving = self.moving.remove(&request);
                 if let Some(placement) = self.open.remove(&request) {

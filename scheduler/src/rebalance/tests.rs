@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ids::{Fingerprint, Incarnation};
-use crate::placement::{InstanceInfo, OpenPlacement, Placement, ViewEvent};
+use crate::placement::{InstanceInfo, InstanceLoad, OpenPlacement, Placement, ViewEvent};
 
 const N_BLOCKS: u32 = 1000;
 
@@ -38,6 +38,17 @@ fn cluster(sizes: &[u32]) -> (ClusterView, Vec<RunningRequest>) {
 }
 
 fn run(view: &mut ClusterView, running: &mut Vec<RunningRequest>, id: u128, instance: &str, n_blocks: u32) {
+    run_with(view, running, id, instance, n_blocks, 0);
+}
+
+fn run_with(
+    view: &mut ClusterView,
+    running: &mut Vec<RunningRequest>,
+    id: u128,
+    instance: &str,
+    n_blocks: u32,
+    priority: i32,
+) {
     let instance = InstanceId::new(instance);
     let placement = Placement {
         decode: instance.clone(),
@@ -57,6 +68,7 @@ fn run(view: &mut ClusterView, running: &mut Vec<RunningRequest>, id: u128, inst
         n_blocks,
         n_choices: 1,
         needs_version: 1,
+        priority,
     });
 }
 
@@ -121,7 +133,10 @@ fn a_request_that_fits_nowhere_finds_room_after_the_smallest_move() {
     let proposal = rebalancer.propose(Nanos::ZERO, &view, &running, Some(&waiting(300)));
     assert_eq!(proposal, None, "it has room on the second");
     let proposal = rebalancer.propose(Nanos::ZERO, &view, &running, Some(&waiting(550)));
-    assert_eq!(proposal, None, "no one move makes that much room");
+    assert_eq!(
+        proposal, None,
+        "however they move, there is not that much room in one place"
+    );
     running.retain(|request| request.id != RequestId(2));
     view.apply(ViewEvent::Closed(RequestId(2)));
     let proposal = rebalancer
@@ -133,6 +148,143 @@ fn a_request_that_fits_nowhere_finds_room_after_the_smallest_move() {
         (RequestId(1), "d1"),
         "the smallest that makes room"
     );
+}
+
+#[test]
+fn a_long_request_finds_room_after_several_moves() {
+    let (mut view, mut running) = cluster(&[120, 130, 140, 150, 160]);
+    join(&mut view, "d2", Role::Decode);
+    for (id, instance, n_blocks) in [(10, "d1", 600), (11, "d2", 650)] {
+        run(&mut view, &mut running, id, instance, n_blocks);
+    }
+    let waiting = WaitingRequest {
+        n_blocks: 800,
+        n_choices: 1,
+    };
+    let mut rebalancer = Rebalancer::new(RebalanceConfig {
+        max_ratio: 1e9,
+        ..RebalanceConfig::default()
+    });
+    let mut moved = Vec::new();
+    while let Some(proposal) = rebalancer.propose(Nanos::ZERO, &view, &running, Some(&waiting)) {
+        assert_eq!(proposal.reason, RebalanceReason::Defragment);
+        assert_eq!(
+            proposal.from,
+            InstanceId::new("d0"),
+            "the fewest blocks have to leave there"
+        );
+        moved.push(proposal.request.0);
+        carry_out(&mut view, &mut running, &proposal);
+        rebalancer.ended(Nanos::ZERO, proposal.request, true);
+        assert!(moved.len() <= 4, "{moved:?}");
+    }
+    assert_eq!(moved.len(), 4, "500 of 700 blocks in pieces of at most 160");
+    assert!(view.instances()[&InstanceId::new("d0")].has_room(800, 1));
+}
+
+#[test]
+fn what_moves_away_already_is_not_asked_for_again() {
+    let (mut view, mut running) = cluster(&[300, 200, 300]);
+    run(&mut view, &mut running, 9, "d1", 100);
+    let waiting = WaitingRequest {
+        n_blocks: 950,
+        n_choices: 1,
+    };
+    let mut rebalancer = Rebalancer::new(RebalanceConfig {
+        max_ratio: 1e9,
+        max_moves: 9,
+        ..RebalanceConfig::default()
+    });
+    let mut ordered = Vec::new();
+    while let Some(proposal) = rebalancer.propose(Nanos::ZERO, &view, &running, Some(&waiting)) {
+        view.apply(ViewEvent::MoveStarted(proposal.request, proposal.to.clone()));
+        ordered.push((proposal.request.0, proposal.from.0.to_string()));
+    }
+    assert_eq!(
+        ordered,
+        [(9, "d1".to_owned())],
+        "the one move that makes room is under way"
+    );
+}
+
+#[test]
+fn others_make_room_for_a_request_of_high_priority() {
+    // Evenly loaded, but one instance has an urgent request.
+    let sizes = [20; 16];
+    let cluster = |priority| {
+        let (mut view, mut running) = cluster(&[]);
+        for (id, &n_blocks) in (0..).zip(&sizes) {
+            run(&mut view, &mut running, id, "d0", n_blocks);
+            run(&mut view, &mut running, 100 + id, "d1", n_blocks);
+        }
+        running[0].priority = priority;
+        (view, running)
+    };
+    let (mut view, mut running) = cluster(0);
+    assert_eq!(settle(&mut view, &mut running), 0);
+    let (mut view, mut running) = cluster(-1);
+    assert!(settle(&mut view, &mut running) > 0);
+    assert!(n_on(&running, "d0") < n_on(&running, "d1"));
+    assert_eq!(running[0].instance, InstanceId::new("d0"), "the urgent one stays");
+}
+
+/// Requests arrive in turn at the first of two instances of a role, live for a while and grow; a move takes some rounds.
+/// Returns the mean, over the rounds, of how many times as many sequences one instance had as the other.
+fn mean_imbalance(rebalances: bool) -> f64 {
+    const LIFE: u64 = 400;
+    const MOVE_TAKES: u64 = 5;
+    let (mut view, mut running) = cluster(&[]);
+    let mut rebalancer = Rebalancer::new(RebalanceConfig::default());
+    let mut moves: Vec<(u64, MoveProposal)> = Vec::new();
+    let (mut ratios, mut n_rounds) = (0.0, 0.0);
+    for round in 0..4000_u64 {
+        // A round is the quarter of a second that the front door asks in.
+        let now = Nanos::from_millis(250 * round);
+        if round.is_multiple_of(20) {
+            let id = u128::from(round / 20);
+            run(&mut view, &mut running, id, "d0", 20 + (round % 7) as u32);
+        }
+        if round >= LIFE && round.is_multiple_of(20) {
+            let ended = RequestId(u128::from((round - LIFE) / 20));
+            view.apply(ViewEvent::Closed(ended));
+            running.retain(|request| request.id != ended);
+            moves.retain(|(_, proposal)| proposal.request != ended);
+        }
+        for (_, proposal) in moves.extract_if(.., |(at, _)| *at == round) {
+            view.apply(ViewEvent::Moved(proposal.request, proposal.to.clone()));
+            let request = running.iter_mut().find(|request| request.id == proposal.request);
+            request.expect("it has not ended").instance = proposal.to.clone();
+            rebalancer.ended(now, proposal.request, true);
+        }
+        for name in ["d0", "d1"] {
+            let here = running.iter().filter(|request| *request.instance.0 == *name);
+            let n_held: u32 = here.clone().map(|request| request.n_blocks).sum();
+            let load = InstanceLoad {
+                n_running: here.count() as u32,
+                n_blocks_free: N_BLOCKS - n_held,
+                healthy: true,
+                ..InstanceLoad::default()
+            };
+            view.apply(ViewEvent::Load(InstanceId::new(name), Incarnation(1), load));
+        }
+        if let Some(proposal) = rebalancer.propose(now, &view, &running, None).filter(|_| rebalances) {
+            view.apply(ViewEvent::MoveStarted(proposal.request, proposal.to.clone()));
+            moves.push((round + MOVE_TAKES, proposal));
+        }
+        if round > LIFE {
+            let (a, b) = (n_on(&running, "d0") as f64, n_on(&running, "d1") as f64);
+            ratios += a.max(b) / a.min(b).max(1.0);
+            n_rounds += 1.0;
+        }
+    }
+    ratios / n_rounds
+}
+
+#[test]
+fn under_skewed_load_two_instances_keep_within_a_ratio_and_without_moves_they_do_not() {
+    assert!(mean_imbalance(false) > 15.0, "all of it stays where it came");
+    let with = mean_imbalance(true);
+    assert!(with < 1.75, "{with}: the ratio that is looked for, and what moves take");
 }
 
 #[test]

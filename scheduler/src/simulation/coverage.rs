@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use super::reachable::{every_transition, never, never_with};
+use super::reachable::{every_transition, never, never_with, rare};
 use crate::arbiter::ArbiterFact;
 use crate::transfer::{DestinationFact, MigrationFact, SourceFact};
 
@@ -126,18 +126,23 @@ impl Coverage {
         alone.map(|transition| (transition, None)).chain(pairs).collect()
     }
 
-    /// Pairs that can be and were met less than `at_least` times.
-    pub fn shortfalls(&self, at_least: u64) -> Vec<(Transition, FaultKind, u64)> {
+    /// Pairs that can be, with how often each was met.
+    pub fn reachable_pairs(&self) -> impl Iterator<Item = (Transition, FaultKind, u64)> {
         let pairs = every_transition().flat_map(|transition| {
             let counts = self.pairs.get(&transition).copied().unwrap_or_default();
-            FaultKind::ALL
-                .into_iter()
-                .zip(counts)
-                .map(move |(fault, n)| (transition, fault, n))
+            let counts = FaultKind::ALL.into_iter().zip(counts);
+            counts.map(move |(fault, n)| (transition, fault, n))
         });
-        pairs
-            .filter(|&(transition, fault, n)| n < at_least && never_with(transition, fault).is_none())
-            .collect()
+        pairs.filter(|&(transition, fault, _)| never_with(transition, fault).is_none())
+    }
+
+    /// Pairs that can be and were met less than `at_least` times, and rare transitions that were never met at all.
+    pub fn shortfalls(&self, at_least: u64) -> Vec<(Transition, FaultKind, u64)> {
+        let is_short = |&(transition, _, n): &(Transition, FaultKind, u64)| match rare(transition) {
+            None => n < at_least,
+            Some(_) => !self.transitions.contains_key(&transition),
+        };
+        self.reachable_pairs().filter(is_short).collect()
     }
 
     /// Adds another run's counts.

@@ -814,9 +814,11 @@ impl Simulation<'_> {
 
     fn rebalance(&mut self, generating: &[(usize, usize)]) {
         let running = generating.iter().map(|&(request, i)| {
-            let request = &self.planned[request].request;
+            let planned = &self.planned[request];
+            let request = &planned.request;
             let open = self.door.view.open_placements().get(&request.id);
             RunningRequest {
+                priority: planned.priority,
                 id: request.id,
                 instance: self.instances[i].id.clone(),
                 n_blocks: open.map_or(1, |open| open.n_blocks),

@@ -28,7 +28,7 @@ mod tests;
 mod workload;
 
 pub use coverage::{Coverage, FaultKind, Transition};
-pub use reachable::{every_transition, never, never_with};
+pub use reachable::{every_transition, never, never_with, rare};
 
 use crate::ids::{Incarnation, Nanos, RequestId, TokenId};
 use crate::placement::{InstanceInfo, InstanceLoad};

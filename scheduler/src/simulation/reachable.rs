@@ -146,6 +146,26 @@ pub fn never_with(transition: Transition, fault: FaultKind) -> Option<&'static s
     }
 }
 
+/// Why a transition happens so seldom that its pairs with faults are counted and not demanded.
+pub fn rare(transition: Transition) -> Option<&'static str> {
+    let Transition { machine, stage, fact } = transition;
+    match (machine, stage, fact) {
+        ("arbiter", "streaming" | "pausing", "moving") | ("arbiter", "streaming", "move cancelled") => {
+            Some("a word of one move has to cross the failure of it and the begin of the next on the way")
+        }
+        ("arbiter", "streaming" | "pausing", "resume failed") | ("source of a move", "pausing", "resume") => {
+            Some("a word to resume has to cross the next word of who is to resume")
+        }
+        ("arbiter", "source lost", "joined") => {
+            Some("the source has to die between its last frame and the destination's first word")
+        }
+        ("destination" | "destination of a move", "settled", "tick" | "ended badly") => {
+            Some("the source's end has to stay away or be bad after everything has arrived")
+        }
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

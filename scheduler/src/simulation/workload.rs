@@ -14,6 +14,8 @@ const STOP: TokenId = 5;
 #[derive(Clone, Debug)]
 pub(super) struct Planned {
     pub(super) request: Request,
+    /// As the rebalancer sees it.
+    pub(super) priority: i32,
     pub(super) at: Nanos,
     /// The client goes away this long after it came.
     pub(super) leaves_after: Option<Nanos>,
@@ -98,6 +100,7 @@ pub(super) fn plan(random: &mut Random, kind: Kind) -> Vec<Planned> {
             expected: (0..n)
                 .map(|choice| undisturbed(&request, choice, kind.max_model_len))
                 .collect(),
+            priority: -i32::from(request.id.0 % 7 == 0),
             request,
             at: Nanos(at),
             leaves_after: random.percent(kind.leaving_percent).then(|| after(random)),

@@ -70,6 +70,7 @@ fn job(stop: Vec<String>, include_stop: bool, max_tokens: u32) -> Job {
             skip_special_tokens: true,
         },
         cache_salt: 0,
+        priority: 0,
         deadline: None,
         timeline: Timeline::default(),
     }

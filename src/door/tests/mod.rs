@@ -154,6 +154,7 @@ fn submission(id: u128, deadline: Option<Duration>) -> Submission {
             sampling,
             cache_salt: 0,
         },
+        priority: 0,
         deadline,
         label: Arc::from("test"),
         timeline: Timeline::default(),

@@ -225,13 +225,16 @@ async fn a_source_goes_on_when_its_destination_says_nothing_in_time() {
 }
 
 #[tokio::test]
-async fn a_source_that_refuses_to_go_on_is_replaced() {
+async fn a_source_that_has_ended_before_it_is_told_to_go_on_is_heard_to_the_end() {
     let mut it = begin(patient()).await;
     it.destination.say(failed(&Failure::Busy("no blocks".into())));
     let resume = it.bench.resumed().await;
-    resume.answer(Ok(Some(Failure::Invalid("no such request".into()))));
-    it.is_replayed(4, 2).await;
-    it.source.closed().await;
+    resume.answer(Ok(Some(Failure::InstanceLost("the request is not open here".into()))));
+    for event in [token(2), finished()] {
+        it.source.say(event);
+    }
+    it.ends_with([2]).await;
+    assert_eq!(it.bench.door.move_metrics().replays.get(), 0);
 }
 
 #[tokio::test]
