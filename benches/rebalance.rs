@@ -1,7 +1,8 @@
 //! What the rebalancer is worth under a skewed load: the same requests, with it off and on.
 //!
-//! `cargo bench --bench rebalance -- [--rounds N] [--seconds N] [--rate LONG_PER_SECOND] [--output FILE]`. Two mixed instances,
-//! requests dealt out in turn, every other one long: all long ones begin on one instance, and only moves spread them. Both
+//! `cargo bench --bench rebalance -- [--rounds N] [--seconds N] [--rate LONG_PER_SECOND] [--kv-memory SIZE] [--output FILE]`. Two
+//! mixed instances with room for six long requests each, requests dealt out in turn, every other one long: all long ones begin
+//! on one instance, and only moves spread them. Both
 //! clusters run through all rounds and take turns; a round's arrivals are the same for both.
 
 use std::path::PathBuf;
@@ -15,12 +16,14 @@ use serving::{Cluster, intervals, median, ms, percentile, prompt, write_report, 
 
 const LONG_TOKENS: u32 = 384;
 const SHORT_TOKENS: u32 = 8;
-const PROMPT_TOKENS: u32 = 128;
+/// Short, so that what is seen of the time between tokens is not the computing of other prompts.
+const PROMPT_TOKENS: u32 = 32;
 
 struct Options {
     n_rounds: u64,
     seconds: f64,
     rate: f64,
+    kv_memory: String,
     output: Option<PathBuf>,
 }
 
@@ -29,6 +32,7 @@ fn options() -> anyhow::Result<Options> {
         n_rounds: 4,
         seconds: 40.0,
         rate: 0.5,
+        kv_memory: "96MiB".to_owned(),
         output: None,
     };
     let mut arguments = std::env::args().skip(1);
@@ -38,10 +42,11 @@ fn options() -> anyhow::Result<Options> {
             "--rounds" => options.n_rounds = value()?.parse().context("--rounds")?,
             "--seconds" => options.seconds = value()?.parse().context("--seconds")?,
             "--rate" => options.rate = value()?.parse().context("--rate")?,
+            "--kv-memory" => options.kv_memory = value()?,
             "--output" => options.output = Some(value()?.into()),
             // Cargo says so to every bench.
             "--bench" => {}
-            other => bail!("unknown argument {other:?}, expected --rounds, --seconds, --rate or --output"),
+            other => bail!("unknown argument {other:?}, expected --rounds, --seconds, --rate, --kv-memory or --output"),
         }
     }
     Ok(options)
@@ -54,7 +59,7 @@ async fn main() -> anyhow::Result<()> {
     write_thin_model(folder.path())?;
     let start = |rebalance| {
         let mut arguments = vec!["--mixed", "2", "--policy", "round-robin", "--rebalance", rebalance];
-        arguments.extend(["--kv-memory", "512MiB", "--max-model-len", "4096"]);
+        arguments.extend(["--kv-memory", &options.kv_memory, "--max-model-len", "1024"]);
         Cluster::start(folder.path(), &arguments)
     };
     let clusters = [("off", start("off")?), ("act", start("act")?)];
@@ -115,6 +120,7 @@ struct Sample {
 }
 
 async fn measure(cluster: &Cluster, options: &Options, round: u64) -> anyhow::Result<Value> {
+    let preemptions_before = cluster.counter("preemptions_total").await?;
     let moves_before = cluster.counter("moves_in_total").await?;
     let began = Instant::now();
     let arrivals = poisson(options.rate, options.seconds, round);
@@ -166,6 +172,7 @@ async fn measure(cluster: &Cluster, options: &Options, round: u64) -> anyhow::Re
         "ttft_ms_p50": median(&ttft), "ttft_ms_p99": percentile(&ttft, 0.99),
         "itl_ms_p50": median(&itl), "itl_ms_p99": percentile(&itl, 0.99),
         "imbalance_p50": median(&imbalances), "imbalance_max": percentile(&imbalances, 1.0),
+        "n_preemptions": cluster.counter("preemptions_total").await? - preemptions_before,
         "n_moves": cluster.counter("moves_in_total").await? - moves_before,
     }))
 }

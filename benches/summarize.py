@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Tables and plots of a results folder: summary.md, limits.svg, serving.svg. Standard library only; measures nothing."""
+"""Tables and plots of a results folder: summary.md and an SVG for each that has one. Standard library only; measures nothing."""
 
 import glob
 import json
+import math
 import os
 import re
 import statistics
@@ -52,16 +53,162 @@ def model_steps(report, out):
 
 
 def kv_stream(report, out):
-    out.append("## KV stream over loopback\n")
-    out.append("| path | GB/s, median | min to max |")
-    out.append("| --- | --- | --- |")
-    for path, rates in report["samples_gb_per_s"].items():
-        out.append(f"| {path} | {statistics.median(rates):.2f} | {min(rates):.2f} to {max(rates):.2f} |")
-    summary = report["summary"]
+    out.append("## KV from one process to another\n")
+    out.append("| path | GB/s, median | min to max | of a plain copy | of raw TCP |")
+    out.append("| --- | --- | --- | --- | --- |")
+    for path in report["paths"]:
+        rates = path["samples_gb_per_s"]
+        if not rates:
+            out.append(f"| {path['path']} | not measured: {path['missing']} | | | |")
+            continue
+        out.append(
+            f"| {path['path']} | {path['gb_per_s']:.2f} | {min(rates):.2f} to {max(rates):.2f} "
+            f"| {path['of_memcpy']:.0%} | {path['of_raw_tcp']:.0%} |"
+        )
+    out.append(f"\nShares are medians of the ratios within a round. Load average {report['load_average'].split()[0]}.\n")
+
+
+def migration(rows, out):
+    out.append("## The gap that a client sees when its request moves\n")
+    out.append("| transport | way | context | bytes a move | step, ms | extra gap p50, ms | in steps | max, ms | the move, s |")
+    out.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    again = defaultdict(list)
+    for row in rows:
+        m = row["measured"]
+        again[row["context_tokens"]].append(m["recompute_ms"])
+        out.append(
+            f"| {row['transport']} | {row['way']} | {row['context_tokens']} | {m['bytes_per_move'] / 1e6:.1f} MB "
+            f"| {m['step_ms']:.0f} | {m['extra_gap_ms_p50']:.0f} | {m['extra_gap_in_steps_p50']:.2f} "
+            f"| {m['extra_gap_ms_max']:.0f} | {m['move_seconds_p50']:.2f} |"
+        )
+    times = "; ".join(f"{length}: {statistics.median(ms) / 1e3:.1f} s" for length, ms in sorted(again.items()))
+    moves = sorted({row["measured"]["n_moves"] for row in rows})
+    out.append(f"\n{' or '.join(map(str, moves))} moves a row. Computing the context again, by length: {times}.\n")
+    return {length: statistics.median(ms) for length, ms in again.items()}
+
+
+def move_interference(report, out):
+    out.append("## Requests that stay while a neighbour moves\n")
+    out.append("| transport | rate limit | time between tokens at the source | at the destination | quartiles | a move, s |")
+    out.append("| --- | --- | --- | --- | --- | --- |")
+    for row in report["rows"]:
+        m = row["measured"]
+        quartiles = [
+            "{0:.2f} to {2:.2f}".format(*statistics.quantiles(m[f"itl_ratios_at_{end}"], n=4))
+            for end in ("source", "destination")
+        ]
+        out.append(
+            f"| {row['transport']} | {row['move_rate']} | x {m['itl_ratio_at_source_p50']:.3f} "
+            f"| x {m['itl_ratio_at_destination_p50']:.3f} | {quartiles[0]}; {quartiles[1]} | {m['move_seconds_p50']:.2f} |"
+        )
+    first = report["rows"][0]["measured"]
     out.append(
-        f"\nMedians of the ratios within a round: gRPC over raw TCP {summary['grpc tcp / raw tcp']:.2f}, "
-        f"over raw Unix sockets {summary['grpc unix / raw unix']:.2f}. Load average {report['load_average'].split()[0]}.\n"
+        f"\nMedians over {first['n_moves']} moves of {first['context_tokens']} tokens of the mean time between tokens during "
+        f"a move over the 1.5 s before it, {first['n_others_each']} others on each instance. "
+        f"Load average at the end {report['load_average'].split()[0]}.\n"
     )
+
+
+def handoff(report, out):
+    out.append("## What of a handoff the compute does not hide\n")
+    out.append("| transport | prompt | KV | TTFT p50, ms | exposed p50, ms | share of TTFT | max |")
+    out.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in report["rows"]:
+        out.append(
+            f"| {row['transport']} | {row['prompt_tokens']} | {row['kv_bytes'] / 1e6:.0f} MB | {row['ttft_ms_p50']:.0f} "
+            f"| {row['exposed_ms_p50']:.2f} | {row['exposed_share_of_ttft_p50']:.3%} | {row['exposed_share_of_ttft_max']:.3%} |"
+        )
+    out.append("")
+
+
+def rebalance(report, out):
+    out.append("## A skewed load with the rebalancer off and on\n")
+    keys = ["ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "imbalance_p50", "imbalance_max"]
+    runs = {name: [r["measured"] for r in report["rows"] if r["rebalance"] == name] for name in ("off", "act")}
+    out.append("| | off, median of rounds | act | act over off, median of rounds | in each round |")
+    out.append("| --- | --- | --- | --- | --- |")
+    for key in keys:
+        off, act = ([run[key] for run in runs[name]] for name in ("off", "act"))
+        ratios = [b / a for a, b in zip(off, act) if a]
+        out.append(
+            f"| {key} | {statistics.median(off):.1f} | {statistics.median(act):.1f} "
+            f"| {statistics.median(ratios) if ratios else float('nan'):.2f} | {', '.join(f'{r:.2f}' for r in ratios)} |"
+        )
+    moves = [run["n_moves"] for run in runs["act"]]
+    preemptions = {name: [run["n_preemptions"] for run in runs[name]] for name in runs}
+    out.append(
+        f"\n{runs['act'][0]['n_requests']} requests in the first round; moves in each: {moves}; preemptions in each: "
+        f"{preemptions['off']} off, {preemptions['act']} on.\n"
+    )
+    return runs
+
+
+def gaps(path, rows, again):
+    """Extra gaps over the context, both logarithmic."""
+    lines = defaultdict(list)
+    for row in rows:
+        gap = max(row["measured"]["extra_gap_ms_p50"], 1.0)
+        lines[(row["transport"], row["way"])].append((row["context_tokens"], gap))
+    lines[("", "computed again")] = list(again.items())
+    steps = sorted({row["context_tokens"]: row["measured"]["step_ms"] for row in rows}.items())
+    lines[("", "one step")] = steps
+    colors = {"grpc": "#3b6ea5", "shared-memory": "#c2571a", "in-process": "#6b8e4e", "": "#888"}
+    largest = max(gap for points in lines.values() for _, gap in points)
+    lengths = [length for points in lines.values() for length, _ in points]
+    left, top, width, height = 70, 40, 470, 300
+
+    def at(length, gap):
+        x = left + width * math.log(length / min(lengths)) / math.log(max(lengths) / min(lengths))
+        return x, top + height * (1 - math.log(gap) / math.log(largest))
+
+    svg = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="400" font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        '<text x="8" y="20" font-size="14">Extra gap of a move, median, ms, over the context in tokens</text>',
+    ]
+    for power in range(int(math.log10(largest)) + 1):
+        y = at(min(lengths), 10**power)[1]
+        svg.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        svg.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{10**power}</text>')
+    for length in sorted(set(lengths)):
+        x = at(length, 1)[0]
+        svg.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{length}</text>')
+    labels = []
+    for (transport, way), points in lines.items():
+        points = [at(*point) for point in sorted(points)]
+        dash = {"live": "", "one step": ' stroke-dasharray="2 3"'}.get(way, ' stroke-dasharray="6 3"')
+        path_points = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        svg.append(f'<polyline points="{path_points}" fill="none" stroke="{colors[transport]}" stroke-width="2"{dash}/>')
+        labels.append((points[-1][1], f"{transport} {way}".strip(), colors[transport]))
+    last = 0
+    for y, label, color in sorted(labels):
+        last = max(y, last + 15)
+        svg.append(f'<text x="{left + width + 10}" y="{last + 4:.1f}" fill="{color}">{label}</text>')
+    svg.append("</svg>\n")
+    with open(path, "w") as file:
+        file.write("\n".join(svg))
+
+
+def moves(folder, out):
+    parts = [read(folder, name) for name in ("migration.json", "migration_long.json")]
+    rows = [row for part in parts if part for row in part["rows"]]
+    if rows:
+        again = migration(rows, out)
+        gaps(os.path.join(folder, "migration.svg"), rows, again)
+    for name, part in [("move_interference", move_interference), ("handoff", handoff)]:
+        report = read(folder, name + ".json")
+        if report:
+            part(report, out)
+    report = read(folder, "rebalance.json")
+    if report:
+        runs = rebalance(report, out)
+        bar = [
+            (f"{label}, {name}", value, color, f"{value:.0f}")
+            for key, label in [("ttft_ms_p99", "TTFT p99"), ("itl_ms_p99", "ITL p99"), ("itl_ms_p50", "ITL p50")]
+            for name, color in [("off", "#3b6ea5"), ("act", "#c2571a")]
+            for value in [statistics.median(run[key] for run in runs[name])]
+        ]
+        bars(os.path.join(folder, "rebalance.svg"), "Skewed load, rebalancer off and on", bar, " ms")
 
 
 def serving(folder, out):
@@ -176,6 +323,7 @@ def main():
         ]
         bars(os.path.join(folder, "serving.svg"), "Time between two tokens, p99", rows, " ms")
     scheduler(folder, out)
+    moves(folder, out)
     with open(os.path.join(folder, "summary.md"), "w") as file:
         file.write("\n".join(out))
 

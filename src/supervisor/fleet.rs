@@ -100,7 +100,11 @@ impl Supervision<'_> {
                     match status {
                         Ok(status) => {
                             let message = child.last_error().await.unwrap_or_else(|| status.to_string());
-                            tracing::error!(instance = %id, pid, %status, "instance ended");
+                            if status.success() {
+                                tracing::info!(instance = %id, pid, "instance ended in order");
+                            } else {
+                                tracing::error!(instance = %id, pid, %status, "instance ended");
+                            }
                             (exit_of(status), message)
                         }
                         Err(error) => (Exit::NotStarted, format!("cannot be waited for: {error}")),

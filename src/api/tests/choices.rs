@@ -252,6 +252,16 @@ async fn what_was_asked_reaches_the_cluster() {
     let body = json!({"prompt": [1], "presence_penalty": 0.5, "frequency_penalty": -0.25, "repetition_penalty": 1});
     server.ask(COMPLETIONS, body).await;
     assert_eq!(asked(&script), (1, 0.5, -0.25, 1.0));
+    assert_eq!(script.last().priority, 0);
+    for (path, prompt) in [
+        (COMPLETIONS, json!({"prompt": [1]})),
+        (CHAT, json!({"messages": [{"role": "user", "content": "x"}]})),
+    ] {
+        let mut body = prompt;
+        body["priority"] = json!(-3);
+        server.ask(path, body).await;
+        assert_eq!(script.last().priority, -3, "{path}");
+    }
 }
 
 #[tokio::test]
