@@ -135,7 +135,7 @@ def rebalance(report, out):
             f"| {statistics.median(ratios) if ratios else float('nan'):.2f} | {', '.join(f'{r:.2f}' for r in ratios)} |"
         )
     moves = [run["n_moves"] for run in runs["act"]]
-    preemptions = {name: [run["n_preemptions"] for run in runs[name]] for name in runs}
+    preemptions = {name: [run.get("n_preemptions", "not counted") for run in runs[name]] for name in runs}
     out.append(
         f"\n{runs['act'][0]['n_requests']} requests in the first round; moves in each: {moves}; preemptions in each: "
         f"{preemptions['off']} off, {preemptions['act']} on.\n"
@@ -310,7 +310,8 @@ def main():
             [(100, "limit of the machine")],
         )
     stream = read(folder, "kv_stream.json")
-    if stream:
+    # The first report of the transports had another form.
+    if stream and "paths" in stream:
         kv_stream(stream, out)
     runs = serving(folder, out)
     if runs:

@@ -100,7 +100,7 @@ pub(super) fn plan(random: &mut Random, kind: Kind) -> Vec<Planned> {
             expected: (0..n)
                 .map(|choice| undisturbed(&request, choice, kind.max_model_len))
                 .collect(),
-            priority: -i32::from(request.id.0 % 7 == 0),
+            priority: -i32::from(request.id.0.is_multiple_of(7)),
             request,
             at: Nanos(at),
             leaves_after: random.percent(kind.leaving_percent).then(|| after(random)),
