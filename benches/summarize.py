@@ -121,8 +121,8 @@ def handoff(report, out):
     out.append("")
 
 
-def rebalance(report, out):
-    out.append("## A skewed load with the rebalancer off and on\n")
+def rebalance(report, title, out):
+    out.append(f"## {title}\n")
     keys = ["ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "imbalance_p50", "imbalance_max"]
     runs = {name: [r["measured"] for r in report["rows"] if r["rebalance"] == name] for name in ("off", "act")}
     out.append("| | off, median of rounds | act | act over off, median of rounds | in each round |")
@@ -140,7 +140,6 @@ def rebalance(report, out):
         f"\n{runs['act'][0]['n_requests']} requests in the first round; moves in each: {moves}; preemptions in each: "
         f"{preemptions['off']} off, {preemptions['act']} on.\n"
     )
-    return runs
 
 
 def gaps(path, rows, again):
@@ -201,7 +200,13 @@ def moves(folder, out):
             part(report, out)
     report = read(folder, "rebalance.json")
     if report:
-        runs = rebalance(report, out)
+        rebalance(report, "A skewed load with the rebalancer off and on", out)
+    full = read(folder, "rebalance_full.json")
+    if full:
+        rebalance(full, "The same where one side runs out of blocks", out)
+    if report or full:
+        chosen = (full or report)["rows"]
+        runs = {name: [r["measured"] for r in chosen if r["rebalance"] == name] for name in ("off", "act")}
         bar = [
             (f"{label}, {name}", value, color, f"{value:.0f}")
             for key, label in [("ttft_ms_p99", "TTFT p99"), ("itl_ms_p99", "ITL p99"), ("itl_ms_p50", "ITL p50")]
