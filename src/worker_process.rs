@@ -343,6 +343,10 @@ fn batch_config(limits: &Limits, decoder: &mut Decoder<Cpu>) -> BatchConfig {
         max_num_seqs,
         max_batch_tokens: limits.max_batch_tokens as usize,
         max_model_len: decoder.limits().max_model_len,
+        short_context: decoder
+            .config()
+            .short_context()
+            .and_then(|tokens| u32::try_from(tokens).ok()),
         prefix_caching: match limits.prefix_caching {
             Switch::On => PrefixCaching::On,
             Switch::Off => PrefixCaching::Off,

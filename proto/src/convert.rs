@@ -389,6 +389,7 @@ pub fn instance_info_from_wire(wire: &cluster::WorkerJoin) -> Result<InstanceInf
         n_blocks_total: wire.n_blocks_total,
         max_num_seqs: wire.max_num_seqs,
         max_model_len: wire.max_model_len,
+        short_context: (wire.short_context > 0).then_some(wire.short_context),
         kv_bytes_per_token: wire.kv_bytes_per_token,
     })
 }

@@ -267,6 +267,11 @@ impl BatchScheduler {
         self.sequences[&id].table.ids()
     }
 
+    /// Which of the model's rotary tables turns the sequence.
+    pub fn rope_variant(&self, id: SequenceId) -> usize {
+        self.sequences[&id].rope_variant
+    }
+
     /// Tokens of the sequence's prompt.
     pub fn n_prompt(&self, id: SequenceId) -> usize {
         self.sequences[&id].n_prompt

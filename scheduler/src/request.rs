@@ -68,6 +68,34 @@ pub struct Request {
     pub cache_salt: u64,
 }
 
+/// Of a model with two rotary tables, the one for sequences that stay within the short context.
+pub const SHORT_ROPE: usize = 0;
+/// The one for sequences that may outgrow it.
+pub const LONG_ROPE: usize = 1;
+
+impl Request {
+    /// Which rotary table turns its sequences. A cached key cannot be turned again, so this is settled by what the request may
+    /// grow to, and stays: on every instance, after every move and replay. `short_context` is in tokens; `None` where a model
+    /// has one table.
+    pub fn rope_variant(&self, short_context: Option<u32>) -> usize {
+        let longest = self.prompt_ids.len().saturating_add(self.sampling.max_tokens as usize);
+        match short_context {
+            Some(short_context) if longest > short_context as usize => LONG_ROPE,
+            _ => SHORT_ROPE,
+        }
+    }
+
+    /// What its prefix keys are salted with: keys turned by different tables are different KV.
+    pub fn prefix_salt(&self, short_context: Option<u32>) -> u64 {
+        // Any constant: a salt that a client's text hashes to is as good as random.
+        const LONG_ROPE_SALT: u64 = 0x6c6f_6e67_726f_7065;
+        match self.rope_variant(short_context) {
+            LONG_ROPE => self.cache_salt ^ LONG_ROPE_SALT,
+            _ => self.cache_salt,
+        }
+    }
+}
+
 /// Log-probabilities reported with one token, of the raw distribution.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogprobs {

@@ -165,6 +165,7 @@ fn view<'a>(scheduler: &'a BatchScheduler, item: &BatchItem) -> StepSequence<'a>
         tokens: &scheduler.tokens(item.sequence)[item.start_pos..item.start_pos + item.n_tokens],
         start_pos: item.start_pos,
         block_table: scheduler.block_table(item.sequence),
+        rope_variant: scheduler.rope_variant(item.sequence),
         logits,
     }
 }

@@ -27,6 +27,8 @@ pub struct BatchConfig {
     pub max_batch_tokens: usize,
     /// Tokens of prompt and output together.
     pub max_model_len: usize,
+    /// Tokens of the longest sequence that the model's rotary table for short contexts turns, where it has two.
+    pub short_context: Option<u32>,
     /// Sequences that wait to run for the first time.
     pub max_waiting: usize,
     /// Reservations that wait for a prefix someone else brings.
@@ -82,6 +84,7 @@ impl BatchConfig {
             max_num_seqs: 64,
             max_batch_tokens: 512,
             max_model_len: (n_blocks * block_size).min(131_072),
+            short_context: None,
             max_waiting: 1024,
             max_deferred_reservations: 64,
             max_defer: Nanos::from_secs(5),

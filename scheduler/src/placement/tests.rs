@@ -22,6 +22,7 @@ fn info(name: &str, role: Role) -> InstanceInfo {
         n_blocks_total: 100,
         max_num_seqs: 4,
         max_model_len: 1000,
+        short_context: None,
         kv_bytes_per_token: 65_536,
     }
 }
