@@ -347,6 +347,7 @@ fn batch_config(limits: &Limits, decoder: &mut Decoder<Cpu>) -> BatchConfig {
             .config()
             .short_context()
             .and_then(|tokens| u32::try_from(tokens).ok()),
+        window: decoder.sliding_window(),
         prefix_caching: match limits.prefix_caching {
             Switch::On => PrefixCaching::On,
             Switch::Off => PrefixCaching::Off,

@@ -35,6 +35,10 @@ impl RaggedBatch<'_> {
     }
 }
 
+/// Attention reads no token before the first that a step's first query sees, rounded down to a multiple of this; blocks that
+/// lie before it need not be there.
+pub const WINDOW_GRAIN: usize = 64;
+
 /// What attention does in one layer: `softmax(cap(scale * q k)) v` over what the window shows. `V` is the device's vector.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttentionParams<V> {
@@ -214,7 +218,8 @@ pub trait Backend: Sized + Send + 'static {
         kv: &mut KvCache,
     );
 
-    /// Causal attention of each new token over its sequence's cached tokens, itself included.
+    /// Causal attention of each new token over its sequence's cached tokens, itself included. With a window, see
+    /// [`WINDOW_GRAIN`] for the blocks that are read.
     ///
     /// `qkv` as left by [`Backend::rope_append`]; `out: [rows, n_heads * head_dim]`.
     fn attention(

@@ -19,7 +19,7 @@ pub mod reference;
 pub use allocator::keep_freed_memory;
 pub use backend::{
     Activation, AttentionParams, Backend, ExpertNames, MoeParams, QkNorm, RaggedBatch, RaggedSequence,
-    RopeAppendParams, RopeParams,
+    RopeAppendParams, RopeParams, WINDOW_GRAIN,
 };
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::KernelError;

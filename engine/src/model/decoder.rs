@@ -5,8 +5,9 @@ use std::borrow::Cow;
 
 use baton_kernels::{
     Activation, AttentionParams, Backend, DType, KernelError, KvCache, KvLayout, MoeParams, PackedWeights, QkNorm,
-    RaggedBatch, RaggedSequence, RopeAppendParams,
+    RaggedBatch, RaggedSequence, RopeAppendParams, WINDOW_GRAIN,
 };
+use baton_scheduler::batch::SlidingWindow;
 use baton_scheduler::ids::{Fingerprint, TokenId};
 
 use super::config::ModelConfig;
@@ -239,6 +240,17 @@ impl<B: Backend> Decoder<B> {
     /// What one step and one sequence may hold.
     pub fn limits(&self) -> DecoderLimits {
         self.limits
+    }
+
+    /// How far back any query sees, if every layer has a window.
+    pub fn sliding_window(&self) -> Option<SlidingWindow> {
+        /// Far more tokens than are on their way from an instance to the front door at any time.
+        const SLACK: usize = 128;
+        self.config.window_of_all_layers().map(|n_tokens| SlidingWindow {
+            n_tokens,
+            grain: WINDOW_GRAIN,
+            slack: SLACK,
+        })
     }
 
     /// Identity of the model's numbers.

@@ -19,7 +19,7 @@ use super::pool::Pool;
 use super::simd::{Dot, Kernel, LANES, Simd};
 use super::tensor::{CpuVector, SharedMut};
 use crate::aligned::AlignedBuf;
-use crate::backend::{AttentionParams, RaggedBatch};
+use crate::backend::{AttentionParams, RaggedBatch, WINDOW_GRAIN};
 use crate::kv::KvCache;
 use crate::layout::KvLayout;
 
@@ -34,6 +34,10 @@ const DIRECT_QUERIES: usize = 8;
 
 /// Tokens of V widened at a time: 16 KiB for heads of 64.
 const VALUE_CHUNK: usize = 64;
+
+// What a window hides is skipped in whole chunks of V and whole pairs of tiles of K.
+const _: () = assert!(WINDOW_GRAIN.is_multiple_of(VALUE_CHUNK) && WINDOW_GRAIN.is_multiple_of(KEY_TILES * LANES));
+const _: () = assert!(SPLIT.is_multiple_of(WINDOW_GRAIN));
 
 /// Query vectors an item aims at: rows of a tile times heads of a group.
 const TILE_QUERIES: usize = 32;
@@ -87,7 +91,11 @@ pub(crate) fn attention<D: Dot>(
     let mut work = 0;
     for (sequence_idx, sequence) in batch.sequences.iter().enumerate() {
         let context = sequence.start_pos + sequence.n_tokens;
-        kv.assert_readable(layer, &sequence.block_table[..layout.blocks_for(context)]);
+        let first_seen = params
+            .window
+            .map_or(0, |window| (sequence.start_pos + 1).saturating_sub(window));
+        let first_read = first_seen / WINDOW_GRAIN * WINDOW_GRAIN / layout.block_size;
+        kv.assert_readable(layer, &sequence.block_table[first_read..layout.blocks_for(context)]);
         for start in (0..sequence.n_tokens).step_by(tile_rows) {
             let n_rows = tile_rows.min(sequence.n_tokens - start);
             let first_pos = sequence.start_pos + start;

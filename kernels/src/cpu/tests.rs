@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 
 use super::*;
-use crate::backend::{QkNorm, RaggedSequence};
+use crate::backend::{QkNorm, RaggedSequence, WINDOW_GRAIN};
 use crate::layout::KvLayout;
 use crate::packed::{SourceTensor, WeightKind, WeightSource, WeightSpec};
 use crate::reference;

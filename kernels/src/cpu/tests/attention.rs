@@ -102,7 +102,7 @@ impl Case {
         let layer = self.layout.n_layers - 1;
         let out_cols = self.n_heads * self.layout.head_dim;
         let mut outputs = Vec::new();
-        let mut start_pos = 0;
+        let mut start_pos: usize = 0;
         for (chunk_idx, n_tokens) in chunks.iter().copied().enumerate() {
             let mut rows = Values(99 + chunk_idx as u64).vec(companion * self.cols());
             rows.extend_from_slice(&self.qkv[start_pos * self.cols()..][..n_tokens * self.cols()]);
@@ -131,6 +131,15 @@ impl Case {
             };
             cpu.rope_append(&mut qkv, batch, heads, layer, &mut kv);
             let mut out = cpu.tensor(companion + n_tokens, out_cols);
+            // Blocks that the contract says are not read are no blocks at all.
+            let mut seen = block_table.clone();
+            if let Some(window) = self.kind.window {
+                let first_seen = (start_pos + 1).saturating_sub(window);
+                seen[..first_seen / WINDOW_GRAIN * WINDOW_GRAIN / self.layout.block_size].fill(u32::MAX);
+            }
+            let mut sequences = sequences.clone();
+            sequences.last_mut().unwrap().block_table = &seen;
+            let batch = RaggedBatch { sequences: &sequences };
             cpu.attention(&mut out, &qkv, batch, &params, layer, &kv);
             outputs.extend_from_slice(&out.as_slice()[companion * out_cols..]);
             start_pos += n_tokens;
