@@ -15,3 +15,4 @@ mod rolling;
 mod soak;
 mod storm;
 mod throttle;
+mod windows;
