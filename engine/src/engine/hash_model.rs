@@ -221,7 +221,9 @@ pub(crate) fn alone_choice(state: &PortableState, choice: u32, max_model_len: us
         let row: Vec<f32> = logits(hash_of(&context), *context.last().unwrap()).collect();
         let (prompt, output) = context.split_at(state.request.prompt_ids.len());
         let history = History { prompt, output };
-        let token = Sampler::new().sample_after(&row, sampling, choice, history).unwrap();
+        let token = Sampler::new()
+            .sample_after(&row, sampling, choice, history, None)
+            .unwrap();
         context.push(token.id);
         tokens.push(token.clone());
         if sampling.stop_token_ids.contains(&token.id) {
