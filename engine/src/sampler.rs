@@ -324,7 +324,9 @@ impl Sampler {
             }
         }
         // Only rounding leads here: the mark is the very end of the nucleus.
-        self.candidates.last().map_or(0, |candidate| candidate.id)
+        let has_weight = |candidate: &&Candidate| self.weights[candidate.id as usize] > 0.0;
+        let last = self.candidates.iter().rev().find(has_weight);
+        last.map_or(0, |candidate| candidate.id)
     }
 
     fn draw_from_all(&mut self, logits: &[f32], max: f32, inverse_temperature: f32, uniform: f64) -> TokenId {

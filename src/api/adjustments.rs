@@ -121,7 +121,8 @@ pub fn logit_bias(
             format!("at most {MAX_LOGIT_BIASES} entries"),
         ));
     }
-    if let Some((_, bias)) = biases.iter().find(|(_, bias)| !(bias.abs() <= MAX_LOGIT_BIAS)) {
+    let is_bias = |bias: f32| (-MAX_LOGIT_BIAS..=MAX_LOGIT_BIAS).contains(&bias);
+    if let Some((_, bias)) = biases.iter().find(|(_, bias)| !is_bias(*bias)) {
         let expected = format!("numbers from -{MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}");
         return Err(ApiError::expected(field, bias, expected));
     }
@@ -208,4 +209,45 @@ pub fn bad_words(field: &'static str, words: &[String], model: &ServedModel) -> 
         sequences.extend(is_another.then_some(after_space));
     }
     Ok(sequences)
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_engine::text::Tokenizer;
+
+    use super::super::DefaultSampling;
+    use super::*;
+
+    #[test]
+    fn a_bad_word_is_ruled_out_after_a_space_too() {
+        let tokenizer = include_bytes!("../../tests/data/tokenizers/llama3/tokenizer.json");
+        let tokenizer = Tokenizer::from_bytes(tokenizer).unwrap();
+        let ids = |text: &str| tokenizer.encode(text).unwrap();
+        let model = ServedModel {
+            names: vec!["m".into()],
+            root: "/models/m".into(),
+            vocab_size: tokenizer.n_ids() as u32,
+            tokenizer: Some(tokenizer.clone()),
+            chat_template: None,
+            eos_token_ids: vec![2],
+            default_sampling: DefaultSampling::default(),
+            max_model_len: 100,
+            dtype: "f32".into(),
+        };
+        let resolved = |word: &str| bad_words("bad_words", &[word.to_owned()], &model).unwrap();
+        // One token either way, and not the same one.
+        assert_eq!((ids("the").len(), ids(" the").len()), (1, 1));
+        assert_eq!(resolved("the"), [ids("the"), ids(" the")]);
+        assert_eq!(
+            resolved(" the"),
+            resolved("the"),
+            "leading space is as if it were not written"
+        );
+        // A text whose two ways differ in length is ruled out as it begins a text only.
+        let word = ["zyx", "qq", "Zq", "xylophone"]
+            .into_iter()
+            .find(|word| ids(word).len() != ids(&format!(" {word}")).len());
+        let word = word.expect("some text is cut in another way after a space");
+        assert_eq!(resolved(word), [ids(word)]);
+    }
 }

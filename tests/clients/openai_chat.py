@@ -189,7 +189,7 @@ def errors(client):
     def ask(**changes):
         return lambda: client.chat.completions.create(**{"model": MODEL, "messages": QUESTION, "max_tokens": 4} | changes)
 
-    error = check.raises(openai.BadRequestError, ask(logit_bias={"5": 1}), "logit_bias is refused by name", "logit_bias")
+    error = check.raises(openai.BadRequestError, ask(logit_bias={"5": 101}), "a logit_bias past 100 is refused by name", "logit_bias")
     if error is not None:
         body = error.body if isinstance(error.body, dict) else {}
         check({"message", "type", "param", "code"} <= set(body), f"the error has OpenAI's shape: {body}")

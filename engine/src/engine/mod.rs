@@ -18,6 +18,7 @@ mod open_group;
 mod prepared;
 mod step;
 mod step_loop;
+mod step_masks;
 mod step_moves;
 #[cfg(test)]
 mod tests;

@@ -10,6 +10,7 @@ use baton_scheduler::request::{Failure, Finish, Token};
 
 use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told};
 use super::step_loop::{StepLoop, is_pinned};
+use super::step_masks::StepMasks;
 use crate::constraint::ConstraintError;
 use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
 use crate::sampler::{History, SampleError, Sampler};
@@ -17,6 +18,7 @@ use crate::sampler::{History, SampleError, Sampler};
 impl<F: ForwardPass> StepLoop<F> {
     pub(super) fn step(&mut self, batch: &Batch) {
         let began = Instant::now();
+        let mut masks = StepMasks::take(batch, &self.scheduler, &mut self.open);
         let sequences: Vec<StepSequence<'_>> = batch.items.iter().map(|item| view(&self.scheduler, item)).collect();
         let block_size = self.scheduler.config().block_size;
         let ready: Vec<ReadyBlocks<'_>> = batch
@@ -46,7 +48,9 @@ impl<F: ForwardPass> StepLoop<F> {
             n_layers_told += 1;
             ready.iter().for_each(|ready| ready.tell(layer, kv));
         };
-        let logits = match self.forward.step(&sequences, &mut on_layer) {
+        let computed = masks.beside(|| self.forward.step(&sequences, &mut on_layer));
+        masks.put_back(&mut self.open);
+        let logits = match computed {
             Ok(logits) => logits,
             Err(error) => return self.fail_batch(batch, &error),
         };
