@@ -12,6 +12,7 @@ use baton_scheduler::request::TokenLogprobs;
 use http::HeaderMap;
 use serde::Serialize;
 
+use super::adjustments::check_min_tokens;
 use super::call::{Call, understand, with_label};
 use super::chat_prompt::ChatPrompt;
 use super::encode::{SpecialTokens, encode};
@@ -86,6 +87,7 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
     check_prompt_ids("messages", &prompt_ids, model)?;
     let mut sampling = common.sampling;
     sampling.max_tokens = resolve_max_tokens(max_tokens, None, prompt_ids.len(), model)?;
+    check_min_tokens("min_tokens", &sampling)?;
     sampling.logprobs = n_top;
     sampling.prompt_logprobs = common.prompt_logprobs;
     let shape = Shape {

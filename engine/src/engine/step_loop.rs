@@ -153,7 +153,7 @@ impl<F: ForwardPass> StepLoop<F> {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Generate { state, events, permit } => {
-                let open = OpenGroup::new(&state, Outlet::Generation(events), permit);
+                let (state, open) = OpenGroup::new(*state, Outlet::Generation(events), permit);
                 self.submit(&state, SequenceKind::Local, open);
             }
             Command::Prefill {
@@ -166,7 +166,7 @@ impl<F: ForwardPass> StepLoop<F> {
                     events,
                     n_ready: first_block,
                 };
-                let open = OpenGroup::new(&state, outlet, permit);
+                let (state, open) = OpenGroup::new(*state, outlet, permit);
                 self.submit(&state, SequenceKind::PrefillForHandoff, open);
             }
             Command::Reserve {
@@ -176,7 +176,7 @@ impl<F: ForwardPass> StepLoop<F> {
                 reply,
                 permit,
             } => {
-                let mut open = OpenGroup::new(&state, Outlet::Generation(events), permit);
+                let (state, mut open) = OpenGroup::new(*state, Outlet::Generation(events), permit);
                 open.waiter = Some(Waiter { reply, purpose });
                 self.reserve(&state, purpose, open);
             }
