@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::compare::CompareReport;
+use super::compare::{CompareReport, Round};
 use super::report::{BenchReport, E2elMs, ItlMs, RequestRate, TpotMs, TtftMs};
 use super::sweep::SweepReport;
 
@@ -74,30 +74,22 @@ pub fn compare(report: &CompareReport) -> String {
     let mut text = format!("A {}\nB {}\n\n", report.a, report.b);
     let _ = writeln!(
         text,
-        "{:<20}{:>10}{:>10}{:>8}{:>8}   B / A of each round",
-        "B / A", "median", "", "min", "max"
+        "{:<20}{:>10}{:>10}{:>10}   each round",
+        "B / A", "median", "min", "max"
     );
     for (key, ratio) in &report.ratios {
         let rounds: Vec<String> = ratio.rounds.iter().map(|ratio| format!("{ratio:.3}")).collect();
+        let (median, min, max) = (ratio.median, ratio.min, ratio.max);
         let _ = writeln!(
             text,
-            "{key:<20}{:>10.3}{:>10}{:>8.3}{:>8.3}   {}",
-            ratio.median,
-            "",
-            ratio.min,
-            ratio.max,
+            "{key:<20}{median:>10.3}{min:>10.3}{max:>10.3}   {}",
             rounds.join(" ")
         );
     }
-    let failed = |side: fn(&super::compare::Round) -> &BenchReport| -> usize {
-        report.rounds.iter().map(|round| side(round).failed).sum()
-    };
-    let _ = write!(
-        text,
-        "\nfailed requests: A {}, B {}",
-        failed(|round| &round.a),
-        failed(|round| &round.b)
-    );
+    let failed =
+        |side: fn(&Round) -> &BenchReport| -> usize { report.rounds.iter().map(|round| side(round).failed).sum() };
+    let (a, b) = (failed(|round| &round.a), failed(|round| &round.b));
+    let _ = write!(text, "\nfailed requests: A {a}, B {b}");
     text
 }
 

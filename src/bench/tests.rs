@@ -105,6 +105,10 @@ async fn start(fake: Fake) -> (Arc<Fake>, Address) {
         .with_state(fake.clone());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = Address::parse(&listener.local_addr().expect("bound").to_string()).expect("an address");
+    // Without it the tail of an event waits for the client's delayed acknowledgement of its head.
+    let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
+        stream.set_nodelay(true).expect("an open socket");
+    });
     tokio::spawn(async move { axum::serve(listener, router).await });
     (fake, address)
 }

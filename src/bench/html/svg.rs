@@ -22,7 +22,7 @@ pub struct Plot {
     n_entries: usize,
 }
 
-/// From 0, or from the smallest power of ten below the values, to a little above the largest.
+/// From 0 to the largest value, or on a logarithmic scale between the round numbers around the values.
 #[derive(Clone, Copy)]
 struct Axis {
     low: f64,
@@ -51,8 +51,15 @@ impl Axis {
 
     fn ticks(self) -> Vec<f64> {
         if self.is_log {
-            let powers = (self.low.log10().round() as i32)..=(self.high.log10().round() as i32);
-            return powers.map(|power| 10_f64.powi(power)).collect();
+            // All round numbers of up to three powers of ten, then the powers alone.
+            let n_steps = if self.high / self.low <= 1001.0 { 3 } else { 1 };
+            let first = self.low.log10().floor() as i32;
+            let last = self.high.log10().ceil() as i32;
+            let all =
+                (first..=last).flat_map(|power| [1.0, 2.0, 5.0][..n_steps].iter().map(move |m| m * 10_f64.powi(power)));
+            return all
+                .filter(|tick| (self.low * 0.999..=self.high * 1.001).contains(tick))
+                .collect();
         }
         let step = round_step(self.high / 5.0);
         let n_steps = (self.high / step).floor() as u32;
@@ -77,10 +84,11 @@ impl Plot {
 
     /// The x axis is logarithmic and holds `x_low` to `x_high`, both above 0.
     pub fn with_log_x(title: &str, x_name: &str, [x_low, x_high]: [f64; 2], y_name: &str, y_high: f64) -> Plot {
-        let low = 10_f64.powf(x_low.log10().floor());
+        let high = round_step(x_high);
         let axis = Axis {
-            low,
-            high: 10_f64.powf(x_high.log10().ceil()).max(low * 10.0),
+            // The reciprocals of 1, 2 and 5 are 1, 5 and 2 of the power below.
+            low: (1.0 / round_step(1.0 / x_low)).min(high / 10.0),
+            high,
             is_log: true,
         };
         Plot::with_axes(title, x_name, axis, y_name, Axis::linear(y_high))
@@ -261,9 +269,11 @@ mod tests {
             6,
             "nothing to plot is no reason to stop"
         );
-        let log = Plot::with_log_x("", "", [0.3, 70.0], "", 1.0).x;
-        assert_eq!(log.ticks(), [0.1, 1.0, 10.0, 100.0]);
-        assert!((log.at(1.0) - 1.0 / 3.0).abs() < 1e-12 && log.at(0.0) == 0.0 && log.at(1e9) == 1.0);
+        let log = |range| Plot::with_log_x("", "", range, "", 1.0).x;
+        assert_eq!(log([0.3, 7.0]).ticks().len(), 6, "0.2, 0.5, 1, 2, 5, 10");
+        assert_eq!(log([0.1, 3000.0]).ticks().len(), 5, "0.1, 1, 10, 100, 1000");
+        let log = log([10.0, 1000.0]);
+        assert!((log.at(100.0) - 0.5).abs() < 1e-9 && log.at(0.0) == 0.0 && log.at(1e9) == 1.0);
     }
 
     #[test]
