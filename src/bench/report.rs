@@ -227,7 +227,7 @@ pub struct Details {
     pub start_times: Vec<f64>,
     /// Seconds from a request's start to its end.
     #[serde(default)]
-    pub e2els: Vec<f64>,
+    pub latencies: Vec<f64>,
     /// Seconds.
     pub ttfts: Vec<f64>,
     /// Seconds.

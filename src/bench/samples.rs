@@ -217,7 +217,9 @@ impl Run {
             details.sessions.push(sample.session);
             details.start_times.push(sample.started.as_secs_f64());
             details.ttfts.push(completion.map_or(0.0, |c| c.ttft().as_secs_f64()));
-            details.e2els.push(completion.map_or(0.0, |c| c.e2e().as_secs_f64()));
+            details
+                .latencies
+                .push(completion.map_or(0.0, |c| c.e2e().as_secs_f64()));
             let gaps = completion.into_iter().flat_map(Completion::gaps);
             details.itls.push(gaps.map(|gap| gap.as_secs_f64()).collect());
             let error = sample.outcome.as_ref().err().map(ToString::to_string);
