@@ -45,15 +45,15 @@ fn tokenizer() -> Tokenizer {
     Tokenizer::from_bytes(&serde_json::to_vec(&tokenizer).unwrap()).unwrap()
 }
 
-fn compiler() -> ConstraintCompiler {
+pub(super) fn compiler() -> ConstraintCompiler {
     ConstraintCompiler::new(|| Ok((tokenizer(), vec![END])), hash_model::N_VOCAB)
 }
 
-fn constrained_engine(n_blocks: usize) -> EngineHandle {
+pub(super) fn constrained_engine(n_blocks: usize) -> EngineHandle {
     engine(n_blocks).with_constraints(compiler())
 }
 
-fn constrained(seed: u64, schema: &Value, n: u32) -> PortableState {
+pub(super) fn constrained(seed: u64, schema: &Value, n: u32) -> PortableState {
     let sampling = SamplingParams {
         max_tokens: 200,
         temperature: 1.0,
@@ -69,7 +69,7 @@ fn constrained(seed: u64, schema: &Value, n: u32) -> PortableState {
 }
 
 /// Every choice as it ends, computed alone with matchers of its own.
-fn all_alone(engine: &EngineHandle, state: &PortableState) -> Vec<ChoiceState> {
+pub(super) fn all_alone(engine: &EngineHandle, state: &PortableState) -> Vec<ChoiceState> {
     let compiler = compiler();
     let constraint = state.request.sampling.constraint.as_ref().unwrap();
     let alone = |choice| {

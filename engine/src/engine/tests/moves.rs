@@ -5,7 +5,8 @@ use baton_scheduler::batch::Numerics;
 
 use super::super::hash_model::N_LAYERS;
 use super::super::{MoveStage, PausedMove, Reservation, RunningMove};
-use super::choices::{all_alone, assert_choices_as_alone, choices, cut};
+use super::choices::{all_alone, assert_choices_as, assert_choices_as_alone, choices, cut};
+use super::constraints::{constrained, constrained_engine};
 use super::*;
 
 /// Hears the events of a generation until every choice has at least `n_tokens`, or has ended.
@@ -86,6 +87,7 @@ impl Stepped {
     fn new(n_blocks: usize) -> Stepped {
         let (permits, gate) = channel::bounded(0);
         let engine = engine_of(HashModel::new(n_blocks, BLOCK_SIZE).gated(gate), n_blocks);
+        let engine = engine.with_constraints(constraints::compiler());
         Stepped { permits, engine }
     }
 
@@ -117,9 +119,9 @@ enum Stages {
 }
 
 /// Moves a request at about `n_tokens` tokens. What is said before, comes with the move, and is said after is as
-/// undisturbed. False when it ended before it could be paused.
-async fn move_after(n_tokens: usize, fresh: &PortableState, stages: Stages) -> bool {
-    let (source, destination) = (Stepped::new(64), engine(64));
+/// undisturbed, `all`. False when it ended before it could be paused.
+async fn move_after(n_tokens: usize, fresh: &PortableState, all: &[ChoiceState], stages: Stages) -> bool {
+    let (source, destination) = (Stepped::new(64), constrained_engine(64));
     let n = fresh.request.sampling.n as usize;
     let mut generation = source.engine.generate(fresh.clone()).unwrap();
     let mut known = vec![ChoiceState::default(); n];
@@ -155,7 +157,7 @@ async fn move_after(n_tokens: usize, fresh: &PortableState, stages: Stages) -> b
     }
     // Whoever speaks now has told the tokens that came with the move; the destination tells the rest.
     let said = listen(joined).await;
-    assert_choices_as_alone(&destination, &told(fresh, &outputs, &known), &said);
+    assert_choices_as(all, &told(fresh, &outputs, &known), &said);
     // The source says nothing more, and holds all until its stream goes.
     for _ in 0..2 {
         source.ask(source.engine.take_prefix_events()).await.unwrap();
@@ -190,11 +192,15 @@ fn told(fresh: &PortableState, outputs: &[ChoiceState], known: &[ChoiceState]) -
 async fn move_at_every_index(n: u32, seed: u64) {
     let fresh = choices(&prompt(2, 9), 24, seed, n);
     let all = all_alone(&engine(64), &fresh);
+    move_each(&fresh, &all).await;
+}
+
+async fn move_each(fresh: &PortableState, all: &[ChoiceState]) {
     let longest = all.iter().map(|choice| choice.output.len()).max().unwrap();
     for stages in [Stages::One, Stages::Two] {
         let mut n_moved = 0;
         for n_tokens in 1..longest {
-            n_moved += usize::from(move_after(n_tokens, &fresh, stages).await);
+            n_moved += usize::from(move_after(n_tokens, fresh, all, stages).await);
         }
         // Starting and looking take a step each, so the last few indexes end first.
         assert!(n_moved + 5 >= longest && n_moved > 4, "{n_moved} moves of {longest}");
@@ -211,6 +217,18 @@ async fn three_choices_move_at_every_index() {
     for seed in [11, 5] {
         move_at_every_index(3, seed).await;
     }
+}
+
+/// The matchers of both choices are rebuilt at the destination, from outputs that reach it in two parts.
+#[tokio::test]
+async fn constrained_choices_move_at_every_index() {
+    let schema = serde_json::json!({
+        "type": "array", "items": { "type": "string", "minLength": 2, "maxLength": 6 }, "minItems": 4, "maxItems": 4
+    });
+    let fresh = constrained(4, &schema, 2);
+    let all = constraints::all_alone(&engine(64), &fresh);
+    assert!(all.iter().all(|choice| matches!(choice.finish, Some(Finish::Stop(_)))));
+    move_each(&fresh, &all).await;
 }
 
 /// A prompt of which the first choice ends well before the others.
