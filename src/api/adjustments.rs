@@ -226,8 +226,8 @@ mod tests {
         let model = ServedModel {
             names: vec!["m".into()],
             root: "/models/m".into(),
-            vocab_size: folder: None,
-            tokenizer.n_ids() as u32,
+            folder: None,
+            vocab_size: tokenizer.n_ids() as u32,
             tokenizer: Some(tokenizer.clone()),
             chat_template: None,
             eos_token_ids: vec![2],

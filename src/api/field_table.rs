@@ -47,7 +47,7 @@ pub const FIELDS: &[FieldRow] = &[
         "model",
         On::Both,
         "A name of the served model; may be left out.",
-        || json!({"type": "string"}),
+        || json!({"anyOf": [{"$ref": "#/components/schemas/Model"}]}),
     ),
     row(
         "messages",

@@ -9,15 +9,17 @@ use serde_json::{Map, Value, json};
 use super::ApiState;
 use super::error::ErrorKind;
 use super::field_table::{FieldRow, On};
+use super::kserve;
 use super::request_label::REQUEST_ID_HEADER;
 
 /// `GET /openapi.json`.
 pub(super) async fn handle(State(state): State<ApiState>) -> Response {
-    Json(document(state.options().api_key.is_some())).into_response()
+    let has_key = state.options().api_key.is_some();
+    Json(document(&state.model().names, has_key)).into_response()
 }
 
-/// The document; `has_key` says whether calls need the API key.
-pub(super) fn document(has_key: bool) -> Value {
+/// The document, for a model of these names; `has_key` says whether calls need the API key.
+fn document(names: &[String], has_key: bool) -> Value {
     let mut document = json!({
         "openapi": "3.1.0",
         "info": {"title": "Baton", "version": env!("CARGO_PKG_VERSION")},
@@ -30,6 +32,7 @@ pub(super) fn document(has_key: bool) -> Value {
     if has_key {
         document["security"] = json!([{"key": []}]);
     }
+    document["components"]["schemas"]["Model"]["enum"] = json!(names);
     document
 }
 
@@ -63,12 +66,13 @@ fn paths() -> Value {
     };
     let get = |summary: &str, answer: &[&str], errors: &[ErrorKind]| json!({"get": {"summary": summary, "responses": responses(answer, "Error", errors)}});
     let both = &["application/json", "text/event-stream"];
-    let of_model = |path: Value, names: &[&str]| {
-        let mut path = path;
-        let parameters = names.iter().map(
-            |name| json!({"name": name, "in": "path", "required": true, "schema": {"type": "string", "minLength": 1}}),
-        );
-        path["parameters"] = parameters.collect();
+    let of_model = |mut path: Value, names: &[&str]| {
+        let schema = |name: &str| match name {
+            "model" => schema_named("Model"),
+            _ => json!({"const": kserve::VERSION}),
+        };
+        let parameter = |name: &&str| json!({"name": name, "in": "path", "required": true, "schema": schema(name)});
+        path["parameters"] = names.iter().map(parameter).collect();
         path
     };
     let generate = || {
@@ -176,6 +180,7 @@ fn schemas() -> Value {
                 ]},
             },
         },
+        "Model": {"type": "string", "description": "A name of the served model."},
         "Error": {
             "type": "object",
             "required": ["error"],
@@ -285,7 +290,7 @@ mod tests {
     use super::*;
 
     fn properties(schema: &str) -> BTreeSet<String> {
-        let document = document(false);
+        let document = document(&["bytes".to_owned()], false);
         let properties = document["components"]["schemas"][schema]["properties"].as_object();
         properties.unwrap().keys().cloned().collect()
     }
@@ -315,7 +320,7 @@ mod tests {
     async fn every_described_path_is_served() {
         let server = tests::start(tests::null("a")).await;
         let served: Value = server.get("/openapi.json").await.json().await.unwrap();
-        assert_eq!(served, document(false));
+        assert_eq!(served, document(&["bytes".to_owned()], false));
         for (path, item) in served["paths"].as_object().unwrap() {
             let path = path.replace("{model}", "bytes").replace("{version}", "1");
             let response = match item.get("post") {
@@ -339,7 +344,7 @@ mod tests {
                 _ => {}
             }
         }
-        let document = document(true);
+        let document = document(&["a".to_owned()], true);
         check(&document, &document);
         assert_eq!(document["security"], json!([{"key": []}]));
     }

@@ -73,7 +73,7 @@ class Reflected:
 
 def reflection(reflected):
     services = reflected.services()
-    for name in (SERVICE, "grpc.health.v1.Health"):
+    for name in (SERVICE, "inference.GRPCInferenceService", "vllm.grpc.engine.VllmEngine", "grpc.health.v1.Health"):
         check(name in services, f"{name} is listed: {services}")
     reflected.load(file_containing_symbol=SERVICE)
     methods = {method.name for method in reflected.pool.FindServiceByName(SERVICE).methods}

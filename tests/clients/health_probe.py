@@ -16,7 +16,7 @@ check = Checks()
 def grpc_health(target):
     with grpc.insecure_channel(target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "baton.v1.Baton"):
+        for service in ("", "baton.v1.Baton", "inference.GRPCInferenceService", "vllm.grpc.engine.VllmEngine"):
             status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S).status
             check(status == health_pb2.HealthCheckResponse.SERVING, f"Check {service!r} is SERVING: {status}")
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="baton.v1.Baton"), timeout=TIMEOUT_S)

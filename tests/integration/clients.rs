@@ -7,7 +7,8 @@ use super::cluster::{Cluster, repository};
 /// A Python that has the clients: `BATON_TEST_PYTHON`, else `python3`. Without one, tests are skipped unless required.
 fn python() -> Option<String> {
     let python = std::env::var("BATON_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let imports = "import openai, grpc, grpc_health.v1, grpc_reflection.v1alpha";
+    let imports = "import openai, grpc, grpc_health.v1, grpc_reflection.v1alpha, tritonclient.grpc, smg_grpc_proto, \
+                   schemathesis";
     let has_clients = Command::new(&python)
         .args(["-c", imports])
         .output()
@@ -43,7 +44,7 @@ async fn run(script: &'static str) {
         "{script}:\n{text}\n{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    if script != "health_probe.py" {
+    if !["health_probe.py", "openapi_fuzz.py"].contains(&script) {
         cluster
             .until_counter("decode-0", "kv_bytes_received_total", |n| n > 0)
             .await;
@@ -59,6 +60,22 @@ async fn openai_package() {
 #[tokio::test(flavor = "multi_thread")]
 async fn grpcio_with_reflection() {
     run("grpc_reflect.py").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tritonclient() {
+    run("triton_infer.py").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stubs_of_the_smg_gateway() {
+    run("smg_engine.py").await;
+}
+
+/// Whatever is asked by the OpenAPI description, and against it, no answer is a server error.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_made_from_the_openapi_description() {
+    run("openapi_fuzz.py").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,6 +10,7 @@ mod goldens;
 mod hub;
 mod layerwise;
 mod moves;
+mod observed;
 mod operations;
 mod purity;
 mod rolling;

@@ -8,4 +8,5 @@ pub(super) mod rest;
 mod service;
 mod tensors;
 
+pub(super) use self::query::VERSION;
 pub(super) use self::service::InferenceService;

@@ -27,7 +27,7 @@ pub(super) const TEXT_OUTPUT: &str = "text_output";
 /// The output that says why it ended.
 pub(super) const FINISH_REASON: &str = "finish_reason";
 /// The only version of a model.
-pub(super) const VERSION: &str = "1";
+pub(in super::super) const VERSION: &str = "1";
 
 /// Inputs that other servers call otherwise, and their names here.
 const ALIASES: [(&str, &str); 3] = [("streaming", "stream"), ("stop_words", "stop"), ("random_seed", "seed")];
