@@ -113,7 +113,7 @@ impl Sampler {
         if !is_masked && !penalties::are_on(params) {
             return self.sample(logits, params, choice, index);
         }
-        let raw_best = largest(logits)?;
+        let raw_max = largest_logit(logits)?;
         // Taken out, so that the rest of the sampler can be used over the row.
         let mut row = std::mem::take(&mut self.row);
         row.clear();
@@ -128,7 +128,7 @@ impl Sampler {
                 best => Ok(self.choose(&row, best?, params, choice, index)),
             });
         self.row = row;
-        self.token(logits, raw_best, params, index, id?)
+        self.token(logits, raw_max, params, index, id?)
     }
 
     /// Chooses token number `index` of choice `choice` from `logits`, `[vocab_size]`, which nothing was asked to change.
@@ -145,19 +145,19 @@ impl Sampler {
     ) -> Result<Token, SampleError> {
         let best = largest(logits)?;
         let id = self.choose(logits, best, params, choice, index);
-        self.token(logits, best, params, index, id)
+        self.token(logits, best.logit, params, index, id)
     }
 
     fn token(
         &mut self,
         logits: &[f32],
-        best: Candidate,
+        max: f32,
         params: &SamplingParams,
         index: u32,
         id: TokenId,
     ) -> Result<Token, SampleError> {
         let logprobs = match params.logprobs {
-            Some(n_top) => Some(self.logprobs_with_max(logits, best.logit, id, usize::from(n_top))?),
+            Some(n_top) => Some(self.logprobs_with_max(logits, max, id, usize::from(n_top))?),
             None => None,
         };
         Ok(Token { index, id, logprobs })
@@ -382,6 +382,16 @@ impl Sampler {
 
 /// The first token of the distribution; refuses NaN, +infinity and an empty distribution.
 fn largest(logits: &[f32]) -> Result<Candidate, SampleError> {
+    let logit = largest_logit(logits)?;
+    let id = logits.iter().position(|&other| other == logit).unwrap_or(0);
+    Ok(Candidate {
+        logit,
+        id: id as TokenId,
+    })
+}
+
+/// Its logit alone.
+fn largest_logit(logits: &[f32]) -> Result<f32, SampleError> {
     const LANES: usize = 16;
     // Lane-wise, so that it vectorises. `x - x` is 0 for finite x, NaN for NaN and the infinities.
     let mut max = [f32::NEG_INFINITY; LANES];
@@ -412,11 +422,7 @@ fn largest(logits: &[f32]) -> Result<Candidate, SampleError> {
     if logit == f32::NEG_INFINITY {
         return Err(SampleError::NoCandidate { n_tokens: logits.len() });
     }
-    let id = logits.iter().position(|&other| other == logit).unwrap_or(0);
-    Ok(Candidate {
-        logit,
-        id: id as TokenId,
-    })
+    Ok(logit)
 }
 
 #[cfg(test)]
