@@ -75,23 +75,23 @@ pub struct BenchFlags {
     #[arg(long, conflicts_with_all = ["concurrency", "compare"], requires = "goodput", help_heading = "Goodput")]
     sweep: bool,
     /// Share of requests that must meet the objectives at a rate
-    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = share, help_heading = "Goodput")]
+    #[arg(long, requires = "sweep", value_name = "SHARE", default_value_t = 0.9, value_parser = share, help_heading = "Goodput")]
     attainment: f64,
     /// Most rates to try
-    #[arg(long, value_name = "N", default_value = "12", value_parser = flag::<NonZeroU32>, help_heading = "Goodput")]
+    #[arg(long, requires = "sweep", value_name = "N", default_value = "12", value_parser = flag::<NonZeroU32>, help_heading = "Goodput")]
     sweep_points: NonZeroU32,
     /// Arrivals of each rate last at least so long
-    #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = seconds, help_heading = "Goodput")]
+    #[arg(long, requires = "sweep", value_name = "SECONDS", default_value_t = 30.0, value_parser = seconds, help_heading = "Goodput")]
     sweep_seconds: f64,
     /// Stop when the lowest rate missed is above the highest met by at most this share
-    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = share, help_heading = "Goodput")]
+    #[arg(long, requires = "sweep", value_name = "SHARE", default_value_t = 0.05, value_parser = share, help_heading = "Goodput")]
     sweep_precision: f64,
 
     /// Measure this server in turn with the other, A B A B, and print ratios
     #[arg(long, value_name = "URL", value_parser = flag::<Address>, help_heading = "Comparison")]
     compare: Option<Address>,
     /// How often
-    #[arg(long, value_name = "N", default_value = "3", value_parser = flag::<NonZeroU32>, help_heading = "Comparison")]
+    #[arg(long, requires = "compare", value_name = "N", default_value = "3", value_parser = flag::<NonZeroU32>, help_heading = "Comparison")]
     rounds: NonZeroU32,
 
     /// Print the report as JSON

@@ -50,6 +50,15 @@ impl Lengths {
         length.clamp(1, LENGTH_LIMIT)
     }
 
+    /// The largest length; of a distribution that has none, the mean.
+    pub fn typical_high(self) -> u32 {
+        match self {
+            Lengths::Fixed(length) => length,
+            Lengths::Uniform { high, .. } => high,
+            Lengths::LogNormal { mean, .. } => mean as u32,
+        }
+    }
+
     /// `N`, `uniform:LOW-HIGH`, `lognormal:MEAN,CV` or `sharegpt`, which means `sharegpt`.
     pub fn parse(text: &str, sharegpt: Lengths) -> Option<Lengths> {
         let whole = |text: &str| text.parse().ok().filter(|length| (1..=LENGTH_LIMIT).contains(length));

@@ -16,6 +16,9 @@ pub use trace::{TRACE_BLOCK_TOKENS, TraceError, TraceRequest, read as read_trace
 
 use super::random::SplitMix64;
 
+/// Most turns of a session: each repeats those before it, so their prompts grow with the square of their number.
+pub const TURNS_LIMIT: u32 = 1000;
+
 /// What load to make.
 #[derive(Clone, Debug)]
 pub struct WorkloadSpec {
@@ -35,7 +38,8 @@ pub struct WorkloadSpec {
     pub prefix_len: u32,
     /// How many different prefixes there are, at least 1; each session has one of them.
     pub n_prefixes: u32,
-    /// Requests of a session, each of which repeats all that was said before. A trace has sessions of one.
+    /// Requests of a session, each of which repeats all that was said before; at most [`TURNS_LIMIT`] are made. A trace has
+    /// sessions of one.
     pub turns: Lengths,
     /// What the user adds with each further turn.
     pub turn_input: Lengths,
@@ -97,7 +101,7 @@ impl WorkloadSpec {
             let turns = match &self.trace {
                 Some(trace) => vec![self.recorded(index, &trace[index], prefixes.below(self.n_prefixes))],
                 None => {
-                    let n_turns = self.turns.draw(&mut lengths) as usize;
+                    let n_turns = self.turns.draw(&mut lengths).min(TURNS_LIMIT) as usize;
                     let n_turns = n_turns.min(self.n_requests - index);
                     self.conversation(
                         index,

@@ -9,7 +9,8 @@ use clap::Args;
 use super::{number, or_number};
 use crate::bench::N_REQUESTS_LIMIT;
 use crate::bench::workload::{
-    ArrivalProcess, Arrivals, LENGTH_LIMIT, Lengths, SHAREGPT_OUTPUTS, SHAREGPT_PROMPTS, WorkloadSpec, read_trace,
+    ArrivalProcess, Arrivals, LENGTH_LIMIT, Lengths, SHAREGPT_OUTPUTS, SHAREGPT_PROMPTS, TURNS_LIMIT, WorkloadSpec,
+    read_trace,
 };
 use crate::config::{ConfigError, Span, flag};
 
@@ -52,20 +53,20 @@ pub struct LoadFlags {
     #[arg(long, value_name = "N", default_value = "1", help_heading = "Load", value_parser = flag::<NonZeroU32>)]
     num_prefixes: NonZeroU32,
     /// Turns of a conversation: N or a distribution; each repeats what was said before, with answers of the asked length
-    #[arg(long, value_name = "LENGTHS", default_value = "1", help_heading = "Load", value_parser = input_lengths)]
+    #[arg(long, value_name = "LENGTHS", default_value = "1", help_heading = "Load", value_parser = turns)]
     turns: Lengths,
     /// Tokens that the user adds with each further turn
-    #[arg(long, value_name = "LENGTHS", default_value = "32", help_heading = "Load", value_parser = input_lengths)]
+    #[arg(long, value_name = "LENGTHS", default_value = "32", requires = "turns", help_heading = "Load", value_parser = input_lengths)]
     turn_len: Lengths,
     /// Mean pause, exponential, between an answer and the next turn [default: none]
-    #[arg(long, value_name = "DURATION", help_heading = "Load", value_parser = flag::<Span>)]
+    #[arg(long, value_name = "DURATION", requires = "turns", help_heading = "Load", value_parser = flag::<Span>)]
     think_time: Option<Span>,
     /// Lengths, arrivals and shared prefixes of a recorded trace: CSV of Azure or JSON lines of Mooncake; with --rate or
     /// --concurrency its arrivals are not used
     #[arg(long, value_name = "FILE", conflicts_with = "turns", help_heading = "Load")]
     pub(super) trace: Option<PathBuf>,
     /// Multiply the trace's times by this: 0.5 plays it twice as fast
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, help_heading = "Load", value_parser = scale)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, requires = "trace", help_heading = "Load", value_parser = scale)]
     time_scale: f64,
     /// Seed of prompts, lengths and arrivals
     #[arg(long, default_value_t = 0, help_heading = "Load")]
@@ -80,6 +81,11 @@ fn input_lengths(text: &str) -> Result<Lengths, &'static str> {
 
 fn output_lengths(text: &str) -> Result<Lengths, &'static str> {
     Lengths::parse(text, SHAREGPT_OUTPUTS).ok_or(LENGTHS_EXPECTED)
+}
+
+fn turns(text: &str) -> Result<Lengths, &'static str> {
+    let turns = Lengths::parse(text, SHAREGPT_PROMPTS).filter(|turns| turns.typical_high() <= TURNS_LIMIT);
+    turns.ok_or("expected a number from 1 to 1000, uniform:LOW-HIGH or lognormal:MEAN,CV")
 }
 
 fn process(text: &str) -> Result<ArrivalProcess, &'static str> {
