@@ -21,6 +21,7 @@ fn start(runtime: &Runtime) -> SocketAddr {
     let model = ServedModel {
         names: vec!["null".to_owned()],
         root: "null".to_owned(),
+        folder: None,
         tokenizer: None,
         chat_template: None,
         eos_token_ids: Vec::new(),

@@ -11,7 +11,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 
-use crate::api::metrics::MetricsRegistry;
+use crate::api::metrics::{MetricsRegistry, one_engine};
 use crate::door::{Cluster, Member, MoveMetrics};
 use crate::metric_names as names;
 
@@ -66,6 +66,36 @@ impl Collector for MemberCollector {
         }
         Ok(())
     }
+}
+
+/// The sum of one counter of the instances, for those who know the cluster as one engine.
+struct PreemptionsCollector(Arc<Cluster>);
+
+impl std::fmt::Debug for PreemptionsCollector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PreemptionsCollector").finish_non_exhaustive()
+    }
+}
+
+impl Collector for PreemptionsCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let members = self.0.members();
+        let counters = members
+            .iter()
+            .map(|member| member.load.counters.get("preemptions_total"));
+        let sum: u64 = counters.flatten().sum();
+        let help = "Sequences that instances set back to make room";
+        let counter = ConstCounter::new(sum);
+        counter.encode(encoder.encode_descriptor(names::vllm::NUM_PREEMPTIONS, help, None, MetricType::Counter)?)
+    }
+}
+
+/// Exports under vLLM's names what only the instances know, labelled as one engine.
+pub fn register_aliases(registry: &MetricsRegistry, cluster: &Arc<Cluster>, model_name: &str) {
+    let collector = Box::new(PreemptionsCollector(Arc::clone(cluster)));
+    registry.with_labels(one_engine(model_name), |registry| {
+        registry.register_collector(collector)
+    });
 }
 
 /// Exports what the members of `cluster` report, and what moves come to.

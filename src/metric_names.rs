@@ -91,3 +91,55 @@ pub mod phase {
     /// First token to the end.
     pub const DECODE: &str = "decode";
 }
+
+/// vLLM's names for what the front door observes, exposed with `--metrics-aliases vllm`. Labels `model_name`, `engine`.
+pub mod vllm {
+    /// Gauge: admitted and not ended.
+    pub const NUM_REQUESTS_RUNNING: &str = "vllm:num_requests_running";
+    /// Gauge: waiting for admission.
+    pub const NUM_REQUESTS_WAITING: &str = "vllm:num_requests_waiting";
+    /// Gauge, 0 to 1: part of all KV blocks that is held.
+    pub const KV_CACHE_USAGE_PERC: &str = "vllm:kv_cache_usage_perc";
+    /// The same under its older name.
+    pub const GPU_CACHE_USAGE_PERC: &str = "vllm:gpu_cache_usage_perc";
+    /// Gauge, 1; labels `block_size`, `num_gpu_blocks`.
+    pub const CACHE_CONFIG_INFO: &str = "vllm:cache_config_info";
+    /// Counter: of requests that produced a token, once each.
+    pub const PROMPT_TOKENS: &str = "vllm:prompt_tokens";
+    /// Counter: once each, whatever was replayed.
+    pub const GENERATION_TOKENS: &str = "vllm:generation_tokens";
+    /// Counter, label `finished_reason`.
+    pub const REQUEST_SUCCESS: &str = "vllm:request_success";
+    /// Counter, tokens: prompts of requests that ended well.
+    pub const PREFIX_CACHE_QUERIES: &str = "vllm:prefix_cache_queries";
+    /// Counter, tokens: those of them that a prefix cache held.
+    pub const PREFIX_CACHE_HITS: &str = "vllm:prefix_cache_hits";
+    /// Counter: sequences that instances set back to make room.
+    pub const NUM_PREEMPTIONS: &str = "vllm:num_preemptions";
+    /// Histogram, seconds.
+    pub const TIME_TO_FIRST_TOKEN: &str = "vllm:time_to_first_token_seconds";
+    /// Histogram, seconds.
+    pub const INTER_TOKEN_LATENCY: &str = "vllm:inter_token_latency_seconds";
+    /// The same under its older name.
+    pub const TIME_PER_OUTPUT_TOKEN: &str = "vllm:time_per_output_token_seconds";
+    /// Histogram, seconds.
+    pub const E2E_REQUEST_LATENCY: &str = "vllm:e2e_request_latency_seconds";
+    /// Histogram, seconds: received to the first chunk of the prompt in a batch.
+    pub const REQUEST_QUEUE_TIME: &str = "vllm:request_queue_time_seconds";
+    /// Histogram, seconds: from then to the first token, a handoff included.
+    pub const REQUEST_PREFILL_TIME: &str = "vllm:request_prefill_time_seconds";
+    /// Histogram, seconds: first token to the end.
+    pub const REQUEST_DECODE_TIME: &str = "vllm:request_decode_time_seconds";
+    /// Histogram, seconds: the two together.
+    pub const REQUEST_INFERENCE_TIME: &str = "vllm:request_inference_time_seconds";
+    /// Histogram, tokens.
+    pub const REQUEST_PROMPT_TOKENS: &str = "vllm:request_prompt_tokens";
+    /// Histogram, tokens.
+    pub const REQUEST_GENERATION_TOKENS: &str = "vllm:request_generation_tokens";
+    /// Histogram, tokens.
+    pub const REQUEST_MAX_NUM_GENERATION_TOKENS: &str = "vllm:request_max_num_generation_tokens";
+    /// Histogram, choices.
+    pub const REQUEST_PARAMS_N: &str = "vllm:request_params_n";
+    /// Histogram, tokens.
+    pub const REQUEST_PARAMS_MAX_TOKENS: &str = "vllm:request_params_max_tokens";
+}

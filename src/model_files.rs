@@ -81,6 +81,7 @@ pub fn served_model(
     Ok(ServedModel {
         names: vec![selection.served_name.clone()],
         root: selection.source.to_string(),
+        folder: Some(folder.clone()),
         eos_token_ids: folder.eos_token_ids(tokenizer.as_ref()),
         tokenizer,
         chat_template,

@@ -160,6 +160,8 @@ impl Generator for NullGenerator {
                 n_waiting: 0,
                 n_blocks_total: 0,
                 n_blocks_free: 0,
+                n_blocks_cached: 0,
+                block_size: 0,
                 ready: true,
             }],
         }

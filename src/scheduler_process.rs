@@ -18,7 +18,7 @@ use tonic::service::interceptor::InterceptedService;
 
 use crate::api::metrics::MetricsRegistry;
 use crate::api::{self, ApiKey, ApiOptions, ApiState, ServeOptions, grpc};
-use crate::config::{ComputeDtype, PolicyKind, RebalanceMode, Secret};
+use crate::config::{ComputeDtype, MetricsAliases, PolicyKind, RebalanceMode, Secret};
 use crate::door::{
     Cluster, EmptyingTotals, FrontDoor, FrontDoorOptions, Generator as _, Rebalancing, keep_balanced, keep_emptying,
 };
@@ -52,6 +52,8 @@ pub struct SchedulerConfig {
     pub disaggregation_threshold: Option<u32>,
     /// Most requests that wait for admission.
     pub max_queue: usize,
+    /// Whose names the metrics have besides their own.
+    pub metrics_aliases: MetricsAliases,
     /// What clients must show as a bearer token.
     pub api_key: Option<Secret>,
     /// Links to workers.
@@ -107,8 +109,12 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     let api_key = config.api_key.as_ref().map(|key| ApiKey::new(key.expose()));
     let metrics = MetricsRegistry::default();
     cluster_metrics::register(&metrics, &cluster, door.move_metrics());
+    if config.metrics_aliases == MetricsAliases::Vllm {
+        cluster_metrics::register_aliases(&metrics, &cluster, model.name());
+    }
     let api_options = ApiOptions {
         api_key,
+        metrics_aliases: config.metrics_aliases,
         ..ApiOptions::default()
     };
     let state = ApiState::new(Arc::new(door.clone()), model, api_options, metrics, shutdown.clone());

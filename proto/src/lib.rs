@@ -19,7 +19,37 @@ pub mod cluster {
     tonic::include_proto!("baton.cluster.v1");
 }
 
-/// Encoded `FileDescriptorSet` of both packages, for reflection.
+/// The Open Inference Protocol (KServe v2) with Triton's streams, `inference`.
+#[allow(missing_docs, unused_qualifications, clippy::all)]
+pub mod inference {
+    tonic::include_proto!("inference");
+}
+
+/// The engine service of the SMG gateway. Modules lie as its packages do: the generated code finds one from the other.
+#[allow(missing_docs, unused_qualifications, clippy::all)]
+pub mod vllm {
+    /// `vllm.grpc`
+    pub mod grpc {
+        /// `vllm.grpc.engine`
+        pub mod engine {
+            tonic::include_proto!("vllm.grpc.engine");
+        }
+    }
+}
+
+/// What engine services of the SMG gateway share.
+#[allow(missing_docs, unused_qualifications, clippy::all)]
+pub mod smg {
+    /// `smg.grpc`
+    pub mod grpc {
+        /// `smg.grpc.common`
+        pub mod common {
+            tonic::include_proto!("smg.grpc.common");
+        }
+    }
+}
+
+/// Encoded `FileDescriptorSet` of all packages, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// The newest protocol version this build speaks; it also speaks the one before.

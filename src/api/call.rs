@@ -87,6 +87,19 @@ pub(super) async fn understand<T: Send + 'static>(
         .map_err(|(label, error)| refuse(label, error))
 }
 
+/// A call with this body, understood as far as the endpoints do alike.
+#[cfg(test)]
+pub(super) fn call_of(state: &ApiState, body: &[u8]) -> Result<Call, ApiError> {
+    let mut fields = Fields::parse(body)?;
+    let common = CommonOptions::take(&mut fields, state.model())?;
+    Ok(Call {
+        fields,
+        common,
+        label: RequestLabel::fresh(),
+        received: Nanos::ZERO,
+    })
+}
+
 /// Adds the request's name to its response.
 pub(super) fn with_label(label: &RequestLabel, mut response: Response) -> Response {
     let value = HeaderValue::from_str(label.as_str()).expect("labels are printable ASCII");

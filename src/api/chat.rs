@@ -25,6 +25,7 @@ use super::neutral::refuse_unsupported;
 use super::options::{MAX_LOGPROBS, StreamOptions};
 use super::output::{ChoiceEnd, Job, Output, OutputToken, StopReason, timeline_from};
 use super::sse::{self, EventBuffer};
+use super::timeline_body::TimelineBody;
 use super::usage::UsageBody;
 use super::{ApiState, unix_time_s};
 use crate::door::Usage;
@@ -48,6 +49,8 @@ struct Shape {
     n_prompt_top: Option<u8>,
     return_token_ids: bool,
     tokens_as_ids: bool,
+    /// Report how long its parts took.
+    has_timeline: bool,
 }
 
 pub(super) async fn handle(
@@ -96,6 +99,7 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         n_prompt_top: common.prompt_logprobs,
         return_token_ids: common.return_token_ids,
         tokens_as_ids: common.tokens_as_ids,
+        has_timeline: common.timeline,
     };
     let job = Job {
         endpoint: Endpoint::Chat,
@@ -163,6 +167,8 @@ struct ChatBody<'a> {
     prompt_logprobs: Option<PromptLogprobsBody>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [TokenId]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeline: Option<TimelineBody>,
 }
 
 #[derive(Serialize)]
@@ -233,8 +239,9 @@ async fn whole(
     let writer = TokenWriter::new(state, shape.tokens_as_ids);
     let mut answers: Vec<Answer> = (0..shape.n).map(|_| Answer::new(shape)).collect();
     let mut prompt: Vec<TokenLogprobs> = Vec::new();
-    let usage: Usage = loop {
-        match outputs.required().await?.output? {
+    let (usage, timeline): (Usage, Option<TimelineBody>) = loop {
+        let item = outputs.required().await?;
+        match item.output? {
             Output::PromptLogprobs(logprobs) => prompt = logprobs,
             Output::Token { choice, token } => answers[choice as usize].token(&token, writer, shape),
             Output::ChoiceEnded { choice, end } => {
@@ -242,7 +249,7 @@ async fn whole(
                 answer.text.push_str(&end.text);
                 answer.end = Some(end);
             }
-            Output::Finished(usage) => break usage,
+            Output::Finished(usage) => break (usage, item.timeline),
         }
     };
     let choices: Vec<ChatChoice<'_>> = (0..).zip(&answers).map(|(index, answer)| answer.body(index)).collect();
@@ -257,6 +264,7 @@ async fn whole(
             .n_prompt_top
             .map(|n_top| prompt_logprobs(writer, prompt_ids, &prompt, n_top)),
         prompt_token_ids: shape.return_token_ids.then_some(prompt_ids),
+        timeline: timeline.filter(|_| shape.has_timeline),
     };
     Ok(Json(body).into_response())
 }
@@ -284,6 +292,8 @@ struct ChunkBody<'a> {
     usage: Option<UsageBody>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<TokenId>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeline: Option<TimelineBody>,
 }
 
 #[derive(Serialize)]
@@ -326,8 +336,10 @@ impl ChatStream {
             Ok(Output::Token { choice, token }) => self.token(choice, token, item.usage.into()),
             Ok(Output::ChoiceEnded { choice, end }) => self.choice_ended(choice, end, item.usage.into()),
             Ok(Output::Finished(usage)) => {
-                if self.options.include_usage {
-                    self.chunk(&[], Some(usage.into()), None);
+                let timeline = item.timeline.filter(|_| self.shape.has_timeline);
+                if self.options.include_usage || timeline.is_some() {
+                    let usage = self.options.include_usage.then(|| usage.into());
+                    self.chunk(&[], usage, None, timeline);
                 }
                 self.buffer.done();
                 return ControlFlow::Break(self.buffer.take());
@@ -368,6 +380,7 @@ impl ChatStream {
             &[choice],
             self.options.continuous_usage_stats.then_some(so_far),
             prompt_ids,
+            None,
         );
     }
 
@@ -385,10 +398,17 @@ impl ChatStream {
             stop_reason: end.stop_reason,
             token_ids: None,
         };
-        self.chunk(&[choice], self.options.continuous_usage_stats.then_some(so_far), None);
+        let so_far = self.options.continuous_usage_stats.then_some(so_far);
+        self.chunk(&[choice], so_far, None, None);
     }
 
-    fn chunk(&mut self, choices: &[ChunkChoice<'_>], usage: Option<UsageBody>, prompt_token_ids: Option<Vec<TokenId>>) {
+    fn chunk(
+        &mut self,
+        choices: &[ChunkChoice<'_>],
+        usage: Option<UsageBody>,
+        prompt_token_ids: Option<Vec<TokenId>>,
+        timeline: Option<TimelineBody>,
+    ) {
         self.buffer.event(&ChunkBody {
             id: &self.shape.id,
             object: "chat.completion.chunk",
@@ -397,6 +417,15 @@ impl ChatStream {
             choices,
             usage,
             prompt_token_ids,
+            timeline,
         });
     }
+}
+
+/// Whether a body is understood, for tests of the fields.
+#[cfg(test)]
+pub(super) fn parses(state: &ApiState, body: &[u8]) -> bool {
+    super::call::call_of(state, body)
+        .and_then(|call| parse(state, call))
+        .is_ok()
 }

@@ -25,6 +25,7 @@ use super::neutral::refuse_unsupported;
 use super::options::{CommonOptions, DEFAULT_MAX_TOKENS, MAX_LOGPROBS, StreamOptions, fresh_seed};
 use super::output::{ChoiceEnd, Job, Output, StopReason, timeline_from};
 use super::sse::{self, EventBuffer};
+use super::timeline_body::TimelineBody;
 use super::usage::{UsageBody, total};
 use super::{ApiState, unix_time_s};
 use crate::door::Usage;
@@ -36,6 +37,8 @@ struct CompletionRequest {
     /// Choices of each prompt.
     n: usize,
     only_prompt: bool,
+    /// Report how long its parts took.
+    has_timeline: bool,
     id: String,
     stream: Option<StreamOptions>,
 }
@@ -74,6 +77,10 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
     if common.max_tokens == Some(0) && !only_prompt {
         return Err(ApiError::expected("max_tokens", 0, "at least 1, or echo to be true"));
     }
+    if common.timeline && prompts.len() > 1 {
+        let message = format!("timeline is true with {} prompts, expected one", prompts.len());
+        return Err(ApiError::field("timeline", message));
+    }
     let CommonOptions {
         mut sampling,
         is_seeded,
@@ -81,6 +88,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         cache_salt,
         priority,
         stream,
+        timeline: has_timeline,
         ..
     } = common;
     let reports = Reports {
@@ -98,6 +106,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         writers: Vec::with_capacity(prompts.len() * sampling.n as usize),
         n: sampling.n as usize,
         only_prompt,
+        has_timeline,
         id: format!("cmpl-{}", label.as_str()),
         stream,
     };
@@ -133,13 +142,14 @@ async fn answer(state: &ApiState, request: CompletionRequest) -> Result<Response
         writers,
         n,
         only_prompt,
+        has_timeline,
         id,
         stream,
     } = request;
     let totals = Totals::new(jobs.len(), only_prompt);
     let outputs = Outputs::start(state, jobs).await?;
     let Some(options) = stream else {
-        return whole(state, outputs, writers, n, totals, &id).await;
+        return whole(state, outputs, writers, n, totals, &id, has_timeline).await;
     };
     let (first, outputs) = outputs.first(state.options().ping_interval).await?;
     let mut stream = CompletionStream {
@@ -152,6 +162,7 @@ async fn answer(state: &ApiState, request: CompletionRequest) -> Result<Response
         writers,
         n,
         totals,
+        has_timeline,
     };
     Ok(sse::response(outputs.into_events(
         first,
@@ -206,6 +217,8 @@ struct CompletionBody<'a> {
     choices: &'a [CompletionChoice<'a>],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<UsageBody>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeline: Option<TimelineBody>,
 }
 
 #[derive(Serialize)]
@@ -248,12 +261,18 @@ async fn whole(
     n: usize,
     mut totals: Totals,
     id: &str,
+    has_timeline: bool,
 ) -> Result<Response, ApiError> {
     let created = unix_time_s();
     let mut pieces: Vec<Piece> = writers.iter().map(ChoiceWriter::piece).collect();
     let mut ends: Vec<Option<ChoiceEnd>> = writers.iter().map(|_| None).collect();
-    loop {
-        let Item { prompt, output, .. } = outputs.required().await?;
+    let timeline = loop {
+        let Item {
+            prompt,
+            output,
+            timeline,
+            ..
+        } = outputs.required().await?;
         let first = prompt * n;
         match output? {
             Output::PromptLogprobs(logprobs) => prompt_logprobs(&mut writers[first..first + n], &logprobs),
@@ -267,11 +286,11 @@ async fn whole(
             }
             Output::Finished(usage) => {
                 if totals.ended(prompt, usage) {
-                    break;
+                    break timeline;
                 }
             }
         }
-    }
+    };
     let choices = writers.iter().zip(&pieces).zip(&ends).enumerate();
     let choices: Vec<CompletionChoice<'_>> = choices
         .map(|(index, ((writer, piece), end))| CompletionChoice {
@@ -286,6 +305,7 @@ async fn whole(
         model: state.model().name(),
         choices: &choices,
         usage: Some(totals.body()),
+        timeline: timeline.filter(|_| has_timeline),
     };
     Ok(Json(body).into_response())
 }
@@ -310,11 +330,17 @@ struct CompletionStream {
     /// A choice's last token waits here for the reason of the end, so that there is exactly one event per token.
     last_pieces: Vec<Option<Piece>>,
     totals: Totals,
+    has_timeline: bool,
 }
 
 impl CompletionStream {
     fn write(&mut self, item: Item) -> ControlFlow<Bytes, Bytes> {
-        let Item { prompt, output, usage } = item;
+        let Item {
+            prompt,
+            output,
+            usage,
+            timeline,
+        } = item;
         let first = prompt * self.n;
         match output {
             Ok(Output::PromptLogprobs(logprobs)) => {
@@ -338,7 +364,7 @@ impl CompletionStream {
             }
             Ok(Output::Finished(usage)) => {
                 if self.totals.ended(prompt, usage) {
-                    self.end();
+                    self.end(timeline);
                     return ControlFlow::Break(self.buffer.take());
                 }
             }
@@ -369,20 +395,31 @@ impl CompletionStream {
             model: self.state.model().name(),
             choices: &[CompletionChoice::new(index, piece, end)],
             usage: so_far,
+            timeline: None,
         });
     }
 
-    fn end(&mut self) {
-        if self.options.include_usage {
+    fn end(&mut self, timeline: Option<TimelineBody>) {
+        let timeline = timeline.filter(|_| self.has_timeline);
+        if self.options.include_usage || timeline.is_some() {
             self.buffer.event(&CompletionBody {
                 id: &self.id,
                 object: OBJECT,
                 created: self.created,
                 model: self.state.model().name(),
                 choices: &[],
-                usage: Some(self.totals.body()),
+                usage: self.options.include_usage.then(|| self.totals.body()),
+                timeline,
             });
         }
         self.buffer.done();
     }
+}
+
+/// Whether a body is understood, for tests of the fields.
+#[cfg(test)]
+pub(super) fn parses(state: &ApiState, body: &[u8]) -> bool {
+    super::call::call_of(state, body)
+        .and_then(|call| parse(state, call))
+        .is_ok()
 }

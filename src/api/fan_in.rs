@@ -11,6 +11,7 @@ use super::ApiState;
 use super::error::{ApiError, ErrorKind};
 use super::output::{Job, Output, OutputStream};
 use super::sse::PING;
+use super::timeline_body::TimelineBody;
 use crate::door::Usage;
 
 /// One output of one prompt.
@@ -22,6 +23,8 @@ pub(super) struct Item {
     pub(super) output: Result<Output, ApiError>,
     /// Counts so far, of all choices of that prompt.
     pub(super) usage: Usage,
+    /// How long its parts took, with its last output.
+    pub(super) timeline: Option<TimelineBody>,
 }
 
 /// All prompts of a request. Dropping it cancels those that run.
@@ -117,14 +120,21 @@ fn items(prompt: usize, source: Source) -> impl Stream<Item = Item> + Send {
                             prompt,
                             output: Err(error),
                             usage: Usage::default(),
+                            timeline: None,
                         };
                         return Some((item, Source::Failed));
                     }
                 },
                 Source::Running(mut running) => {
                     let output = running.next().await?;
-                    let usage = running.usage();
-                    return Some((Item { prompt, output, usage }, Source::Running(running)));
+                    let is_last = matches!(output, Ok(Output::Finished(_)));
+                    let item = Item {
+                        prompt,
+                        output,
+                        usage: running.usage(),
+                        timeline: is_last.then(|| TimelineBody::of(running.timeline())).flatten(),
+                    };
+                    return Some((item, Source::Running(running)));
                 }
                 Source::Failed => return None,
             }

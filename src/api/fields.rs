@@ -25,8 +25,15 @@ impl Fields {
         }
     }
 
+    /// The fields of an object that was put together here.
+    pub fn new(map: Map<String, Value>) -> Fields {
+        Fields { map }
+    }
+
     /// Takes a field of any type; `None` when absent or null.
     pub fn take(&mut self, name: &str) -> Option<Value> {
+        #[cfg(test)]
+        tests::note(name);
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
@@ -174,8 +181,26 @@ pub fn shown(value: &Value) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    thread_local! {
+        static ASKED_FOR: RefCell<BTreeSet<String>> = RefCell::default();
+    }
+
+    pub(super) fn note(name: &str) {
+        ASKED_FOR.with_borrow_mut(|names| names.insert(name.to_owned()));
+    }
+
+    /// The fields, of any object, that `parse` looks for on this thread.
+    pub(in super::super) fn asked_for(parse: impl FnOnce()) -> BTreeSet<String> {
+        ASKED_FOR.take();
+        parse();
+        ASKED_FOR.take()
+    }
 
     fn fields(json: &str) -> Fields {
         Fields::parse(json.as_bytes()).unwrap()

@@ -1,4 +1,5 @@
-//! `baton.v1` over gRPC: the same requests as the OpenAI endpoints, typed. Health and reflection are added here too.
+//! `baton.v1` over gRPC: the same requests as the OpenAI endpoints, typed. The other gRPC services of the port, health and
+//! reflection among them, are added here too.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -6,6 +7,8 @@ use std::sync::Arc;
 use axum::Router;
 use baton_proto::api::baton_server::{Baton, BatonServer};
 use baton_proto::api::{self as wire, generate_request};
+use baton_proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer as InferenceServer;
+use baton_proto::vllm::grpc::engine::vllm_engine_server::VllmEngineServer;
 use baton_scheduler::request::{SamplingParams, TokenLogprobs};
 use futures::Stream;
 use http::HeaderMap;
@@ -21,6 +24,7 @@ use super::call::beside_runtime;
 use super::encode::{SpecialTokens, encode};
 use super::error::{ApiError, ErrorKind};
 use super::health::HealthService;
+use super::kserve::InferenceService;
 use super::metrics::Endpoint;
 use super::model_limits::{check_prompt_ids, resolve_max_tokens};
 use super::options::{
@@ -30,6 +34,7 @@ use super::options::{
 use super::output::{ChoiceEnd, FinishReason, Job, Output, OutputStream, OutputToken, TextOptions, timeline_from};
 use super::request_label::RequestLabel;
 use super::served_model::ServedModel;
+use super::vllm_engine::EngineService;
 use crate::door::Usage;
 
 /// Adds the gRPC services to the routes of the port.
@@ -39,6 +44,10 @@ pub(super) fn add_services(router: Router, state: &ApiState) -> Router {
         router,
         BatonServer::new(BatonService::new(state.clone())).max_decoding_message_size(limit),
     );
+    let inference = InferenceServer::new(InferenceService::new(state.clone()));
+    let router = add(router, inference.max_decoding_message_size(limit));
+    let engine = VllmEngineServer::new(EngineService::new(state.clone()));
+    let router = add(router, engine.max_decoding_message_size(limit));
     let router = add(router, HealthServer::new(HealthService::new(state.clone())));
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -46,6 +55,8 @@ pub(super) fn add_services(router: Router, state: &ApiState) -> Router {
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
             // Between instances only, and on other ports.
             .with_service_name(<BatonServer<BatonService> as NamedService>::NAME)
+            .with_service_name(<InferenceServer<InferenceService> as NamedService>::NAME)
+            .with_service_name(<VllmEngineServer<EngineService> as NamedService>::NAME)
             .with_service_name(<HealthServer<HealthService> as NamedService>::NAME)
     };
     let valid = "the descriptors are built with this program";
@@ -124,7 +135,7 @@ impl BatonService {
 }
 
 /// When the client gives up, by its `grpc-timeout`.
-fn deadline(headers: &HeaderMap) -> Result<Option<Instant>, ApiError> {
+pub(super) fn deadline(headers: &HeaderMap) -> Result<Option<Instant>, ApiError> {
     let Some(value) = headers.get("grpc-timeout") else {
         return Ok(None);
     };

@@ -1,5 +1,5 @@
-//! Health on both protocols. `/health` and the gRPC service `baton.v1.Baton` are ready when a request could be served; the
-//! gRPC service `""` says that the process lives and is not stopping.
+//! Health on both protocols. `/health` and the gRPC services that generate are ready when a request could be served; the gRPC
+//! service `""` says that the process lives and is not stopping.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -16,8 +16,12 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
 use super::ApiState;
 use super::error::{ApiError, ErrorKind};
 
-/// The service whose status is readiness.
-pub const READINESS_SERVICE: &str = "baton.v1.Baton";
+/// The services whose status is readiness.
+pub const READINESS_SERVICES: [&str; 3] = [
+    "baton.v1.Baton",
+    "inference.GRPCInferenceService",
+    "vllm.grpc.engine.VllmEngine",
+];
 
 /// How often a watcher's status is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -46,7 +50,7 @@ impl HealthService {
 fn status_of(state: &ApiState, service: &str) -> Option<ServingStatus> {
     let is_serving = match service {
         "" => !state.is_stopping(),
-        READINESS_SERVICE => state.not_ready().is_none(),
+        service if READINESS_SERVICES.contains(&service) => state.not_ready().is_none(),
         _ => return None,
     };
     Some(if is_serving {

@@ -1,6 +1,7 @@
 //! The front door's own measurements: counters and histograms of requests as clients see them, and gauges read from the
 //! generator at each scrape. Other parts register theirs into the same [`MetricsRegistry`].
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use baton_scheduler::ids::Nanos;
@@ -19,6 +20,7 @@ use prometheus_client::registry::{Metric, Registry};
 
 use super::ApiState;
 use super::error::ApiError;
+use super::metric_aliases::{Asked, MetricAliases};
 use super::output::{FinishReason, Job};
 use crate::door::{DoorLoad, Generator, Usage};
 use crate::metric_names as names;
@@ -46,6 +48,15 @@ const LENGTH_BUCKETS: [f64; 18] = [
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 1e6,
 ];
 
+/// Names and values of labels.
+pub type Labels<const N: usize> = [(Cow<'static, str>, Cow<'static, str>); N];
+
+/// The labels of vLLM's metrics; the cluster is one engine to those who ask by its names.
+pub fn one_engine(model_name: &str) -> Labels<2> {
+    let labels = [("model_name", model_name.to_owned()), ("engine", "0".to_owned())];
+    labels.map(|(name, value)| (Cow::Borrowed(name), Cow::Owned(value)))
+}
+
 /// Where all parts of the process register what `/metrics` shows. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct MetricsRegistry {
@@ -68,6 +79,11 @@ impl MetricsRegistry {
         self.registry.write().register_collector(collector);
     }
 
+    /// Gives `register` a part of the registry whose metrics all have these labels.
+    pub fn with_labels<const N: usize>(&self, labels: Labels<N>, register: impl FnOnce(&mut Registry)) {
+        register(self.registry.write().sub_registry_with_labels(labels.into_iter()));
+    }
+
     /// Everything, in the exposition format.
     pub fn encode(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
@@ -85,6 +101,12 @@ pub enum Endpoint {
     Completions,
     /// `baton.v1.Baton/Generate`.
     Generate,
+    /// `inference.GRPCInferenceService`: `ModelInfer` and `ModelStreamInfer`.
+    Infer,
+    /// `/v2/models/{model}/generate` and `generate_stream`.
+    GenerateV2,
+    /// `vllm.grpc.engine.VllmEngine/Generate`.
+    VllmGenerate,
 }
 
 impl Endpoint {
@@ -93,6 +115,9 @@ impl Endpoint {
             Endpoint::Chat => "chat",
             Endpoint::Completions => "completions",
             Endpoint::Generate => "generate",
+            Endpoint::Infer => "infer",
+            Endpoint::GenerateV2 => "v2_generate",
+            Endpoint::VllmGenerate => "vllm_generate",
         }
     }
 }
@@ -153,11 +178,12 @@ pub struct ApiMetrics {
     request_generation_tokens: Histogram,
     /// Connections open on the port.
     pub(super) connections: Gauge,
+    aliases: Option<MetricAliases>,
 }
 
 impl ApiMetrics {
-    /// Makes the metrics and registers them.
-    pub fn register(registry: &MetricsRegistry) -> ApiMetrics {
+    /// Makes the metrics and registers them; `aliases` are registered already and observe the same.
+    pub(super) fn register(registry: &MetricsRegistry, aliases: Option<MetricAliases>) -> ApiMetrics {
         let metrics = ApiMetrics {
             requests: Family::default(),
             prompt_tokens: Counter::default(),
@@ -170,6 +196,7 @@ impl ApiMetrics {
             request_prompt_tokens: Histogram::new(LENGTH_BUCKETS),
             request_generation_tokens: Histogram::new(LENGTH_BUCKETS),
             connections: Gauge::default(),
+            aliases,
         };
         let all = metrics.clone();
         registry.register(names::REQUESTS, "Requests that ended", all.requests);
@@ -239,6 +266,7 @@ pub struct Recorder {
     last_tokens: Vec<Option<Nanos>>,
     n_prompt_tokens: u32,
     n_tokens: u32,
+    asked: Asked,
     is_counted: bool,
 }
 
@@ -253,6 +281,10 @@ impl Recorder {
             last_tokens: vec![None; job.sampling.n as usize],
             n_prompt_tokens: job.prompt_ids.len() as u32,
             n_tokens: 0,
+            asked: Asked {
+                n: job.sampling.n,
+                max_tokens: job.sampling.max_tokens,
+            },
             is_counted: false,
         }
     }
@@ -278,17 +310,23 @@ impl Recorder {
         let metrics = self.state.metrics();
         if self.n_tokens == 0 {
             self.timeline.mark(Moment::FirstToken, now);
-            if let Some(received) = self.timeline.at(Moment::Received) {
-                metrics
-                    .time_to_first_token
-                    .observe(now.saturating_sub(received).as_secs_f64());
+            let ttft = self.timeline.between(Moment::Received, Moment::FirstToken);
+            let ttft_s = ttft.map(Nanos::as_secs_f64);
+            if let Some(ttft_s) = ttft_s {
+                metrics.time_to_first_token.observe(ttft_s);
             }
             metrics.prompt_tokens.inc_by(u64::from(n_prompt_tokens));
+            if let Some(aliases) = &metrics.aliases {
+                aliases.first_token(ttft_s, n_prompt_tokens);
+            }
         }
-        if let Some(last) = self.last_tokens[choice as usize].replace(now) {
-            metrics
-                .inter_token_latency
-                .observe(now.saturating_sub(last).as_secs_f64());
+        let last = self.last_tokens[choice as usize].replace(now);
+        let since_last_s = last.map(|last| now.saturating_sub(last).as_secs_f64());
+        if let Some(since_last_s) = since_last_s {
+            metrics.inter_token_latency.observe(since_last_s);
+        }
+        if let Some(aliases) = &metrics.aliases {
+            aliases.token(since_last_s);
         }
         metrics.generation_tokens.inc();
         self.n_tokens += 1;
@@ -311,6 +349,9 @@ impl Recorder {
         metrics.request_generation_tokens.observe(f64::from(self.n_tokens));
         if let Some(length) = self.timeline.between(Moment::Received, Moment::Finished) {
             metrics.e2e_request_latency.observe(length.as_secs_f64());
+        }
+        if let Some(aliases) = &metrics.aliases {
+            aliases.finished(usage, self.n_tokens, reason, &self.timeline, self.asked);
         }
         self.count(reason.as_str());
     }

@@ -1,4 +1,4 @@
-//! The front door's APIs: OpenAI HTTP and `baton.v1` gRPC on one port, and everything that has to do with text.
+//! The front door's APIs: OpenAI HTTP and the gRPC services on one port, and everything that has to do with text.
 //! How requests reach instances is [`crate::door`]'s business.
 
 mod auth;
@@ -12,23 +12,30 @@ mod completions;
 mod encode;
 mod error;
 mod fan_in;
+mod field_table;
 mod fields;
 pub(crate) mod grpc;
 mod health;
+mod kserve;
 mod logprobs;
+mod metric_aliases;
 pub mod metrics;
 mod model_limits;
 mod models;
 mod neutral;
+mod openapi;
 mod options;
 mod output;
+mod plain_request;
 mod request_label;
 mod running;
 mod serve;
 mod served_model;
 mod sse;
+mod timeline_body;
 mod tokenize;
 mod usage;
+mod vllm_engine;
 
 #[cfg(test)]
 mod tests;
@@ -44,6 +51,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::auth::ApiKey;
 pub use self::error::{ApiError, Codes, ErrorKind};
+use self::metric_aliases::MetricAliases;
 pub use self::metrics::MetricsRegistry;
 use self::metrics::{ApiMetrics, LoadCollector};
 pub use self::request_label::{REQUEST_ID_HEADER, RequestLabel};
@@ -51,6 +59,7 @@ use self::running::Running;
 pub use self::serve::{ServeOptions, serve};
 use self::served_model::TokenTexts;
 pub use self::served_model::{DefaultSampling, ServedModel};
+use crate::config::MetricsAliases;
 use crate::door::Generator;
 
 /// What an operator may set.
@@ -64,6 +73,8 @@ pub struct ApiOptions {
     pub max_prompts: usize,
     /// How long a stream waits for its first token before it says `: ping`, and then between pings.
     pub ping_interval: Duration,
+    /// Whose names the metrics have besides their own.
+    pub metrics_aliases: MetricsAliases,
 }
 
 impl Default for ApiOptions {
@@ -73,6 +84,7 @@ impl Default for ApiOptions {
             max_body_bytes: 16 << 20,
             max_prompts: 256,
             ping_interval: Duration::from_secs(5),
+            metrics_aliases: MetricsAliases::None,
         }
     }
 }
@@ -116,7 +128,14 @@ impl ApiState {
         stopping: CancellationToken,
     ) -> ApiState {
         assert!(!model.names.is_empty(), "a served model has a name");
-        let metrics = ApiMetrics::register(&registry);
+        let aliases = match options.metrics_aliases {
+            MetricsAliases::None => None,
+            MetricsAliases::Vllm => {
+                let (name, limit) = (model.name(), model.max_model_len);
+                Some(MetricAliases::register(&registry, generator.clone(), name, limit))
+            }
+        };
+        let metrics = ApiMetrics::register(&registry, aliases);
         registry.register_collector(Box::new(LoadCollector::new(generator.clone())));
         models::register_build_info(&registry, &model);
         let n_cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -184,11 +203,25 @@ pub fn router(state: ApiState, more: Router) -> Router {
         .route("/v1/completions", post(completions::handle))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::retrieve))
+        .route("/v2/models/{model}/generate", post(kserve::rest::generate))
+        .route(
+            "/v2/models/{model}/versions/{version}/generate",
+            post(kserve::rest::generate_version),
+        )
+        .route(
+            "/v2/models/{model}/generate_stream",
+            post(kserve::rest::generate_stream),
+        )
+        .route(
+            "/v2/models/{model}/versions/{version}/generate_stream",
+            post(kserve::rest::generate_stream_version),
+        )
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::http))
         .route("/metrics", get(models::metrics))
         .route("/version", get(models::version))
+        .route("/openapi.json", get(openapi::handle))
         .fallback(models::no_route)
         .method_not_allowed_fallback(models::no_method)
         .layer(DefaultBodyLimit::max(state.options().max_body_bytes))

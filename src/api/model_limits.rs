@@ -61,6 +61,7 @@ mod tests {
         ServedModel {
             names: vec!["m".into()],
             root: "/models/m".into(),
+            folder: None,
             tokenizer: None,
             chat_template: None,
             eos_token_ids: vec![2],

@@ -58,6 +58,8 @@ pub struct CommonOptions {
     pub cache_salt: u64,
     /// Lower is more urgent.
     pub priority: i32,
+    /// Report how long each part of the request took.
+    pub timeline: bool,
     /// `prompt_logprobs`, as asked.
     pub prompt_logprobs: Option<u8>,
     /// Encode text prompts with the tokenizer's own special tokens; `None` means the endpoint's default.
@@ -135,6 +137,7 @@ impl CommonOptions {
             priority: fields
                 .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
                 .map_or(0, |priority| priority as i32),
+            timeline: fields.boolean("timeline")?.unwrap_or(false),
             prompt_logprobs: fields
                 .integer("prompt_logprobs", 0..=i64::from(MAX_LOGPROBS))?
                 .map(|n| n as u8),
@@ -299,6 +302,7 @@ mod tests {
         ServedModel {
             names: vec!["m".into(), "alias".into()],
             root: "/models/m".into(),
+            folder: None,
             tokenizer: None,
             chat_template: None,
             eos_token_ids: vec![2, 7],
@@ -359,6 +363,7 @@ mod tests {
             (r#"{"prompt_logprobs": 21}"#, "prompt_logprobs"),
             (r#"{"prompt_logprobs": -1}"#, "prompt_logprobs"),
             (r#"{"request_id": "a\nb"}"#, "request_id"),
+            (r#"{"timeline": "yes"}"#, "timeline"),
             (r#"{"model": 5}"#, "model"),
         ];
         for (json, param) in cases {

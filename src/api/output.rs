@@ -279,6 +279,11 @@ impl OutputStream {
         }
     }
 
+    /// Moments so far; all of them once the request has ended.
+    pub fn timeline(&self) -> &Timeline {
+        self.recorder.timeline()
+    }
+
     /// Counts so far, of all choices together.
     pub fn usage(&self) -> Usage {
         Usage {

@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use baton_engine::model::ModelFolder;
 use baton_engine::text::{ChatTemplate, Tokenizer};
 use baton_scheduler::ids::TokenId;
 
@@ -25,6 +26,8 @@ pub struct ServedModel {
     pub names: Vec<String>,
     /// Where it came from: the folder or hub id. Also accepted as a name.
     pub root: String,
+    /// Its files, for those who ask for them.
+    pub folder: Option<ModelFolder>,
     /// Absent: token ids only.
     pub tokenizer: Option<Tokenizer>,
     /// Absent: no chat endpoint.

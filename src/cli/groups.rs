@@ -11,7 +11,7 @@ use clap::Args;
 
 use crate::config::{
     ByteSize, ComputeDtype, ConfigError, Device, InstructionSet, KvTransportKind, Layers, LoadFormat, LogFormat,
-    Machine, ModelSource, PolicyKind, RebalanceMode, Secret, Span, Switch, flag,
+    Machine, MetricsAliases, ModelSource, PolicyKind, RebalanceMode, Secret, Span, Switch, flag,
 };
 use crate::engine_config::{EngineConfig, LinkConfig, ModelSelection};
 use crate::logging::LogConfig;
@@ -266,6 +266,9 @@ pub struct FrontDoorFlags {
     /// [default: predicted cost decides]
     #[arg(long, value_name = "TOKENS", value_parser = flag::<u32>)]
     pub disaggregation_threshold: Option<u32>,
+    /// Metrics under the names of another server too: none or vllm [default: none]
+    #[arg(long, value_enum)]
+    pub metrics_aliases: Option<MetricsAliases>,
     /// Most requests that wait for admission; more are answered 429 [default: 1024]
     #[arg(long, value_name = "N", value_parser = flag::<NonZeroUsize>)]
     pub max_queue: Option<NonZeroUsize>,
@@ -306,6 +309,9 @@ impl FrontDoorFlags {
                 .map_or(SchedulerConfig::DEFAULT_MOVE_DEADLINE, |span| span.0),
             disaggregation_threshold: layers.pick("disaggregation_threshold", self.disaggregation_threshold)?,
             max_queue: max_queue.map_or(SchedulerConfig::DEFAULT_MAX_QUEUE, NonZeroUsize::get),
+            metrics_aliases: layers
+                .pick("metrics_aliases", self.metrics_aliases)?
+                .unwrap_or(MetricsAliases::None),
             api_key: layers.pick("api_key", self.api_key)?,
             links,
             n_awaited_instances: 0,

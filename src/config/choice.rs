@@ -148,6 +148,15 @@ choice! {
 }
 
 choice! {
+    /// Whose names the metrics have besides their own.
+    MetricsAliases, "none or vllm";
+    /// Nobody's.
+    None = "none",
+    /// vLLM's.
+    Vllm = "vllm",
+}
+
+choice! {
     /// The form of log lines.
     LogFormat, "text or json";
     /// For people.

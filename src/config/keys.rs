@@ -51,6 +51,7 @@ pub const KEYS: &[Key] = &[
     open("move_stages"),
     open("move_deadline"),
     open("rebalance"),
+    open("metrics_aliases"),
     open("ttft_objective"),
     open("tpot_objective"),
     open("drain_timeout"),

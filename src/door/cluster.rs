@@ -293,6 +293,8 @@ impl Cluster {
                 n_waiting: instance.load.n_waiting,
                 n_blocks_total: instance.info.n_blocks_total,
                 n_blocks_free: instance.load.n_blocks_free,
+                n_blocks_cached: instance.load.n_blocks_cached,
+                block_size: instance.info.block_size,
                 ready: instance.load.healthy,
             })
             .collect()

@@ -141,6 +141,10 @@ pub struct InstanceView {
     pub n_blocks_total: u32,
     /// Blocks neither held nor cached.
     pub n_blocks_free: u32,
+    /// Blocks of earlier prompts that can be evicted.
+    pub n_blocks_cached: u32,
+    /// Tokens of a block.
+    pub block_size: u32,
     /// Whether it can take requests.
     pub ready: bool,
 }
@@ -156,6 +160,24 @@ pub struct DoorLoad {
     pub not_ready: Option<String>,
     /// The instances.
     pub instances: Vec<InstanceView>,
+}
+
+impl InstanceView {
+    /// Blocks that sequences hold.
+    pub fn n_blocks_held(&self) -> u32 {
+        let rest = self.n_blocks_free.saturating_add(self.n_blocks_cached);
+        self.n_blocks_total.saturating_sub(rest)
+    }
+}
+
+impl DoorLoad {
+    /// The part of all instances' blocks that sequences hold, 0 to 1; 0 without blocks.
+    pub fn kv_usage(&self) -> f64 {
+        let sum =
+            |blocks: fn(&InstanceView) -> u32| self.instances.iter().map(|one| f64::from(blocks(one))).sum::<f64>();
+        let (held, total) = (sum(InstanceView::n_blocks_held), sum(|one| one.n_blocks_total));
+        if total > 0.0 { held / total } else { 0.0 }
+    }
 }
 
 /// Takes requests and streams tokens back: the cluster, or a paced null model that measures the front door alone.

@@ -103,6 +103,11 @@ impl ModelFolder {
         }
     }
 
+    /// One of its small files as it is, or `None` if there is none of this name.
+    pub fn file(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>, ModelError> {
+        self.files.read(name)
+    }
+
     /// The tokenizer, or `None` for a folder without one, which serves token ids only.
     pub fn tokenizer(&self) -> Result<Option<Tokenizer>, ModelError> {
         let Some(bytes) = self.files.read("tokenizer.json")? else {

@@ -6,8 +6,11 @@ mod choices;
 mod completions;
 mod failures;
 mod grpc;
+mod kserve;
 mod operations;
 mod stop_strings;
+mod timelines;
+mod vllm_engine;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -78,6 +81,7 @@ pub(super) fn byte_model() -> ServedModel {
     ServedModel {
         names: vec!["bytes".to_owned()],
         root: "/models/bytes".to_owned(),
+        folder: None,
         tokenizer: Some(byte_tokenizer()),
         chat_template: Some(ChatTemplate::new(&templates, Some("<|begin|>"), Some("<|end|>")).unwrap()),
         eos_token_ids: vec![EOS],

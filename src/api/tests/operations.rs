@@ -156,3 +156,145 @@ async fn a_stream_that_does_not_end_is_cut_at_the_drain_timeout() {
     until(&generator, |counts| counts.n_cancelled == 1).await;
     assert!(response.text().await.is_err(), "a cut stream is no success");
 }
+
+/// The buckets of a histogram in an exposition, without the last, infinite one.
+fn buckets(text: &str, name: &str) -> Vec<f64> {
+    let lines = text
+        .lines()
+        .filter_map(|line| line.strip_prefix(name)?.strip_prefix("_bucket{"));
+    let bounds = lines.map(|line| line.split("le=\"").nth(1).unwrap().split('"').next().unwrap());
+    bounds
+        .filter(|bound| *bound != "+Inf")
+        .map(|bound| bound.parse().unwrap())
+        .collect()
+}
+
+#[tokio::test]
+async fn aliases_have_the_names_types_labels_and_buckets_of_vllm() {
+    let options = ApiOptions {
+        metrics_aliases: crate::config::MetricsAliases::Vllm,
+        ..ApiOptions::default()
+    };
+    let server = start_with(null("abc"), byte_model(), options, ServeOptions::default()).await;
+    server.ask(CHAT, ask("hi")).await;
+    server
+        .stream(COMPLETIONS, json!({"prompt": [1, 2], "n": 2, "max_tokens": 3}))
+        .await;
+    let text = server.get("/metrics").await.text().await.unwrap();
+    for (kind, names) in [
+        (
+            "gauge",
+            &[
+                "num_requests_running",
+                "num_requests_waiting",
+                "kv_cache_usage_perc",
+                "gpu_cache_usage_perc",
+                "cache_config_info",
+            ][..],
+        ),
+        (
+            "counter",
+            &[
+                "prompt_tokens",
+                "generation_tokens",
+                "request_success",
+                "prefix_cache_queries",
+                "prefix_cache_hits",
+            ],
+        ),
+        (
+            "histogram",
+            &[
+                "time_to_first_token_seconds",
+                "inter_token_latency_seconds",
+                "time_per_output_token_seconds",
+                "e2e_request_latency_seconds",
+                "request_queue_time_seconds",
+                "request_prefill_time_seconds",
+                "request_decode_time_seconds",
+                "request_inference_time_seconds",
+                "request_prompt_tokens",
+                "request_generation_tokens",
+                "request_max_num_generation_tokens",
+                "request_params_n",
+                "request_params_max_tokens",
+            ],
+        ),
+    ] {
+        for name in names {
+            assert!(
+                text.contains(&format!("# TYPE vllm:{name} {kind}\n")),
+                "{name} is a {kind}"
+            );
+        }
+    }
+    let mut samples = text.lines().filter(|line| line.starts_with("vllm:"));
+    assert!(samples.all(|line| line.contains(r#"model_name="bytes""#) && line.contains(r#"engine="0""#)));
+    let ttft = [
+        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+        160.0, 640.0, 2560.0,
+    ];
+    assert_eq!(buckets(&text, "vllm:time_to_first_token_seconds"), ttft);
+    let requests = [
+        0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+        1920.0, 7680.0,
+    ];
+    for name in [
+        "e2e_request_latency",
+        "request_queue_time",
+        "request_prefill_time",
+        "request_decode_time",
+        "request_inference_time",
+    ] {
+        assert_eq!(buckets(&text, &format!("vllm:{name}_seconds")), requests, "{name}");
+    }
+    assert_eq!(buckets(&text, "vllm:request_params_n"), [1.0, 2.0, 5.0, 10.0, 20.0]);
+    let lengths = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0];
+    assert_eq!(
+        buckets(&text, "vllm:request_prompt_tokens"),
+        lengths,
+        "up to the model's length"
+    );
+
+    // The same observations as under our own names.
+    let labels = r#"{model_name="bytes",engine="0"}"#;
+    for (theirs, ours) in [
+        ("prompt_tokens_total", "prompt_tokens_total"),
+        ("generation_tokens_total", "generation_tokens_total"),
+        ("prefix_cache_hits_total", "cached_prompt_tokens_total"),
+        ("time_to_first_token_seconds_count", "time_to_first_token_seconds_count"),
+        ("time_to_first_token_seconds_sum", "time_to_first_token_seconds_sum"),
+        ("inter_token_latency_seconds_count", "inter_token_latency_seconds_count"),
+        (
+            "time_per_output_token_seconds_count",
+            "inter_token_latency_seconds_count",
+        ),
+        ("e2e_request_latency_seconds_sum", "e2e_request_latency_seconds_sum"),
+        ("request_generation_tokens_sum", "request_generation_tokens_sum"),
+    ] {
+        let theirs = server.metric(&format!("vllm:{theirs}{labels}")).await;
+        assert!(theirs.is_some(), "{ours}");
+        assert_eq!(theirs, server.metric(&format!("baton_{ours}")).await, "{ours}");
+    }
+    assert_eq!(
+        server.metric("baton_generation_tokens_total").await,
+        Some(4.0 + 3.0 + 3.0)
+    );
+    let success = |reason: &str| {
+        format!(r#"vllm:request_success_total{{model_name="bytes",engine="0",finished_reason="{reason}"}}"#)
+    };
+    assert_eq!(server.metric(&success("stop")).await, Some(1.0));
+    assert_eq!(server.metric(&success("length")).await, Some(1.0));
+    assert_eq!(
+        server.metric(&format!("vllm:request_params_n_sum{labels}")).await,
+        Some(3.0)
+    );
+}
+
+#[tokio::test]
+async fn without_the_flag_there_are_no_aliases() {
+    let server = start(null("abc")).await;
+    server.ask(CHAT, ask("hi")).await;
+    let text = server.get("/metrics").await.text().await.unwrap();
+    assert!(!text.contains("vllm:"), "{text}");
+}

@@ -1,0 +1,302 @@
+//! The fields that the two OpenAI endpoints take, as JSON Schema: what `/openapi.json` shows, and what other protocols may
+//! name. Values are checked where they are parsed, not here.
+
+use serde_json::{Value, json};
+
+use super::options::{
+    LONGEST_STOP_STRING, MAX_CHOICES, MAX_LOGPROBS, MAX_PENALTY, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS,
+};
+use super::request_label::LONGEST_LABEL;
+
+/// The endpoints that have a field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum On {
+    /// `/v1/chat/completions`.
+    Chat,
+    /// `/v1/completions`.
+    Completions,
+    /// Both.
+    Both,
+}
+
+/// One field.
+#[derive(Clone, Copy)]
+pub struct FieldRow {
+    /// Its name.
+    pub name: &'static str,
+    /// Where it is known.
+    pub on: On,
+    /// What it does; the default.
+    pub about: &'static str,
+    schema: fn() -> Value,
+}
+
+const fn row(name: &'static str, on: On, about: &'static str, schema: fn() -> Value) -> FieldRow {
+    FieldRow {
+        name,
+        on,
+        about,
+        schema,
+    }
+}
+
+/// Every field that does something. Those that are only accepted with a value that changes nothing are in
+/// [`UNSUPPORTED`](super::neutral::UNSUPPORTED).
+pub const FIELDS: &[FieldRow] = &[
+    row(
+        "model",
+        On::Both,
+        "A name of the served model; may be left out.",
+        || json!({"type": "string"}),
+    ),
+    row(
+        "messages",
+        On::Chat,
+        "The conversation, oldest first. Required.",
+        || json!({"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Message"}}),
+    ),
+    row(
+        "prompt",
+        On::Completions,
+        "A text or its token ids, or an array of such prompts. Required.",
+        || {
+            json!({"anyOf": [
+                {"type": "string"},
+                token_ids(1),
+                {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, token_ids(0)]}},
+            ]})
+        },
+    ),
+    row(
+        "max_tokens",
+        On::Both,
+        "Most tokens generated. Default: 16 for completions, what the model's length leaves for chat. 0 is for completions with echo.",
+        || integer(0, i64::from(u32::MAX)),
+    ),
+    row(
+        "max_completion_tokens",
+        On::Chat,
+        "The same under its newer name, which wins.",
+        || integer(1, i64::from(u32::MAX)),
+    ),
+    row(
+        "temperature",
+        On::Both,
+        "0 is greedy. Default: the model's own, else 1.",
+        || json!({"type": "number", "minimum": 0}),
+    ),
+    row(
+        "top_p",
+        On::Both,
+        "Keep the smallest set of tokens with this probability. Default: the model's own, else 1.",
+        || json!({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
+    ),
+    row(
+        "top_k",
+        On::Both,
+        "Keep this many tokens; 0 and -1 keep all. Default: the model's own, else all.",
+        || integer(-1, i64::from(u32::MAX)),
+    ),
+    row(
+        "seed",
+        On::Both,
+        "Equal seeds give equal answers. Default: a fresh one.",
+        || json!({"type": "integer", "format": "int64"}),
+    ),
+    row("n", On::Both, "Choices for each prompt. Default: 1.", || {
+        integer(1, i64::from(MAX_CHOICES))
+    }),
+    row(
+        "presence_penalty",
+        On::Both,
+        "Taken from the logit of each token generated before. Default: 0.",
+        penalty,
+    ),
+    row(
+        "frequency_penalty",
+        On::Both,
+        "Taken from a token's logit for each time it was generated before. Default: 0.",
+        penalty,
+    ),
+    row(
+        "repetition_penalty",
+        On::Both,
+        "Divides positive and multiplies negative logits of tokens seen before. Default: the model's own, else 1.",
+        || json!({"type": "number", "exclusiveMinimum": 0}),
+    ),
+    row(
+        "stop",
+        On::Both,
+        "Texts that end a choice; they are not part of the answer.",
+        || {
+            let text = json!({"type": "string", "minLength": 1, "maxLength": LONGEST_STOP_STRING});
+            json!({"anyOf": [text, {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": text}]})
+        },
+    ),
+    row("stop_token_ids", On::Both, "Token ids that end a choice.", || {
+        let mut ids = token_ids(0);
+        ids["maxItems"] = json!(MAX_STOP_TOKEN_IDS);
+        ids
+    }),
+    row(
+        "ignore_eos",
+        On::Both,
+        "Go on after the model's own end. Default: false.",
+        boolean,
+    ),
+    row(
+        "include_stop_str_in_output",
+        On::Both,
+        "Keep the stop text at the end. Default: false.",
+        boolean,
+    ),
+    row(
+        "skip_special_tokens",
+        On::Both,
+        "Leave special tokens out of the text. Default: true.",
+        boolean,
+    ),
+    row(
+        "add_special_tokens",
+        On::Both,
+        "Encode with the tokenizer's own special tokens. Default: true for completions, false for chat.",
+        boolean,
+    ),
+    row(
+        "stream",
+        On::Both,
+        "Answer in server-sent events. Default: false.",
+        boolean,
+    ),
+    row(
+        "stream_options",
+        On::Both,
+        "Only with stream: include_usage adds an event with the usage, continuous_usage_stats the usage so far to each.",
+        || {
+            json!({"type": "object", "properties": {
+                "include_usage": {"type": ["boolean", "null"]},
+                "continuous_usage_stats": {"type": ["boolean", "null"]},
+            }})
+        },
+    ),
+    row(
+        "logprobs",
+        On::Chat,
+        "Report log-probabilities. Default: false.",
+        boolean,
+    ),
+    row(
+        "top_logprobs",
+        On::Chat,
+        "Alternatives for each token; needs logprobs.",
+        n_top,
+    ),
+    row(
+        "logprobs",
+        On::Completions,
+        "Report log-probabilities with this many alternatives.",
+        n_top,
+    ),
+    row(
+        "prompt_logprobs",
+        On::Both,
+        "The same for the prompt's tokens; not in a stream.",
+        n_top,
+    ),
+    row(
+        "echo",
+        On::Completions,
+        "Begin the answer with the prompt. Default: false.",
+        boolean,
+    ),
+    row(
+        "return_token_ids",
+        On::Both,
+        "Report the ids of prompt and output. Default: false.",
+        boolean,
+    ),
+    row(
+        "return_tokens_as_token_ids",
+        On::Both,
+        "In log-probabilities, write tokens as token_id:N. Default: false.",
+        boolean,
+    ),
+    row(
+        "timeline",
+        On::Both,
+        "Report how long each part of the request took; for one prompt. Default: false.",
+        boolean,
+    ),
+    row(
+        "add_generation_prompt",
+        On::Chat,
+        "Let the template begin the answer. Default: true.",
+        boolean,
+    ),
+    row(
+        "chat_template_kwargs",
+        On::Chat,
+        "Variables for the template; messages and tools are not among them.",
+        || json!({"type": "object"}),
+    ),
+    row(
+        "cache_salt",
+        On::Both,
+        "Only requests with the same salt share cached prefixes.",
+        || json!({"type": "string", "minLength": 1}),
+    ),
+    row("priority", On::Both, "Lower is more urgent. Default: 0.", || {
+        integer(i64::from(i32::MIN), i64::from(i32::MAX))
+    }),
+    row(
+        "request_id",
+        On::Both,
+        "The request's name in answers and logs; the header x-request-id wins.",
+        || json!({"type": "string", "minLength": 1, "maxLength": LONGEST_LABEL, "pattern": "^[ -~]*[!-~][ -~]*$"}),
+    ),
+];
+
+impl FieldRow {
+    /// The rows of an endpoint.
+    pub fn of(on: On) -> impl Iterator<Item = &'static FieldRow> {
+        FIELDS.iter().filter(move |row| row.on == On::Both || row.on == on)
+    }
+
+    /// Its JSON Schema with its description; `null` always means absent.
+    pub fn schema(&self) -> Value {
+        let mut schema = (self.schema)();
+        if let Some(kind) = schema.get("type").cloned() {
+            schema["type"] = json!([kind, "null"]);
+        } else if let Some(Value::Array(forms)) = schema.get_mut("anyOf") {
+            forms.push(json!({"type": "null"}));
+        }
+        schema["description"] = json!(self.about);
+        schema
+    }
+
+    /// Its JSON type where it has just one.
+    pub fn json_type(&self) -> Option<String> {
+        (self.schema)()["type"].as_str().map(str::to_owned)
+    }
+}
+
+fn boolean() -> Value {
+    json!({"type": "boolean"})
+}
+
+fn integer(minimum: i64, maximum: i64) -> Value {
+    json!({"type": "integer", "minimum": minimum, "maximum": maximum})
+}
+
+fn penalty() -> Value {
+    json!({"type": "number", "minimum": -MAX_PENALTY, "maximum": MAX_PENALTY})
+}
+
+fn n_top() -> Value {
+    integer(0, i64::from(MAX_LOGPROBS))
+}
+
+/// An array of at least `n` ids; which ids there are depends on the model.
+fn token_ids(n: u32) -> Value {
+    json!({"type": "array", "minItems": n, "items": integer(0, i64::from(u32::MAX))})
+}
