@@ -72,7 +72,7 @@ latency_keys! {
 pub struct BenchReport {
     /// When it began, UTC: `20260131-235959`.
     pub date: String,
-    /// The API measured: `completions`, `chat` or `baton.v1`.
+    /// The API measured: `completions`, `chat`, `baton.v1` or `kserve`.
     pub backend: String,
     /// The same, as `vllm bench serve` names it where it knows it.
     #[serde(default)]

@@ -38,9 +38,11 @@ impl Target {
         let model = match (&config.model, config.endpoint) {
             (Some(model), _) => model.clone(),
             (None, EndpointKind::BatonV1) => model_info(config, address).await?.model,
-            (None, EndpointKind::Completions | EndpointKind::Chat) => first_model(config, address)
-                .await
-                .with_context(|| format!("server {address}: /v1/models"))?,
+            (None, EndpointKind::Completions | EndpointKind::Chat | EndpointKind::KServe) => {
+                first_model(config, address)
+                    .await
+                    .with_context(|| format!("server {address}: /v1/models"))?
+            }
         };
         let vocabulary = match (config.endpoint.needs_vocabulary(), config.vocab_size) {
             (false, _) => Vec::new(),

@@ -295,4 +295,5 @@ async fn without_a_vocabulary_the_way_out_is_named() {
     assert!(message.contains("--vocab-size"), "{message}");
 }
 
+mod kserve;
 mod modes;

@@ -43,7 +43,7 @@ pub struct BenchFlags {
     /// The server's API key [env: BATON_API_KEY]
     #[arg(long, value_name = "KEY", value_parser = flag::<Secret>)]
     api_key: Option<Secret>,
-    /// Which API to measure: prompts are token ids (completions, baton.v1) or words (chat)
+    /// Which API to measure: prompts are token ids (completions, baton.v1) or words (chat, kserve)
     #[arg(long, value_enum, default_value_t = Endpoint::Completions)]
     endpoint: Endpoint,
     /// Model to ask for [default: the first that the server names]
@@ -121,6 +121,8 @@ enum Endpoint {
     Chat,
     #[value(name = "baton.v1")]
     BatonV1,
+    #[value(name = "kserve")]
+    KServe,
 }
 
 impl From<Endpoint> for EndpointKind {
@@ -129,6 +131,7 @@ impl From<Endpoint> for EndpointKind {
             Endpoint::Completions => EndpointKind::Completions,
             Endpoint::Chat => EndpointKind::Chat,
             Endpoint::BatonV1 => EndpointKind::BatonV1,
+            Endpoint::KServe => EndpointKind::KServe,
         }
     }
 }

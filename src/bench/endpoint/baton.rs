@@ -6,11 +6,11 @@ use anyhow::Context as _;
 use baton_proto::api::baton_client::BatonClient;
 use baton_proto::api::generate_request::Prompt;
 use baton_proto::api::{FinishReason, GenerateRequest, GenerateResponse, SamplingParams, TokenIds, Usage};
+use tonic::Request;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Status};
 
-use super::{Asking, Completion, RequestFailure, root_cause};
+use super::{Asking, Completion, RequestFailure, status_failure};
 use crate::bench::workload::{PromptMaker, Turn};
 use crate::config::{Address, Secret};
 
@@ -35,17 +35,9 @@ impl BatonV1Client {
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
             .connect_lazy();
-        let authorization = match api_key {
-            Some(key) => {
-                let mut value: MetadataValue<Ascii> = format!("Bearer {}", key.expose()).parse()?;
-                value.set_sensitive(true);
-                Some(value)
-            }
-            None => None,
-        };
         Ok(BatonV1Client {
             client: BatonClient::new(channel),
-            authorization,
+            authorization: api_key.map(super::bearer).transpose()?,
         })
     }
 
@@ -73,36 +65,13 @@ impl BatonV1Client {
             request.metadata_mut().insert("authorization", value.clone());
         }
         let mut client = self.client.clone();
-        let mut stream = client.generate(request).await.map_err(failure)?.into_inner();
+        let mut stream = client.generate(request).await.map_err(status_failure)?.into_inner();
         let mut answer = Answer::default();
-        while let Some(message) = stream.message().await.map_err(failure)? {
+        while let Some(message) = stream.message().await.map_err(status_failure)? {
             answer.message(message, started.elapsed());
         }
         answer.end()
     }
-}
-
-fn failure(status: Status) -> RequestFailure {
-    // A status that the transport made has a cause; the server's own has none.
-    match std::error::Error::source(&status) {
-        Some(cause) => RequestFailure::Connection(root_cause(cause)),
-        None => RequestFailure::Status {
-            code: code_name(status.code()),
-            message: status.message().to_owned(),
-        },
-    }
-}
-
-/// `ResourceExhausted` as `resource_exhausted`.
-fn code_name(code: Code) -> String {
-    let mut name = String::new();
-    for (index, letter) in format!("{code:?}").chars().enumerate() {
-        if index > 0 && letter.is_ascii_uppercase() {
-            name.push('_');
-        }
-        name.push(letter.to_ascii_lowercase());
-    }
-    name
 }
 
 /// What has come of a stream so far.
@@ -193,9 +162,5 @@ mod tests {
         ] {
             assert_eq!(answer(messages).expect_err("failed").kind(), kind);
         }
-        assert_eq!(
-            failure(Status::resource_exhausted("full")).kind(),
-            "grpc_resource_exhausted"
-        );
     }
 }

@@ -2,14 +2,18 @@
 //! are taken when bytes arrive, before they are understood. Nothing is retried.
 
 mod baton;
+mod kserve;
 mod openai;
 mod sse;
 
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::{Code, Status};
 
 use self::baton::BatonV1Client;
+use self::kserve::{KServeClient, KServeRequest};
 use self::openai::{OpenAiApi, OpenAiClient};
 use super::workload::{PromptMaker, Turn};
 use crate::config::{Address, Secret};
@@ -23,6 +27,8 @@ pub enum EndpointKind {
     Chat,
     /// `baton.v1.Baton/Generate` over gRPC, prompts as token ids.
     BatonV1,
+    /// `inference.GRPCInferenceService/ModelStreamInfer` over gRPC, prompts as words.
+    KServe,
 }
 
 impl EndpointKind {
@@ -32,6 +38,7 @@ impl EndpointKind {
             EndpointKind::Completions => "completions",
             EndpointKind::Chat => "chat",
             EndpointKind::BatonV1 => "baton.v1",
+            EndpointKind::KServe => "kserve",
         }
     }
 
@@ -41,6 +48,7 @@ impl EndpointKind {
             EndpointKind::Completions => "openai",
             EndpointKind::Chat => "openai-chat",
             EndpointKind::BatonV1 => "baton.v1",
+            EndpointKind::KServe => "kserve",
         }
     }
 
@@ -48,7 +56,7 @@ impl EndpointKind {
     pub const fn needs_vocabulary(self) -> bool {
         match self {
             EndpointKind::Completions | EndpointKind::BatonV1 => true,
-            EndpointKind::Chat => false,
+            EndpointKind::Chat | EndpointKind::KServe => false,
         }
     }
 }
@@ -158,12 +166,15 @@ pub enum Prepared {
     Http(Bytes),
     /// A message.
     BatonV1(Box<baton_proto::api::GenerateRequest>),
+    /// A message of the other protocol.
+    KServe(Box<KServeRequest>),
 }
 
 #[derive(Clone, Debug)]
 enum Client {
     OpenAi(OpenAiClient),
     BatonV1(BatonV1Client),
+    KServe(KServeClient),
 }
 
 /// Sends requests to one endpoint of one server.
@@ -191,6 +202,7 @@ impl LoadClient {
             EndpointKind::Completions => openai(OpenAiApi::Completions)?,
             EndpointKind::Chat => openai(OpenAiApi::Chat)?,
             EndpointKind::BatonV1 => Client::BatonV1(BatonV1Client::new(server, api_key)?),
+            EndpointKind::KServe => Client::KServe(KServeClient::new(server, api_key)?),
         };
         Ok(LoadClient {
             client,
@@ -204,6 +216,7 @@ impl LoadClient {
         match &self.client {
             Client::OpenAi(client) => Prepared::Http(client.body(turn, maker, &self.asking)),
             Client::BatonV1(client) => Prepared::BatonV1(Box::new(client.message(turn, maker, &self.asking))),
+            Client::KServe(client) => Prepared::KServe(Box::new(client.message(turn, maker, &self.asking))),
         }
     }
 
@@ -216,7 +229,8 @@ impl LoadClient {
             match (&self.client, prepared) {
                 (Client::OpenAi(client), Prepared::Http(body)) => client.send(body, started).await,
                 (Client::BatonV1(client), Prepared::BatonV1(message)) => client.send(*message, started).await,
-                (Client::OpenAi(_), Prepared::BatonV1(_)) | (Client::BatonV1(_), Prepared::Http(_)) => {
+                (Client::KServe(client), Prepared::KServe(request)) => client.send(*request, started).await,
+                (Client::OpenAi(_) | Client::BatonV1(_) | Client::KServe(_), _) => {
                     unreachable!("a client is given what it prepared")
                 }
             }
@@ -233,4 +247,50 @@ fn root_cause(error: &dyn std::error::Error) -> String {
         cause = source;
     }
     cause.to_string()
+}
+
+/// The value of an `authorization` entry.
+fn bearer(key: &Secret) -> anyhow::Result<MetadataValue<Ascii>> {
+    let mut value: MetadataValue<Ascii> = format!("Bearer {}", key.expose()).parse()?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// What a status says of the request that it ended.
+fn status_failure(status: Status) -> RequestFailure {
+    // A status that the transport made has a cause; the server's own has none.
+    match std::error::Error::source(&status) {
+        Some(cause) => RequestFailure::Connection(root_cause(cause)),
+        None => RequestFailure::Status {
+            code: code_name(status.code()),
+            message: status.message().to_owned(),
+        },
+    }
+}
+
+/// `ResourceExhausted` as `resource_exhausted`.
+fn code_name(code: Code) -> String {
+    let mut name = String::new();
+    for (index, letter) in format!("{code:?}").chars().enumerate() {
+        if index > 0 && letter.is_ascii_uppercase() {
+            name.push('_');
+        }
+        name.push(letter.to_ascii_lowercase());
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_are_counted_by_their_codes() {
+        for (status, kind) in [
+            (Status::resource_exhausted("full"), "grpc_resource_exhausted"),
+            (Status::ok(""), "grpc_ok"),
+        ] {
+            assert_eq!(status_failure(status).kind(), kind);
+        }
+    }
 }
