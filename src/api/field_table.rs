@@ -83,7 +83,7 @@ pub const FIELDS: &[FieldRow] = &[
         "temperature",
         On::Both,
         "0 is greedy. Default: the model's own, else 1.",
-        || json!({"type": "number", "minimum": 0}),
+        || json!({"type": "number", "minimum": 0, "maximum": f32::MAX}),
     ),
     row(
         "top_p",
@@ -122,7 +122,7 @@ pub const FIELDS: &[FieldRow] = &[
         "repetition_penalty",
         On::Both,
         "Divides positive and multiplies negative logits of tokens seen before. Default: the model's own, else 1.",
-        || json!({"type": "number", "exclusiveMinimum": 0}),
+        || json!({"type": "number", "exclusiveMinimum": 0, "maximum": f32::MAX}),
     ),
     row(
         "stop",

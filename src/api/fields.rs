@@ -125,9 +125,9 @@ impl Fields {
     }
 }
 
-/// A token id in element `idx` of `name`.
+/// A token id in element `idx` of `name`; a float without a fraction counts as one, as in every integer.
 pub fn token_id(name: &'static str, idx: usize, value: &Value) -> Result<u32, ApiError> {
-    value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
+    as_integer(value).and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
         ApiError::field(
             name,
             format!(
@@ -236,7 +236,8 @@ pub(super) mod tests {
 
     #[test]
     fn null_is_absent_and_whole_floats_are_integers() {
-        let mut fields = fields(r#"{"a": null, "b": 16.0, "c": 1e300}"#);
+        let mut fields = fields(r#"{"a": null, "b": 16.0, "c": 1e300, "d": [1.0, 2]}"#);
+        assert_eq!(fields.token_ids("d").unwrap(), Some(vec![1, 2]));
         assert_eq!(fields.boolean("a").unwrap(), None);
         assert_eq!(fields.integer("b", 1..=20).unwrap(), Some(16));
         assert!(fields.integer("c", i64::MIN..=i64::MAX).is_err());

@@ -316,12 +316,27 @@ mod tests {
         assert_eq!(without_inner(asked), properties("CompletionRequest"));
     }
 
+    #[test]
+    fn each_path_and_field_is_in_the_documentation() {
+        let written = include_str!("../../docs/api.md");
+        for row in FieldRow::of(On::Chat).chain(FieldRow::of(On::Completions)) {
+            assert!(written.contains(&format!("`{}`", row.name)), "{}", row.name);
+        }
+        let document = document(&["a".to_owned()], false);
+        for path in document["paths"].as_object().unwrap().keys() {
+            let last = path.rsplit('/').next().unwrap();
+            assert!(written.contains(&format!("{last}`")), "{path}");
+        }
+    }
+
     #[tokio::test]
     async fn every_described_path_is_served() {
         let server = tests::start(tests::null("a")).await;
-        let served: Value = server.get("/openapi.json").await.json().await.unwrap();
-        assert_eq!(served, document(&["bytes".to_owned()], false));
-        for (path, item) in served["paths"].as_object().unwrap() {
+        let served = server.get("/openapi.json").await.text().await.unwrap();
+        let document = document(&["bytes".to_owned()], false);
+        let expected = document.to_string();
+        assert!(served == expected, "{served}");
+        for (path, item) in document["paths"].as_object().unwrap() {
             let path = path.replace("{model}", "bytes").replace("{version}", "1");
             let response = match item.get("post") {
                 Some(_) => server.post(&path, &json!({})).await,

@@ -15,22 +15,25 @@ CAPS = {"max_tokens": 8, "max_completion_tokens": 8, "n": 2}
 check = Checks()
 
 
-def capped(body, generates):
+def capped(body, path):
     """The body with its length bounded, where it has the right shape for one."""
     if not isinstance(body, dict):
         return body
-    body = dict(body)
-    if generates:
-        for name in ("max_tokens", "max_completion_tokens"):
-            if name in CAPS and body.get(name) is None:
-                body[name] = CAPS[name]
+    body = {name: capped(value, "") if name == "parameters" else value for name, value in body.items()}
     for name, cap in CAPS.items():
         value = body.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > cap:
             body[name] = cap
-    if isinstance(body.get("parameters"), dict):
-        body["parameters"] = capped(body["parameters"], generates=False)
+    if path.endswith("chat/completions"):
+        body["max_completion_tokens"] = body.get("max_completion_tokens") or CAPS["max_completion_tokens"]
+    if isinstance(body.get("messages"), list):
+        # Which roles there are is for the model's template to say.
+        body["messages"] = [turn | {"role": "user"} if known_role(turn) else turn for turn in body["messages"]]
     return body
+
+
+def known_role(turn):
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and turn["role"] != ""
 
 
 def fuzz(operation, mode):
@@ -47,12 +50,7 @@ def fuzz(operation, mode):
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def run(case):
-        if "generate" not in case.path:
-            case.body = capped(case.body, case.path.endswith("completions"))
-        else:
-            case.body = capped(case.body, generates=False)
-            if isinstance(case.body, dict) and not isinstance(case.body.get("parameters"), dict):
-                case.body.setdefault("max_tokens", CAPS["max_tokens"])
+        case.body = capped(case.body, case.path)
         response = case.call(timeout=TIMEOUT_S)
         statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
         assert response.status_code < 500, f"{response.status_code}: {response.text[:300]}"
