@@ -117,6 +117,7 @@ impl CommonOptions {
                 stop,
                 include_stop_str_in_output: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
                 skip_special_tokens: fields.boolean("skip_special_tokens")?.unwrap_or(true),
+                ..TextOptions::default()
             },
             stream: stream_options(fields)?,
             return_token_ids: fields.boolean("return_token_ids")?.unwrap_or(false),
@@ -311,9 +312,11 @@ mod tests {
             max_model_len: 100,
             vocab_size: 64,
             dtype: "f32".into(),
+            parsers: OutputParsers::default(),
         }
     }
 
+    use super::super::parsers::OutputParsers;
     use super::super::served_model::DefaultSampling;
 
     fn take(json: &str) -> Result<CommonOptions, ApiError> {

@@ -16,8 +16,8 @@ mod setting;
 
 pub use address::{Address, Addresses, UNIX_PATH_LIMIT};
 pub use choice::{
-    ComputeDtype, Device, InstructionSet, KvTransportKind, LoadFormat, LogFormat, PolicyKind, RebalanceMode, Roles,
-    Switch,
+    ComputeDtype, Device, InstructionSet, KvTransportKind, LoadFormat, LogFormat, PolicyKind, ReasoningParserKind,
+    RebalanceMode, Roles, Switch, ToolCallParserKind,
 };
 pub use environment::{Environment, HubEnvironment, setting_variables};
 pub use error::ConfigError;

@@ -8,6 +8,7 @@ mod failures;
 mod grpc;
 mod operations;
 mod stop_strings;
+mod tools;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::metrics::MetricsRegistry;
-use super::{ApiOptions, ApiState, DefaultSampling, ServeOptions, ServedModel, router, serve};
+use super::{ApiOptions, ApiState, DefaultSampling, OutputParsers, ServeOptions, ServedModel, router, serve};
 use crate::door::{DoorEvent, DoorLoad, Generator, Rejection, RequestStream, Submission, Usage};
 use crate::null_generator::{NullGenerator, NullOptions};
 
@@ -85,6 +86,7 @@ pub(super) fn byte_model() -> ServedModel {
         max_model_len: 1000,
         vocab_size: 260,
         dtype: "f32".to_owned(),
+        parsers: OutputParsers::default(),
     }
 }
 
