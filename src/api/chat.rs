@@ -118,6 +118,7 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         cache_salt: common.cache_salt,
         priority: common.priority,
         deadline: None,
+        objectives: common.objectives,
         timeline: timeline_from(state, received),
     };
     Ok(ChatRequest {

@@ -80,6 +80,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         text,
         cache_salt,
         priority,
+        objectives,
         stream,
         ..
     } = common;
@@ -121,6 +122,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
             cache_salt,
             priority,
             deadline: None,
+            objectives,
             timeline: timeline_from(state, received),
         });
     }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use baton_scheduler::ids::Nanos;
+use baton_scheduler::placement::RequestObjectives;
 use baton_scheduler::timeline::{Moment, Timeline};
 use parking_lot::RwLock;
 use prometheus_client::collector::Collector;
@@ -18,7 +18,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
 use super::ApiState;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorKind};
+use super::objectives::{ChoicePace, Verdict};
 use super::output::{FinishReason, Job};
 use crate::door::{DoorLoad, Generator, Usage};
 use crate::metric_names as names;
@@ -114,6 +115,21 @@ struct PhaseLabels {
     phase: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ObjectiveLabels {
+    objective: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SloLabels {
+    outcome: &'static str,
+}
+
+const fn met(is_met: bool) -> &'static str {
+    if is_met { "met" } else { "missed" }
+}
+
 /// Phases of a timeline and the moments they lie between.
 const PHASES: [(&str, Moment, Moment); 10] = [
     (names::phase::TOKENIZE, Moment::Received, Moment::Tokenized),
@@ -151,6 +167,8 @@ pub struct ApiMetrics {
     request_phase: PhaseFamily,
     request_prompt_tokens: Histogram,
     request_generation_tokens: Histogram,
+    slo_objectives: Family<ObjectiveLabels, Counter>,
+    slo_requests: Family<SloLabels, Counter>,
     /// Connections open on the port.
     pub(super) connections: Gauge,
 }
@@ -169,6 +187,8 @@ impl ApiMetrics {
             request_phase: Family::new_with_constructor(|| Histogram::new(PHASE_BUCKETS)),
             request_prompt_tokens: Histogram::new(LENGTH_BUCKETS),
             request_generation_tokens: Histogram::new(LENGTH_BUCKETS),
+            slo_objectives: Family::default(),
+            slo_requests: Family::default(),
             connections: Gauge::default(),
         };
         let all = metrics.clone();
@@ -211,6 +231,16 @@ impl ApiMetrics {
             all.request_generation_tokens,
         );
         registry.register(
+            names::SLO_OBJECTIVES,
+            "Latencies that requests asked for",
+            all.slo_objectives,
+        );
+        registry.register(
+            names::SLO_REQUESTS,
+            "Requests that asked for latencies",
+            all.slo_requests,
+        );
+        registry.register(
             names::CONNECTIONS,
             "Connections open on the front door's port",
             all.connections,
@@ -236,7 +266,8 @@ pub struct Recorder {
     label: Arc<str>,
     timeline: Timeline,
     /// Of each choice.
-    last_tokens: Vec<Option<Nanos>>,
+    paces: Vec<ChoicePace>,
+    objectives: RequestObjectives,
     n_prompt_tokens: u32,
     n_tokens: u32,
     is_counted: bool,
@@ -250,7 +281,8 @@ impl Recorder {
             endpoint: job.endpoint,
             label: job.label.shared(),
             timeline: job.timeline.clone(),
-            last_tokens: vec![None; job.sampling.n as usize],
+            paces: vec![ChoicePace::default(); job.sampling.n as usize],
+            objectives: job.objectives,
             n_prompt_tokens: job.prompt_ids.len() as u32,
             n_tokens: 0,
             is_counted: false,
@@ -285,7 +317,7 @@ impl Recorder {
             }
             metrics.prompt_tokens.inc_by(u64::from(n_prompt_tokens));
         }
-        if let Some(last) = self.last_tokens[choice as usize].replace(now) {
+        if let Some(last) = self.paces[choice as usize].token(now) {
             metrics
                 .inter_token_latency
                 .observe(now.saturating_sub(last).as_secs_f64());
@@ -312,11 +344,51 @@ impl Recorder {
         if let Some(length) = self.timeline.between(Moment::Received, Moment::Finished) {
             metrics.e2e_request_latency.observe(length.as_secs_f64());
         }
+        // One that its client aborted says nothing of the server.
+        if reason != FinishReason::Abort {
+            self.judge(false);
+        }
         self.count(reason.as_str());
+    }
+
+    /// Counts the latencies that were asked for. Of several choices the slowest counts.
+    fn judge(&self, has_failed: bool) {
+        let ttft = self.timeline.between(Moment::Received, Moment::FirstToken);
+        let tpot = self.paces.iter().filter_map(ChoicePace::time_per_token).max();
+        let verdict = Verdict::of(self.objectives, ttft, tpot, has_failed);
+        let metrics = self.state.metrics();
+        for (objective, is_met) in [("ttft", verdict.ttft), ("tpot", verdict.tpot)] {
+            if let Some(is_met) = is_met {
+                let outcome = met(is_met);
+                metrics
+                    .slo_objectives
+                    .get_or_create(&ObjectiveLabels { objective, outcome })
+                    .inc();
+            }
+        }
+        if let Some(is_met) = verdict.all() {
+            metrics
+                .slo_requests
+                .get_or_create(&SloLabels { outcome: met(is_met) })
+                .inc();
+        }
     }
 
     /// The request ended badly.
     pub fn failed(&mut self, error: &ApiError) {
+        // What a client did wrong says nothing of the server; what ran into its deadline was too slow.
+        let is_ours = match error.kind {
+            ErrorKind::OverCapacity | ErrorKind::Unavailable | ErrorKind::Deadline | ErrorKind::Internal => true,
+            ErrorKind::Invalid
+            | ErrorKind::Unauthorized
+            | ErrorKind::NotFound
+            | ErrorKind::MethodNotAllowed
+            | ErrorKind::TooLarge
+            | ErrorKind::Cancelled => false,
+        };
+        if is_ours && !self.is_counted {
+            self.judge(true);
+        }
         self.count(error.kind.codes().outcome);
     }
 

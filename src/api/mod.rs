@@ -21,6 +21,7 @@ pub mod metrics;
 mod model_limits;
 mod models;
 mod neutral;
+mod objectives;
 mod options;
 mod output;
 mod parsers;

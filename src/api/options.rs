@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use baton_scheduler::ids::TokenId;
+use baton_scheduler::placement::RequestObjectives;
 use baton_scheduler::request::SamplingParams;
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::error::ApiError;
 use super::fields::{Fields, kind_of, shown};
+use super::objectives;
 use super::output::TextOptions;
 use super::request_label::RequestLabel;
 use super::served_model::ServedModel;
@@ -58,6 +60,8 @@ pub struct CommonOptions {
     pub cache_salt: u64,
     /// Lower is more urgent.
     pub priority: i32,
+    /// Latencies the request should have.
+    pub objectives: RequestObjectives,
     /// `prompt_logprobs`, as asked.
     pub prompt_logprobs: Option<u8>,
     /// Encode text prompts with the tokenizer's own special tokens; `None` means the endpoint's default.
@@ -136,6 +140,7 @@ impl CommonOptions {
             priority: fields
                 .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
                 .map_or(0, |priority| priority as i32),
+            objectives: objectives::take(fields)?,
             prompt_logprobs: fields
                 .integer("prompt_logprobs", 0..=i64::from(MAX_LOGPROBS))?
                 .map(|n| n as u8),
@@ -363,6 +368,10 @@ mod tests {
             (r#"{"prompt_logprobs": -1}"#, "prompt_logprobs"),
             (r#"{"request_id": "a\nb"}"#, "request_id"),
             (r#"{"model": 5}"#, "model"),
+            (r#"{"slo": 5}"#, "slo"),
+            (r#"{"slo": {"ttft_ms": 0}}"#, "ttft_ms"),
+            (r#"{"slo": {"tpot_ms": "5"}}"#, "tpot_ms"),
+            (r#"{"slo": {"ttft": 5}}"#, "slo"),
         ];
         for (json, param) in cases {
             let error = take(json).expect_err(json);

@@ -72,6 +72,7 @@ fn job(stop: Vec<String>, include_stop: bool, max_tokens: u32) -> Job {
         cache_salt: 0,
         priority: 0,
         deadline: None,
+        objectives: Default::default(),
         timeline: Timeline::default(),
     }
 }

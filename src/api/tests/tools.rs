@@ -344,3 +344,49 @@ async fn marks_that_are_special_tokens_are_seen_and_other_special_tokens_are_not
     assert_eq!(both(&server, &ask_with_tools("?")).await.0["content"], "a<|begin|>b");
     assert_eq!(both(&server, &ask("?")).await.0["content"], "ab");
 }
+
+/// The official client reads what a null model says, where a Python has it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_openai_package_reads_calls_and_reasoning() {
+    use std::process::Command;
+
+    let python = std::env::var("BATON_TEST_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let has_client = Command::new(&python).args(["-c", "import openai"]).output();
+    if !has_client.is_ok_and(|output| output.status.success()) {
+        assert!(
+            std::env::var("REQUIRE_CLIENTS").as_deref() != Ok("1"),
+            "{python} lacks the openai package"
+        );
+        println!("SKIPPED: {python} lacks the openai package");
+        return;
+    }
+    let clients = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients");
+    let template = std::fs::read_to_string(clients.join("tool_template.jinja")).unwrap();
+    let templates = [("default".to_owned(), template)];
+    let template = ChatTemplate::new(&templates, Some("<|begin|>"), None).unwrap();
+    let plain = byte_model();
+    let (auto, think) = (ToolCallParserKind::Auto, ReasoningParserKind::Auto);
+    let model = ServedModel {
+        parsers: OutputParsers::resolve(auto, think, Some(&template), plain.tokenizer.as_ref()),
+        chat_template: Some(template),
+        max_model_len: 4096,
+        ..plain
+    };
+    assert_eq!(model.parsers.describe(), ("hermes", "think"));
+    let text = "<think>\nHm.\n</think>\n\nI look.\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Köln\"}}\n</tool_call>";
+    let server = start_with(null(text), model, ApiOptions::default(), ServeOptions::default()).await;
+    let mut script = Command::new(python);
+    script
+        .arg(clients.join("openai_tools.py"))
+        .arg(server.url(""))
+        .arg("calls");
+    let output = tokio::task::spawn_blocking(move || script.output().unwrap())
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{said}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
