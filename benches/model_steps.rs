@@ -182,6 +182,7 @@ impl Bench {
                         tokens: &self.prompt[start_pos..end],
                         start_pos,
                         block_table: &tables.long,
+                        rope_variant: 0,
                         logits: if end == n_tokens {
                             LogitsWanted::Last
                         } else {
@@ -202,6 +203,7 @@ impl Bench {
                             tokens: &self.prompt[i..=i],
                             start_pos: context + step,
                             block_table: &tables.short[i],
+                            rope_variant: 0,
                             logits: LogitsWanted::Last,
                         })
                         .collect();

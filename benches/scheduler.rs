@@ -145,6 +145,7 @@ fn cluster(n_instances: usize) -> ClusterView {
             n_blocks_total: 16_384,
             max_num_seqs: 256,
             max_model_len: 131_072,
+            short_context: None,
             kv_bytes_per_token: 32_768,
         };
         let (id, incarnation) = (info.id.clone(), info.incarnation);

@@ -189,7 +189,7 @@ def gaps(path, rows, again):
 
 
 def moves(folder, out):
-    parts = [read(folder, name) for name in ("migration.json", "migration_long.json")]
+    parts = [read(folder, name) for name in ("migration.json", "migration_long.json", "migration_32k.json")]
     rows = [row for part in parts if part for row in part["rows"]]
     if rows:
         again = migration(rows, out)

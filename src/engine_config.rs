@@ -39,6 +39,14 @@ pub struct ParserSelection {
     pub reasoning: ReasoningParserKind,
 }
 
+impl ParserSelection {
+    /// What the model's files tell.
+    pub const AUTO: ParserSelection = ParserSelection {
+        tool_calls: ToolCallParserKind::Auto,
+        reasoning: ReasoningParserKind::Auto,
+    };
+}
+
 /// Compute, memory and limits of one instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {

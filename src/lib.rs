@@ -14,6 +14,7 @@ pub mod logging;
 pub mod metric_names;
 pub mod model_files;
 pub mod null_generator;
+pub mod null_process;
 pub mod operator;
 pub mod registry;
 pub mod scheduler_process;

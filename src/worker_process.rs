@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use baton_engine::constraint::ConstraintCompiler;
 use baton_engine::engine::{EngineConfig, Health, start};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, ModelFolder, load_cpu};
@@ -116,12 +117,14 @@ const STREAM_GRACE: Duration = Duration::from_secs(4);
 pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     keep_freed_memory();
     let folder = Arc::new(model_files::open(&config.model).await?);
+    // One vocabulary for all, read when the first constrained request comes.
+    let constraints = constraints(&folder);
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let mut running = Vec::new();
     // One after the other: the first packs the weights, if nobody has, and the others map the same file.
     for hosted in &config.instances {
-        running.push(RunningInstance::start(hosted, &config, Arc::clone(&folder), &stop).await?);
+        running.push(RunningInstance::start(hosted, &config, Arc::clone(&folder), &constraints, &stop).await?);
     }
     let joining = try_join_all(running.iter().map(|instance| instance.join(&stop)));
     let health = try_join_all(running.iter().map(|instance| instance.watch(&stop)));
@@ -139,6 +142,20 @@ pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> an
     Ok(())
 }
 
+/// Compiles what outputs of this model may be constrained to.
+fn constraints(folder: &Arc<ModelFolder>) -> ConstraintCompiler {
+    let of = Arc::clone(folder);
+    let load = move || match of.tokenizer() {
+        Ok(Some(tokenizer)) => {
+            let eos_token_ids = of.eos_token_ids(Some(&tokenizer));
+            Ok((tokenizer, eos_token_ids))
+        }
+        Ok(None) => Err("it has no tokenizer".to_owned()),
+        Err(error) => Err(error.to_string()),
+    };
+    ConstraintCompiler::new(load, folder.config.vocab_size)
+}
+
 /// An instance that can be reached.
 struct RunningInstance {
     service: WorkerService,
@@ -152,6 +169,7 @@ impl RunningInstance {
         hosted: &HostedInstance,
         config: &WorkerConfig,
         folder: Arc<ModelFolder>,
+        constraints: &ConstraintCompiler,
         stop: &CancellationToken,
     ) -> anyhow::Result<RunningInstance> {
         let limits = config.engine.clone();
@@ -169,7 +187,7 @@ impl RunningInstance {
             prefault(decoder.kv_cache().prefault())?;
         }
         let batch = batch_config(&config.engine, &mut decoder);
-        let engine = start(decoder, EngineConfig::new(batch))?;
+        let engine = start(decoder, EngineConfig::new(batch))?.with_constraints(constraints.clone());
         let options = WorkerOptions {
             link: config.links.options()?,
             progress_deadline: config.links.progress_deadline,
@@ -343,6 +361,11 @@ fn batch_config(limits: &Limits, decoder: &mut Decoder<Cpu>) -> BatchConfig {
         max_num_seqs,
         max_batch_tokens: limits.max_batch_tokens as usize,
         max_model_len: decoder.limits().max_model_len,
+        short_context: decoder
+            .config()
+            .short_context()
+            .and_then(|tokens| u32::try_from(tokens).ok()),
+        window: decoder.sliding_window(),
         prefix_caching: match limits.prefix_caching {
             Switch::On => PrefixCaching::On,
             Switch::Off => PrefixCaching::Off,

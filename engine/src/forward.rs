@@ -23,6 +23,9 @@ pub struct StepSequence<'a> {
     pub start_pos: usize,
     /// The sequence's blocks in order, covering `start_pos + tokens.len()` tokens.
     pub block_table: &'a [u32],
+    /// Which of the model's rotary tables turns it: 0, or 1 for a sequence that may outgrow the short context of a model
+    /// with two. The same in every step of a sequence.
+    pub rope_variant: usize,
     /// Rows whose logits come back.
     pub logits: LogitsWanted,
 }

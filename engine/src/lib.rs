@@ -1,6 +1,7 @@
 //! One instance: model, tokenizer, KV cache, forward pass, sampler, step loop, worker service and transfers.
 //! Knows nothing of the cluster; what to compute next is decided in `baton_scheduler`.
 
+pub mod constraint;
 pub mod engine;
 pub mod forward;
 pub mod model;

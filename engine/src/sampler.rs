@@ -1,14 +1,18 @@
 //! Logits of one position -> the next token and its log-probabilities.
-//! Stateless between tokens: randomness is a function of (seed, choice, token index) and penalties of the token ids, so
-//! another instance continues alike. No grammar, no batching.
+//! Stateless between tokens: randomness is a function of (seed, choice, token index), and all that changes the distribution
+//! is one of the token ids, so another instance continues alike. What a grammar allows is told from outside; no batching.
 
+mod masks;
 mod penalties;
+mod weights;
 
 use baton_scheduler::ids::TokenId;
 use baton_scheduler::request::{SamplingParams, Token, TokenLogprobs};
 
 use crate::philox::uniform_f64;
+pub use masks::TokenSet;
 use penalties::Penalties;
+use weights::{exp, nucleus, position_at, sum, sum_of_exps};
 
 /// Why no token can be chosen.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -27,6 +31,16 @@ pub enum SampleError {
         /// Logits given.
         n_tokens: usize,
     },
+    /// What the request rules out leaves no token.
+    #[error(
+        "token {index} of choice {choice}: constraint, allowed_token_ids, bad_words and min_tokens together leave no token"
+    )]
+    NothingAllowed {
+        /// The choice.
+        choice: u32,
+        /// Position among its tokens.
+        index: u32,
+    },
     /// An id past the vocabulary was asked for.
     #[error("token id {id} is past the vocabulary of {n_tokens}")]
     UnknownToken {
@@ -42,6 +56,10 @@ pub enum SampleError {
 pub struct Sampler {
     candidates: Vec<Candidate>,
     weights: Vec<f32>,
+    /// `[vocab_size]`: the logits with all that was asked for applied.
+    row: Vec<f32>,
+    /// `[vocab_size]`: those logits that `min_p` keeps.
+    probable: Vec<f32>,
     penalties: Penalties,
 }
 
@@ -76,33 +94,48 @@ impl Sampler {
         Sampler::default()
     }
 
-    /// Chooses the token of choice `choice` that follows `history` from `logits`, `[vocab_size]`: penalties first, then as
-    /// [`Sampler::sample`]. Log-probabilities are of the raw distribution, before penalties.
+    /// Chooses the token of choice `choice` that follows `history` from `logits`, `[vocab_size]`, as vLLM orders it: only
+    /// ids in `allowed`, then `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`, penalties, and the rest as
+    /// [`Sampler::sample`]. Log-probabilities are of the raw distribution, before all of these.
+    ///
+    /// # Errors
+    /// Broken logits, ids past the vocabulary, or nothing that may be chosen.
     pub fn sample_after(
         &mut self,
         logits: &[f32],
         params: &SamplingParams,
         choice: u32,
         history: History<'_>,
+        allowed: Option<&TokenSet>,
     ) -> Result<Token, SampleError> {
         let index = history.output.len() as u32;
-        if !penalties::are_on(params) {
+        let is_masked = allowed.is_some() || masks::are_on(params, history);
+        if !is_masked && !penalties::are_on(params) {
             return self.sample(logits, params, choice, index);
         }
         let raw_best = largest(logits)?;
-        // Taken out, so that the rest of the sampler can be used over the penalised row.
-        let mut penalties = std::mem::take(&mut self.penalties);
-        let penalised = penalties.apply(logits, params, history);
-        let id = penalised.and_then(|row| Ok(self.choose(row, largest(row)?, params, choice, index)));
-        self.penalties = penalties;
+        // Taken out, so that the rest of the sampler can be used over the row.
+        let mut row = std::mem::take(&mut self.row);
+        row.clear();
+        row.extend_from_slice(logits);
+        let id = masks::apply(&mut row, params, history, allowed)
+            .and_then(|()| match penalties::are_on(params) {
+                true => self.penalties.apply(&mut row, params, history),
+                false => Ok(()),
+            })
+            .and_then(|()| match largest(&row) {
+                Err(SampleError::NoCandidate { .. }) if is_masked => Err(SampleError::NothingAllowed { choice, index }),
+                best => Ok(self.choose(&row, best?, params, choice, index)),
+            });
+        self.row = row;
         self.token(logits, raw_best, params, index, id?)
     }
 
-    /// Chooses token number `index` of choice `choice` from `logits`, `[vocab_size]`, without penalties.
+    /// Chooses token number `index` of choice `choice` from `logits`, `[vocab_size]`, which nothing was asked to change.
     ///
     /// Temperature 0 takes the largest logit (the smaller id on a tie). Otherwise, as vLLM does: logits are divided by the
-    /// temperature, the `top_k` largest kept, and of those, renormalised, the smallest set that reaches `top_p`.
-    /// Log-probabilities are of the raw distribution.
+    /// temperature, tokens at least `min_p` times as probable as the first kept, of those the `top_k` largest, and of those,
+    /// renormalised, the smallest set that reaches `top_p`. Log-probabilities are of the raw distribution.
     pub fn sample(
         &mut self,
         logits: &[f32],
@@ -177,6 +210,27 @@ impl Sampler {
 
     /// Inverse transform of `uniform` in [0, 1) over the kept tokens.
     fn draw(&mut self, logits: &[f32], max: f32, params: &SamplingParams, uniform: f64) -> TokenId {
+        if params.min_p <= 0.0 {
+            return self.draw_kept(logits, max, params, uniform);
+        }
+        let inverse_temperature = 1.0 / params.temperature;
+        let mut probable = std::mem::take(&mut self.probable);
+        probable.clear();
+        // The first token's weight is 1, so a weight is the share that `min_p` is compared with.
+        probable.extend(
+            logits
+                .iter()
+                .map(|&logit| match exp((logit - max) * inverse_temperature) < params.min_p {
+                    true => f32::NEG_INFINITY,
+                    false => logit,
+                }),
+        );
+        let id = self.draw_kept(&probable, max, params, uniform);
+        self.probable = probable;
+        id
+    }
+
+    fn draw_kept(&mut self, logits: &[f32], max: f32, params: &SamplingParams, uniform: f64) -> TokenId {
         let n_tokens = logits.len();
         let top_k = match params.top_k as usize {
             0 => n_tokens,
@@ -270,7 +324,9 @@ impl Sampler {
             }
         }
         // Only rounding leads here: the mark is the very end of the nucleus.
-        self.candidates.last().map_or(0, |candidate| candidate.id)
+        let has_weight = |candidate: &&Candidate| self.weights[candidate.id as usize] > 0.0;
+        let last = self.candidates.iter().rev().find(has_weight);
+        last.map_or(0, |candidate| candidate.id)
     }
 
     fn draw_from_all(&mut self, logits: &[f32], max: f32, inverse_temperature: f32, uniform: f64) -> TokenId {
@@ -361,96 +417,6 @@ fn largest(logits: &[f32]) -> Result<Candidate, SampleError> {
         logit,
         id: id as TokenId,
     })
-}
-
-/// How many leading weights reach `target`, at least one, and their sum.
-fn nucleus(weights: &[f32], target: f64) -> (usize, f64) {
-    let mut mass = 0.0;
-    for (n_before, &weight) in weights.iter().enumerate() {
-        if mass >= target && n_before > 0 {
-            return (n_before, mass);
-        }
-        mass += f64::from(weight);
-    }
-    (weights.len(), mass)
-}
-
-/// The first position whose running sum exceeds `mark`; the last positive one if rounding leaves none.
-fn position_at(weights: &[f32], mark: f64) -> usize {
-    // Chunk sums first: most of a vocabulary is skipped without a dependent addition per token.
-    let mut before = 0.0;
-    for (chunk_idx, chunk) in weights.chunks(CHUNK).enumerate() {
-        let mass = chunk_sum(chunk);
-        if before + mass > mark {
-            for (offset, &weight) in chunk.iter().enumerate() {
-                before += f64::from(weight);
-                if before > mark {
-                    return chunk_idx * CHUNK + offset;
-                }
-            }
-            // The chunk's sum was rounded up past the mark: its last token with any weight.
-            if let Some(offset) = chunk.iter().rposition(|&weight| weight > 0.0) {
-                return chunk_idx * CHUNK + offset;
-            }
-        } else {
-            before += mass;
-        }
-    }
-    weights.iter().rposition(|&weight| weight > 0.0).unwrap_or(0)
-}
-
-const CHUNK: usize = 256;
-
-fn chunk_sum(chunk: &[f32]) -> f64 {
-    const LANES: usize = 8;
-    let mut lanes = [0.0f64; LANES];
-    let (whole, tail) = chunk.as_chunks::<LANES>();
-    for values in whole {
-        for lane in 0..LANES {
-            lanes[lane] += f64::from(values[lane]);
-        }
-    }
-    for (lane, &value) in tail.iter().enumerate() {
-        lanes[lane] += f64::from(value);
-    }
-    lanes.iter().sum()
-}
-
-fn sum(values: &[f32]) -> f64 {
-    values.chunks(CHUNK).map(chunk_sum).sum()
-}
-
-/// Sum of `exp((logit - max) * inverse_temperature)`.
-fn sum_of_exps(logits: &[f32], max: f32, inverse_temperature: f32) -> f64 {
-    let mut weights = [0.0f32; CHUNK];
-    let mut total = 0.0;
-    for chunk in logits.chunks(CHUNK) {
-        for (weight, &logit) in weights.iter_mut().zip(chunk) {
-            *weight = exp((logit - max) * inverse_temperature);
-        }
-        total += chunk_sum(&weights[..chunk.len()]);
-    }
-    total
-}
-
-/// e^x for x <= 0 within 2 units in the last place, 0 below -87; the same bits on every machine, and free of calls so that it vectorises.
-///
-/// x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts after Cody and Waite), then a Taylor polynomial of degree 7 in r.
-#[inline]
-fn exp(x: f32) -> f32 {
-    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
-    const ROUND: f32 = 12_582_912.0;
-    let clamped = if x > -87.0 { x } else { -87.0 };
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
-    let mut polynomial = 1.0 / 5040.0;
-    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        polynomial = polynomial * r + coefficient;
-    }
-    // The low bits of `shifted` are n as an integer.
-    let scale = f32::from_bits(shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
-    if x > -87.0 { polynomial * scale } else { 0.0 }
 }
 
 #[cfg(test)]

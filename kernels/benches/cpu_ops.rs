@@ -209,6 +209,7 @@ fn attention(bench: &mut Bench<'_>, name: &str, make_cache: MakeCache, start_pos
         start_pos,
         n_tokens,
         block_table: &block_table,
+        rope_variant: 0,
     }];
     let batch = RaggedBatch { sequences: &sequences };
     let cols = (N_HEADS + 2 * LAYOUT.n_kv_heads) * LAYOUT.head_dim;
@@ -218,6 +219,9 @@ fn attention(bench: &mut Bench<'_>, name: &str, make_cache: MakeCache, start_pos
     let params = AttentionParams {
         n_heads: N_HEADS,
         scale: 0.125,
+        window: None,
+        soft_cap: None,
+        sinks: None,
     };
     let bytes = (n_blocks * LAYOUT.layer_block_bytes()) as f64;
     // Two products per query, head and visible token; the causal half that is skipped does not count.
@@ -226,7 +230,7 @@ fn attention(bench: &mut Bench<'_>, name: &str, make_cache: MakeCache, start_pos
     let mut layer = 0;
     bench.case(name, bytes, flops, || {
         layer = (layer + 1) % LAYOUT.n_layers;
-        cpu.attention(&mut out, &qkv, batch, params, layer, &kv);
+        cpu.attention(&mut out, &qkv, batch, &params, layer, &kv);
     });
 }
 

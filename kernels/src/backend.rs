@@ -17,6 +17,8 @@ pub struct RaggedSequence<'a> {
     pub n_tokens: usize,
     /// Blocks of the sequence in order; covers at least `start_pos + n_tokens` tokens.
     pub block_table: &'a [u32],
+    /// Which variant of a rope table turns this sequence (0 where a table has one).
+    pub rope_variant: usize,
 }
 
 /// All new tokens of one step, in row order.
@@ -33,13 +35,86 @@ impl RaggedBatch<'_> {
     }
 }
 
-/// What attention does beyond `softmax(q k / sqrt(d)) v`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AttentionParams {
+/// Attention reads no token before the first that a step's first query sees, rounded down to a multiple of this; blocks that
+/// lie before it need not be there.
+pub const WINDOW_GRAIN: usize = 64;
+
+/// What attention does in one layer: `softmax(cap(scale * q k)) v` over what the window shows. `V` is the device's vector.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionParams<V> {
     /// Query heads; a multiple of the layout's KV heads.
     pub n_heads: usize,
     /// Factor on q k.
     pub scale: f32,
+    /// A query sees itself and the `window - 1` tokens before it; at least 1. `None` shows all.
+    pub window: Option<usize>,
+    /// `cap * tanh(score / cap)` before the softmax.
+    pub soft_cap: Option<f32>,
+    /// `[n_heads]`: a logit of each head that takes part in the softmax and has no value, so that a query may attend to
+    /// nothing (Xiao et al., arXiv:2309.17453, learned as in GPT-OSS).
+    pub sinks: Option<V>,
+}
+
+/// RMS norm of q and k before their rotation. Weights of `head_dim` norm each head by itself, longer ones the whole projection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QkNorm<V> {
+    /// `[head_dim]` or `[n_heads * head_dim]`
+    pub query: V,
+    /// `[head_dim]` or `[n_kv_heads * head_dim]`
+    pub key: V,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// What happens to q and k on their way to attention and to the cache.
+#[derive(Debug)]
+pub struct RopeAppendParams<'a, B: Backend> {
+    /// Query heads.
+    pub n_heads: usize,
+    /// The rotation.
+    pub rope: &'a B::Rope,
+    /// A norm before it.
+    pub qk_norm: Option<&'a QkNorm<B::Vector>>,
+}
+
+/// Gated activations of a feed-forward part: `act(gate) * up`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// `x * sigmoid(x)` (Shazeer, arXiv:2002.05202).
+    Silu,
+    /// GELU by its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415).
+    GeluTanh,
+    /// GPT-OSS: `g * sigmoid(alpha * g) * (u + 1)`, where g is the gate, at most `limit`, and u is up, within `+-limit`.
+    ClampedSwish {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// Bound of both halves.
+        limit: f32,
+    },
+}
+
+/// Names of one expert's packed weights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpertNames {
+    /// `[2 * ffn, hidden]`, gate first.
+    pub gate_up: String,
+    /// `[2 * ffn]`
+    pub gate_up_bias: Option<String>,
+    /// `[hidden, ffn]`
+    pub down: String,
+    /// `[hidden]`
+    pub down_bias: Option<String>,
+}
+
+/// How a mixture of experts chooses and weighs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MoeParams {
+    /// Experts of a token, those of the largest router logits; of equal ones the smaller number.
+    pub top_k: usize,
+    /// Divide the weights, which are the softmax over all experts, by their sum over the chosen ones.
+    pub renormalize: bool,
+    /// Of each expert.
+    pub activation: Activation,
 }
 
 /// Rotary embedding by table: `cos` and `sin` of `position * inv_freq`, times the attention factor.
@@ -62,8 +137,10 @@ pub trait Backend: Sized + Send + 'static {
     type Matrix: Send + Sync;
     /// A parameter vector (norm weights).
     type Vector: Send + Sync;
-    /// A rope table prepared for the device.
+    /// A rope table prepared for the device, in one or several variants.
     type Rope: Send + Sync;
+    /// All experts of one layer.
+    type Experts: Send + Sync;
 
     /// What this device computes in: f32 or bf16.
     fn compute_dtype(&self) -> DType;
@@ -80,11 +157,14 @@ pub trait Backend: Sized + Send + 'static {
     /// A vector of the packed file by its name.
     fn vector(&self, weights: &PackedWeights, name: &str) -> Result<Self::Vector, KernelError>;
 
-    /// Precomputes cos and sin for positions below `max_positions`.
-    fn rope(&self, params: &RopeParams, max_positions: usize) -> Self::Rope;
+    /// The experts of one layer by their names in the packed file, in the order of the router's logits.
+    fn experts(&self, weights: &PackedWeights, names: &[ExpertNames]) -> Result<Self::Experts, KernelError>;
 
-    /// `out[r] = table[ids[r]]`, `out: [ids.len(), hidden]`. The table is an ordinary packed matrix `[vocab, hidden]`.
-    fn embed(&self, out: &mut Self::Tensor, table: &Self::Matrix, ids: &[u32]);
+    /// Precomputes cos and sin for positions below `max_positions`, for each variant; all have as many frequencies.
+    fn rope(&self, variants: &[RopeParams], max_positions: usize) -> Self::Rope;
+
+    /// `out[r] = scale * table[ids[r]]`, `out: [ids.len(), hidden]`. The table is an ordinary packed matrix `[vocab, hidden]`.
+    fn embed(&self, out: &mut Self::Tensor, table: &Self::Matrix, ids: &[u32], scale: f32);
 
     /// `out[r] = rms_norm(x[r]) * weight`, `x, out: [rows, hidden]`.
     fn rms_norm(&self, out: &mut Self::Tensor, x: &Self::Tensor, weight: &Self::Vector, eps: f32);
@@ -102,23 +182,44 @@ pub trait Backend: Sized + Send + 'static {
     /// `out = x w^T`, `x: [rows, n_in]`, `out: [rows, n_out]`. The weight is read once for all rows.
     fn linear(&self, out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Matrix);
 
-    /// `out = silu(gate) * up` of `gate_up: [rows, 2 * ffn]` (gate first), `out: [rows, ffn]`.
-    fn silu_mul(&self, out: &mut Self::Tensor, gate_up: &Self::Tensor);
+    /// `x[r] += bias`, `x: [rows, cols]`.
+    fn add_bias(&self, x: &mut Self::Tensor, bias: &Self::Vector);
 
-    /// Rotates q in place and appends rotated k and v to the cache.
+    /// `residual += x`, both `[rows, cols]`.
+    fn add(&self, residual: &mut Self::Tensor, x: &Self::Tensor);
+
+    /// `x = cap * tanh(x / cap)`.
+    fn soft_cap(&self, x: &mut Self::Tensor, cap: f32);
+
+    /// `out = act(gate) * up` of `gate_up: [rows, 2 * ffn]` (gate first), `out: [rows, ffn]`.
+    fn gated(&self, out: &mut Self::Tensor, gate_up: &Self::Tensor, activation: Activation);
+
+    /// The weighted sum of each row's experts: `x, out: [rows, hidden]`, `router_logits: [rows, n_experts]`.
+    ///
+    /// A row's sum runs over its experts in ascending order of their numbers.
+    fn moe(
+        &self,
+        out: &mut Self::Tensor,
+        x: &Self::Tensor,
+        router_logits: &Self::Tensor,
+        experts: &Self::Experts,
+        params: MoeParams,
+    );
+
+    /// Norms and rotates q in place, and appends normed and rotated k, and v, to the cache.
     ///
     /// `qkv: [rows, (n_heads + 2 * n_kv_heads) * head_dim]`, q heads first, then k, then v.
     fn rope_append(
         &self,
         qkv: &mut Self::Tensor,
         batch: RaggedBatch<'_>,
-        rope: &Self::Rope,
-        n_heads: usize,
+        params: RopeAppendParams<'_, Self>,
         layer: usize,
         kv: &mut KvCache,
     );
 
-    /// Causal attention of each new token over its sequence's cached tokens, itself included.
+    /// Causal attention of each new token over its sequence's cached tokens, itself included. With a window, see
+    /// [`WINDOW_GRAIN`] for the blocks that are read.
     ///
     /// `qkv` as left by [`Backend::rope_append`]; `out: [rows, n_heads * head_dim]`.
     fn attention(
@@ -126,7 +227,7 @@ pub trait Backend: Sized + Send + 'static {
         out: &mut Self::Tensor,
         qkv: &Self::Tensor,
         batch: RaggedBatch<'_>,
-        params: AttentionParams,
+        params: &AttentionParams<Self::Vector>,
         layer: usize,
         kv: &KvCache,
     );

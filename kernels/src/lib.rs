@@ -17,7 +17,10 @@ pub mod packed;
 pub mod reference;
 
 pub use allocator::keep_freed_memory;
-pub use backend::{AttentionParams, Backend, RaggedBatch, RaggedSequence, RopeParams};
+pub use backend::{
+    Activation, AttentionParams, Backend, ExpertNames, MoeParams, QkNorm, RaggedBatch, RaggedSequence,
+    RopeAppendParams, RopeParams, WINDOW_GRAIN,
+};
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::KernelError;
 pub use kv::{ForeignKv, KvCache, KvPrefault, KvRead, KvShare, KvWrite};

@@ -13,6 +13,10 @@ use baton_scheduler::request::{
 
 use crate::cluster;
 
+mod sampling;
+
+pub use sampling::MAX_CHOICES;
+
 /// A message that does not say what it must.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
@@ -30,9 +34,6 @@ pub enum WireError {
         expected: &'static str,
     },
 }
-
-/// Most choices of a request.
-pub const MAX_CHOICES: u32 = 128;
 
 fn bad(field: &'static str, found: impl ToString, expected: &'static str) -> WireError {
     WireError::Bad {
@@ -56,84 +57,6 @@ pub fn role_from_wire(name: &str) -> Result<Role, WireError> {
         .into_iter()
         .find(|role| role.as_str() == name)
         .ok_or_else(|| bad("role", name, "prefill, decode or mixed"))
-}
-
-fn top_from_wire(field: &'static str, value: Option<u32>) -> Result<Option<u8>, WireError> {
-    match value {
-        None => Ok(None),
-        Some(n) if n <= 20 => Ok(Some(n as u8)),
-        Some(n) => Err(bad(field, n, "0 to 20")),
-    }
-}
-
-impl From<&SamplingParams> for cluster::SamplingParams {
-    fn from(params: &SamplingParams) -> Self {
-        cluster::SamplingParams {
-            max_tokens: params.max_tokens,
-            temperature: params.temperature,
-            top_k: params.top_k,
-            top_p: params.top_p,
-            seed: params.seed,
-            stop_token_ids: params.stop_token_ids.clone(),
-            logprobs: params.logprobs.map(u32::from),
-            prompt_logprobs: params.prompt_logprobs.map(u32::from),
-            presence_penalty: Some(params.presence_penalty).filter(|&penalty| penalty != 0.0),
-            frequency_penalty: Some(params.frequency_penalty).filter(|&penalty| penalty != 0.0),
-            repetition_penalty: Some(params.repetition_penalty).filter(|&penalty| penalty != 1.0),
-            // As version 1 says it, when it could.
-            n: if params.n == 1 { 0 } else { params.n },
-        }
-    }
-}
-
-impl TryFrom<cluster::SamplingParams> for SamplingParams {
-    type Error = WireError;
-
-    fn try_from(wire: cluster::SamplingParams) -> Result<Self, WireError> {
-        if wire.max_tokens == 0 {
-            return Err(bad("sampling.max_tokens", 0, "at least 1"));
-        }
-        if !(wire.temperature.is_finite() && wire.temperature >= 0.0) {
-            return Err(bad(
-                "sampling.temperature",
-                wire.temperature,
-                "a finite number, at least 0",
-            ));
-        }
-        if !(wire.top_p > 0.0 && wire.top_p <= 1.0) {
-            return Err(bad("sampling.top_p", wire.top_p, "above 0, at most 1"));
-        }
-        if wire.n > MAX_CHOICES {
-            return Err(bad("sampling.n", wire.n, "1 to 128"));
-        }
-        let additive = |field: &'static str, value: Option<f32>| match value {
-            None => Ok(0.0),
-            Some(penalty) if (-2.0..=2.0).contains(&penalty) => Ok(penalty),
-            Some(penalty) => Err(bad(field, penalty, "-2 to 2")),
-        };
-        let repetition_penalty = wire.repetition_penalty.unwrap_or(1.0);
-        if !(repetition_penalty.is_finite() && repetition_penalty > 0.0) {
-            return Err(bad(
-                "sampling.repetition_penalty",
-                repetition_penalty,
-                "a finite number above 0",
-            ));
-        }
-        Ok(SamplingParams {
-            max_tokens: wire.max_tokens,
-            temperature: wire.temperature,
-            top_k: wire.top_k,
-            top_p: wire.top_p,
-            seed: wire.seed,
-            stop_token_ids: wire.stop_token_ids,
-            logprobs: top_from_wire("sampling.logprobs", wire.logprobs)?,
-            prompt_logprobs: top_from_wire("sampling.prompt_logprobs", wire.prompt_logprobs)?,
-            n: wire.n.max(1),
-            presence_penalty: additive("sampling.presence_penalty", wire.presence_penalty)?,
-            frequency_penalty: additive("sampling.frequency_penalty", wire.frequency_penalty)?,
-            repetition_penalty,
-        })
-    }
 }
 
 impl From<&TokenLogprobs> for cluster::TokenLogprobs {
@@ -389,6 +312,7 @@ pub fn instance_info_from_wire(wire: &cluster::WorkerJoin) -> Result<InstanceInf
         n_blocks_total: wire.n_blocks_total,
         max_num_seqs: wire.max_num_seqs,
         max_model_len: wire.max_model_len,
+        short_context: (wire.short_context > 0).then_some(wire.short_context),
         kv_bytes_per_token: wire.kv_bytes_per_token,
     })
 }

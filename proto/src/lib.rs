@@ -24,7 +24,7 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 
 /// The newest protocol version this build speaks; it also speaks the one before.
 ///
-/// Version 2 added groups of choices, penalties, checksums and moves. A request that needs them is not given to a peer of
+/// Version 2 added groups of choices, penalties, the other adjustments of the distribution, constraints, checksums and moves. A request that needs them is not given to a peer of
 /// version 1, which would not see the fields.
 pub const PROTOCOL_VERSION: u32 = 2;
 

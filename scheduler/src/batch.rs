@@ -20,7 +20,8 @@ use crate::ids::{BlockId, Generation, Nanos, SequenceId, TokenId};
 use crate::prefix_cache::{PrefixCache, PrefixEvent, PrefixHasher, Registered};
 use crate::request::{Failure, PortableState};
 
-pub use config::{BatchConfig, BatchConfigError, PrefixCaching};
+pub use block_table::RELEASED_BLOCK;
+pub use config::{BatchConfig, BatchConfigError, PrefixCaching, SlidingWindow};
 pub use counters::{BatchCounters, BatchLoad};
 pub use group::{BlockCopy, Committed, Continued, GroupId, Member};
 pub use moving::Resumed;
@@ -71,6 +72,29 @@ pub struct Started {
     pub sequence: SequenceId,
     /// Leading tokens whose KV the prefix cache had.
     pub n_hit_tokens: usize,
+}
+
+/// Blocks of a sequence that contain KV.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ComputedBlocks {
+    /// Position of the first that is here: those before it were given up.
+    pub first: usize,
+    /// From there on, in order, with their generations.
+    pub blocks: Vec<(BlockId, Generation)>,
+}
+
+impl ComputedBlocks {
+    /// Position behind the last.
+    pub fn end(&self) -> usize {
+        self.first + self.blocks.len()
+    }
+
+    /// Those of a range, as far as there are any; `None` where some of it was given up.
+    pub fn get(&self, range: std::ops::Range<usize>) -> Option<&[(BlockId, Generation)]> {
+        let start = range.start.checked_sub(self.first)?;
+        let end = range.end.max(range.start).min(self.end().max(range.start));
+        Some(self.blocks.get(start..end - self.first).unwrap_or_default())
+    }
 }
 
 /// One step's work and what changed while it was chosen.
@@ -195,6 +219,7 @@ impl BatchScheduler {
                 _ => self.counters.n_prefill_tokens += item.n_tokens as u64,
             }
             self.register_full_blocks(item.sequence, is_pinned);
+            self.release_unseen(item.sequence, is_pinned);
             assert_eq!(
                 tokens.len(),
                 item.samples.n_tokens() as usize,
@@ -262,9 +287,14 @@ impl BatchScheduler {
         self.sequences[&id].wants_prompt_logits()
     }
 
-    /// The ids of the sequence's blocks, in order.
+    /// The ids of the sequence's blocks, in order; [`RELEASED_BLOCK`] for those that no query sees any more.
     pub fn block_table(&self, id: SequenceId) -> &[u32] {
         self.sequences[&id].table.ids()
+    }
+
+    /// Which of the model's rotary tables turns the sequence.
+    pub fn rope_variant(&self, id: SequenceId) -> usize {
+        self.sequences[&id].rope_variant
     }
 
     /// Tokens of the sequence's prompt.
@@ -278,11 +308,15 @@ impl BatchScheduler {
     }
 
     /// The sequence's blocks that contain KV, in order, with their generations.
-    pub fn computed_blocks(&self, id: SequenceId) -> Vec<(BlockId, Generation)> {
+    pub fn computed_blocks(&self, id: SequenceId) -> ComputedBlocks {
         let sequence = &self.sequences[&id];
-        let n_blocks = self.config.blocks_for(sequence.n_computed);
-        let blocks = sequence.table.blocks()[..n_blocks].iter();
-        blocks.map(|block| (block.id(), block.generation())).collect()
+        let first = sequence.table.n_released();
+        let end = self.config.blocks_for(sequence.n_computed).max(first);
+        let blocks = sequence.table.range(first..end).iter();
+        ComputedBlocks {
+            first,
+            blocks: blocks.map(|block| (block.id(), block.generation())).collect(),
+        }
     }
 
     /// Whether no sequence is here.
@@ -443,7 +477,11 @@ impl BatchScheduler {
         let block_size = self.config.block_size;
         for block_idx in sequence.n_registered..sequence.n_computed / block_size {
             let tokens = &sequence.tokens[block_idx * block_size..(block_idx + 1) * block_size];
-            let (key, block) = (sequence.keys[block_idx], &sequence.table.blocks()[block_idx]);
+            let key = sequence.keys[block_idx];
+            let block = sequence
+                .table
+                .get(block_idx)
+                .expect("a block is offered before it is given up");
             match self.cache.register(&mut self.pool, key, tokens, block) {
                 Registered::New | Registered::Collision => {}
                 Registered::Duplicate(other) => {
@@ -454,6 +492,16 @@ impl BatchScheduler {
             self.cache.disclaim(key, id);
             sequence.n_registered = block_idx + 1;
         }
+    }
+
+    /// Gives up the leading blocks that no choice of the group sees any more: they move as one, and share the prompt's.
+    fn release_unseen(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) {
+        let Some(window) = self.config.window else { return };
+        let members = self.members(self.sequences[&id].group);
+        let least = members.iter().map(|id| self.sequences[id].n_computed).min();
+        let n_unseen = self.config.n_unseen_blocks(least.unwrap_or(0), window.slack);
+        let sequence = self.sequences.get_mut(&id).expect("a computing sequence exists");
+        sequence.table.release_head(n_unseen, &mut self.pool, is_pinned);
     }
 
     fn abandon_claims(&mut self, id: SequenceId) {

@@ -7,17 +7,41 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{Epoch, RequestId, TokenId};
 
+/// A language that the output's text must be of. Canonical: it is compiled as it is, by every instance alike.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Constraint {
+    /// JSON documents valid against this JSON Schema.
+    JsonSchema(Arc<str>),
+    /// Texts that match this regular expression as a whole.
+    Regex(Arc<str>),
+    /// Texts of this grammar, in llguidance's variant of Lark.
+    Grammar(Arc<str>),
+}
+
+impl Constraint {
+    /// Its source.
+    pub fn text(&self) -> &str {
+        match self {
+            Constraint::JsonSchema(text) | Constraint::Regex(text) | Constraint::Grammar(text) => text,
+        }
+    }
+}
+
 /// How tokens are chosen and when generation ends. Resolved: nothing here is left to a default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
     /// Upper bound on generated tokens, at least 1.
     pub max_tokens: u32,
+    /// No stop id is generated before this many tokens, at most `max_tokens`.
+    pub min_tokens: u32,
     /// 0 is greedy; else logits are divided by it.
     pub temperature: f32,
     /// Keep the k most likely tokens; 0 keeps all.
     pub top_k: u32,
     /// Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
     pub top_p: f32,
+    /// Keep tokens at least this probable, as a share of the most likely one's probability; 0 keeps all.
+    pub min_p: f32,
     /// Seed of the counter-based generator. The front door draws one when the client named none.
     pub seed: u64,
     /// Ids that end generation (the model's end-of-sequence ids unless the client ignores them, and the client's own).
@@ -34,15 +58,25 @@ pub struct SamplingParams {
     pub frequency_penalty: f32,
     /// Divides the positive and multiplies the negative logits of tokens in the prompt or generated before; 1 is off.
     pub repetition_penalty: f32,
+    /// Added to the logits of these tokens. Ascending by id, each once.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// The only tokens that may be generated, ascending; empty allows all.
+    pub allowed_token_ids: Arc<[TokenId]>,
+    /// Sequences that are not generated: the last id of one is left out where the output ends with those before it.
+    pub bad_words: Vec<Vec<TokenId>>,
+    /// What the output's text must be; a stop id that is an end of sequence is generated only where the text is complete.
+    pub constraint: Option<Constraint>,
 }
 
 impl Default for SamplingParams {
     fn default() -> Self {
         SamplingParams {
             max_tokens: 16,
+            min_tokens: 0,
             temperature: 0.0,
             top_k: 0,
             top_p: 1.0,
+            min_p: 0.0,
             seed: 0,
             stop_token_ids: Vec::new(),
             logprobs: None,
@@ -51,6 +85,10 @@ impl Default for SamplingParams {
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            allowed_token_ids: Arc::from([]),
+            bad_words: Vec::new(),
+            constraint: None,
         }
     }
 }
@@ -66,6 +104,34 @@ pub struct Request {
     pub sampling: SamplingParams,
     /// Separates prefix caches: requests share cached blocks only with equal salts.
     pub cache_salt: u64,
+}
+
+/// Of a model with two rotary tables, the one for sequences that stay within the short context.
+pub const SHORT_ROPE: usize = 0;
+/// The one for sequences that may outgrow it.
+pub const LONG_ROPE: usize = 1;
+
+impl Request {
+    /// Which rotary table turns its sequences. A cached key cannot be turned again, so this is settled by what the request may
+    /// grow to, and stays: on every instance, after every move and replay. `short_context` is in tokens; `None` where a model
+    /// has one table.
+    pub fn rope_variant(&self, short_context: Option<u32>) -> usize {
+        let longest = self.prompt_ids.len().saturating_add(self.sampling.max_tokens as usize);
+        match short_context {
+            Some(short_context) if longest > short_context as usize => LONG_ROPE,
+            _ => SHORT_ROPE,
+        }
+    }
+
+    /// What its prefix keys are salted with: keys turned by different tables are different KV.
+    pub fn prefix_salt(&self, short_context: Option<u32>) -> u64 {
+        // Any constant: a salt that a client's text hashes to is as good as random.
+        const LONG_ROPE_SALT: u64 = 0x6c6f_6e67_726f_7065;
+        match self.rope_variant(short_context) {
+            LONG_ROPE => self.cache_salt ^ LONG_ROPE_SALT,
+            _ => self.cache_salt,
+        }
+    }
 }
 
 /// Log-probabilities reported with one token, of the raw distribution.

@@ -7,6 +7,7 @@ use baton_scheduler::ids::Nanos;
 use http::{HeaderMap, HeaderValue};
 
 use super::ApiState;
+use super::constraints::{Asked, constrain, may_constrain};
 use super::error::{ApiError, ErrorKind};
 use super::fields::Fields;
 use super::metrics::Endpoint;
@@ -29,7 +30,7 @@ pub(super) struct Call {
 /// Bodies up to this many bytes are parsed, rendered and tokenized in place: about a quarter of a millisecond.
 const SHORT_BODY_BYTES: usize = 2048;
 
-/// Runs work that takes time in proportion to `n_bytes`: in place when that is short, else on a blocking thread, as many
+/// Runs work that takes time in proportion to `n_bytes` (`usize::MAX`: long in any case): in place when that is short, else on a blocking thread, as many
 /// at once as there are cores.
 pub(super) async fn beside_runtime<T: Send + 'static>(
     state: &ApiState,
@@ -67,13 +68,21 @@ pub(super) async fn understand<T: Send + 'static>(
     let label = RequestLabel::from_headers(headers).map_err(|error| refuse(None, error))?;
     let body = body.map_err(|rejection| refuse(label.clone(), rejection.into()))?;
     let of_headers = objectives::from_headers(headers).map_err(|error| refuse(label.clone(), error))?;
-    let (worker_state, named, n_bytes) = (state.clone(), label.clone(), body.len());
+    let (worker_state, named) = (state.clone(), label.clone());
+    let n_bytes = match may_constrain(&body) {
+        true => usize::MAX,
+        false => body.len(),
+    };
     let work = move || {
         let mut fields = Fields::parse(&body).map_err(|error| (named.clone(), error))?;
         let mut common =
             CommonOptions::take(&mut fields, worker_state.model()).map_err(|error| (named.clone(), error))?;
         common.objectives = objectives::prefer(of_headers, common.objectives);
         let label = named.or(common.label.clone()).unwrap_or_else(RequestLabel::fresh);
+        if let Some(Asked { field, constraint }) = common.constraint.take() {
+            constrain(&worker_state, &mut common.sampling, field, constraint)
+                .map_err(|error| (Some(label.clone()), error))?;
+        }
         let call = Call {
             fields,
             common,

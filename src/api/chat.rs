@@ -12,12 +12,14 @@ use baton_scheduler::request::TokenLogprobs;
 use http::HeaderMap;
 use serde::Serialize;
 
+use super::adjustments::check_min_tokens;
 use super::call::{Call, understand, with_label};
 use super::chat_prompt::ChatPrompt;
 use super::encode::{SpecialTokens, encode};
 use super::error::ApiError;
 use super::fan_in::{Item, Outputs};
 use super::fields::Fields;
+use super::forced_calls;
 use super::logprobs::{ChatLogprobs, PromptLogprobsBody, TokenWriter, prompt_logprobs};
 use super::message::{CallPart, Message, MessageBody, MessageParser, MessagePart, MessageShape};
 use super::metrics::Endpoint;
@@ -91,10 +93,15 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         let message = "tools is set, and it is not known how this model writes calls; start with --tool-call-parser";
         return Err(ApiError::field("tools", message));
     }
+    let message = MessageShape::new(&model.parsers, &prompt_text, prompt.tools(), shows_reasoning);
     let prompt_ids = encode(model, "messages", &prompt_text, special_tokens)?;
     check_prompt_ids("messages", &prompt_ids, model)?;
     let mut sampling = common.sampling;
     sampling.max_tokens = resolve_max_tokens(max_tokens, None, prompt_ids.len(), model)?;
+    check_min_tokens("min_tokens", &sampling)?;
+    if let Some(tools) = prompt.tools() {
+        forced_calls::apply(state, &mut sampling, tools, message.is_in_reasoning())?;
+    }
     sampling.logprobs = n_top;
     sampling.prompt_logprobs = common.prompt_logprobs;
     let shape = Shape {
@@ -105,7 +112,7 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         n_prompt_top: common.prompt_logprobs,
         return_token_ids: common.return_token_ids,
         tokens_as_ids: common.tokens_as_ids,
-        message: MessageShape::new(&model.parsers, &prompt_text, prompt.tools(), shows_reasoning),
+        message,
     };
     let mut text = common.text;
     text.shown_special_tokens = shape.message.shown_special_tokens(&model.parsers);

@@ -103,6 +103,8 @@ struct TextSide {
     stop: StopStrings,
     stop_texts: Vec<String>,
     include_stop: bool,
+    /// Tokens in whose text no stop string ends.
+    n_exempt: u32,
 }
 
 /// Text that became final, and the stop text found in it.
@@ -118,7 +120,9 @@ impl TextSide {
             return Ok(Piece::default());
         };
         let decoded = detokenize.push(id)?;
-        Ok(self.cut(&decoded))
+        let piece = self.cut(&decoded);
+        self.n_exempt = self.n_exempt.saturating_sub(1);
+        Ok(piece)
     }
 
     /// What is still held back, at the end.
@@ -135,6 +139,12 @@ impl TextSide {
     }
 
     fn cut(&mut self, text: &str) -> Piece {
+        if self.n_exempt > 0 {
+            return Piece {
+                text: self.stop.pass(text),
+                stopped_by: None,
+            };
+        }
         let output = self.stop.push(text);
         let stopped_by = output
             .stopped_by
@@ -156,7 +166,8 @@ pub(super) struct ChoiceOutput {
 }
 
 impl ChoiceOutput {
-    pub(super) fn new(tokenizer: Option<&Tokenizer>, options: &TextOptions) -> ChoiceOutput {
+    /// Stop texts end in none of its `min_tokens` first tokens.
+    pub(super) fn new(tokenizer: Option<&Tokenizer>, options: &TextOptions, min_tokens: u32) -> ChoiceOutput {
         ChoiceOutput {
             text: TextSide {
                 detokenize: tokenizer.map(|tokenizer| match options.skip_special_tokens {
@@ -166,6 +177,7 @@ impl ChoiceOutput {
                 stop: StopStrings::new(options.stop.clone(), options.include_stop_str_in_output),
                 stop_texts: options.stop.clone(),
                 include_stop: options.include_stop_str_in_output,
+                n_exempt: min_tokens,
             },
             n_tokens: 0,
             ended: None,

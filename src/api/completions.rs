@@ -12,6 +12,8 @@ use baton_scheduler::request::TokenLogprobs;
 use http::HeaderMap;
 use serde::Serialize;
 
+use super::adjustments::check_min_tokens;
+use super::best_of::{BestOf, Score};
 use super::call::{Call, understand, with_label};
 use super::completion_choice::{ChoiceWriter, Piece, Reports};
 use super::completion_prompt::CompletionPrompt;
@@ -34,7 +36,7 @@ struct CompletionRequest {
     jobs: Vec<Job>,
     writers: Vec<ChoiceWriter>,
     /// Choices of each prompt.
-    n: usize,
+    best_of: BestOf,
     only_prompt: bool,
     id: String,
     stream: Option<StreamOptions>,
@@ -67,6 +69,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         .integer("logprobs", 0..=i64::from(MAX_LOGPROBS))?
         .map(|n| n as u8);
     let echo = fields.boolean("echo")?.unwrap_or(false);
+    let best_of = BestOf::take(&mut fields, common.sampling.n, common.stream.is_some())?;
     let prompts = CompletionPrompt::take(&mut fields, state.options().max_prompts)?;
     refuse_unsupported(&fields)?;
     // Scoring a prompt is `echo` without new tokens. The engine makes one at least, which is not shown.
@@ -91,13 +94,14 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         tokens_as_ids: common.tokens_as_ids,
         only_prompt,
     };
-    sampling.logprobs = n_top;
+    sampling.n = best_of.n_generated;
+    sampling.logprobs = n_top.or(best_of.chooses().then_some(0));
     sampling.prompt_logprobs = common.prompt_logprobs.max(n_top.filter(|_| echo));
     let special_tokens = SpecialTokens::asked(common.add_special_tokens, SpecialTokens::Added);
     let mut request = CompletionRequest {
         jobs: Vec::with_capacity(prompts.len()),
         writers: Vec::with_capacity(prompts.len() * sampling.n as usize),
-        n: sampling.n as usize,
+        best_of,
         only_prompt,
         id: format!("cmpl-{}", label.as_str()),
         stream,
@@ -106,13 +110,15 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         let prompt_ids: std::sync::Arc<[TokenId]> = prompt.ids(model, special_tokens)?.into();
         let asked = common.max_tokens.map(|n| n.max(1));
         sampling.max_tokens = resolve_max_tokens(asked, Some(DEFAULT_MAX_TOKENS), prompt_ids.len(), model)?;
+        check_min_tokens("min_tokens", &sampling)?;
         if !is_seeded {
             // Equal prompts of one request need not have equal answers.
             sampling.seed = fresh_seed();
         }
         let echoed = echo.then(|| prompt.text(model));
         let writer = || ChoiceWriter::new(state, prompt_ids.clone(), echoed.clone(), reports);
-        request.writers.extend(std::iter::repeat_with(writer).take(request.n));
+        let n_writers = best_of.n_generated as usize;
+        request.writers.extend(std::iter::repeat_with(writer).take(n_writers));
         request.jobs.push(Job {
             endpoint: Endpoint::Completions,
             label: label.clone(),
@@ -133,7 +139,7 @@ async fn answer(state: &ApiState, request: CompletionRequest) -> Result<Response
     let CompletionRequest {
         jobs,
         writers,
-        n,
+        best_of,
         only_prompt,
         id,
         stream,
@@ -141,7 +147,7 @@ async fn answer(state: &ApiState, request: CompletionRequest) -> Result<Response
     let totals = Totals::new(jobs.len(), only_prompt);
     let outputs = Outputs::start(state, jobs).await?;
     let Some(options) = stream else {
-        return whole(state, outputs, writers, n, totals, &id).await;
+        return whole(state, outputs, writers, best_of, totals, &id).await;
     };
     let (first, outputs) = outputs.first(state.options().ping_interval).await?;
     let mut stream = CompletionStream {
@@ -152,7 +158,7 @@ async fn answer(state: &ApiState, request: CompletionRequest) -> Result<Response
         buffer: EventBuffer::default(),
         last_pieces: writers.iter().map(|_| None).collect(),
         writers,
-        n,
+        n: best_of.n_generated as usize,
         totals,
     };
     Ok(sse::response(outputs.into_events(
@@ -247,13 +253,15 @@ async fn whole(
     state: &ApiState,
     mut outputs: Outputs,
     mut writers: Vec<ChoiceWriter>,
-    n: usize,
+    best_of: BestOf,
     mut totals: Totals,
     id: &str,
 ) -> Result<Response, ApiError> {
     let created = unix_time_s();
     let mut pieces: Vec<Piece> = writers.iter().map(ChoiceWriter::piece).collect();
     let mut ends: Vec<Option<ChoiceEnd>> = writers.iter().map(|_| None).collect();
+    let mut scores = vec![Score::default(); writers.len()];
+    let n = best_of.n_generated as usize;
     loop {
         let Item { prompt, output, .. } = outputs.required().await?;
         let first = prompt * n;
@@ -262,6 +270,7 @@ async fn whole(
             Output::Token { choice, token } => {
                 let index = first + choice as usize;
                 writers[index].token(&mut pieces[index], &token);
+                scores[index].add(&token);
             }
             Output::ChoiceEnded { choice, end } => {
                 let index = first + choice as usize;
@@ -274,11 +283,12 @@ async fn whole(
             }
         }
     }
-    let choices = writers.iter().zip(&pieces).zip(&ends).enumerate();
-    let choices: Vec<CompletionChoice<'_>> = choices
-        .map(|(index, ((writer, piece), end))| CompletionChoice {
-            prompt_logprobs: writer.prompt_logprobs_body(),
-            ..CompletionChoice::new(index, piece, end.as_ref())
+    let shown = best_of.shown(&scores);
+    let choices: Vec<CompletionChoice<'_>> = (0..)
+        .zip(shown)
+        .map(|(index, from)| CompletionChoice {
+            prompt_logprobs: writers[from].prompt_logprobs_body(),
+            ..CompletionChoice::new(index, &pieces[from], ends[from].as_ref())
         })
         .collect();
     let body = CompletionBody {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::Router;
 use baton_proto::api::baton_server::{Baton, BatonServer};
 use baton_proto::api::{self as wire, generate_request};
-use baton_scheduler::request::{SamplingParams, TokenLogprobs};
+use baton_scheduler::request::{Constraint, SamplingParams, TokenLogprobs};
 use futures::Stream;
 use http::HeaderMap;
 use tokio::time::Instant;
@@ -17,7 +17,9 @@ use tonic_health::pb::health_server::HealthServer;
 use tower::{Service, ServiceExt as _};
 
 use super::ApiState;
+use super::adjustments::{MIN_P_RANGE, allowed_token_ids, bad_words, check_min_tokens, is_min_p, logit_bias};
 use super::call::beside_runtime;
+use super::constraints::{choice, constrain, json_schema};
 use super::encode::{SpecialTokens, encode};
 use super::error::{ApiError, ErrorKind};
 use super::health::HealthService;
@@ -87,7 +89,12 @@ impl BatonService {
             "" => RequestLabel::from_headers(headers)?.unwrap_or_else(RequestLabel::fresh),
             text => RequestLabel::parse("request_id", text)?,
         };
+        let is_constrained = request
+            .sampling
+            .as_ref()
+            .is_some_and(|sampling| sampling.constraint.is_some());
         let n_bytes = match &request.prompt {
+            _ if is_constrained => usize::MAX,
             Some(generate_request::Prompt::Text(text)) => text.len(),
             Some(generate_request::Prompt::TokenIds(_)) | None => 0,
         };
@@ -103,13 +110,19 @@ impl BatonService {
                 None => return Err(ApiError::expected("prompt", "missing", "text or token_ids")),
             };
             check_prompt_ids("prompt", &prompt_ids, model)?;
-            let wire = request.sampling.unwrap_or_default();
+            let mut wire = request.sampling.unwrap_or_default();
             let stop = wire.stop.clone();
             check_stop_strings(&stop, model)?;
+            let constraint = wire.constraint.take();
+            let mut sampling = sampling(wire, prompt_ids.len(), model)?;
+            if let Some(constraint) = constraint {
+                let constraint = constraint_from_wire(constraint)?;
+                constrain(&state, &mut sampling, "sampling.constraint", constraint)?;
+            }
             Ok(Job {
                 endpoint: Endpoint::Generate,
                 label,
-                sampling: sampling(wire, prompt_ids.len(), model)?,
+                sampling,
                 prompt_ids: prompt_ids.into(),
                 text: TextOptions {
                     stop,
@@ -183,8 +196,19 @@ fn sampling(wire: wire::SamplingParams, n_prompt: usize, model: &ServedModel) ->
         Some(n) if n <= u32::from(MAX_LOGPROBS) => Ok(Some(n as u8)),
         Some(n) => Err(ApiError::expected(field, n, format!("0 to {MAX_LOGPROBS}"))),
     };
-    Ok(SamplingParams {
+    let min_p = wire.min_p.unwrap_or(0.0);
+    if !is_min_p(min_p) {
+        return Err(ApiError::expected("sampling.min_p", min_p, MIN_P_RANGE));
+    }
+    let biases = wire.logit_bias.into_iter().collect();
+    let sampling = SamplingParams {
         max_tokens: resolve_max_tokens(wire.max_tokens, Some(DEFAULT_MAX_TOKENS), n_prompt, model)?,
+        min_tokens: wire.min_tokens.unwrap_or(0),
+        min_p,
+        logit_bias: logit_bias("sampling.logit_bias", biases, model)?,
+        allowed_token_ids: allowed_token_ids("sampling.allowed_token_ids", wire.allowed_token_ids, model)?,
+        bad_words: bad_words("sampling.bad_words", &wire.bad_words, model)?,
+        constraint: None,
         temperature,
         top_k: wire.top_k.unwrap_or(0),
         top_p,
@@ -196,7 +220,33 @@ fn sampling(wire: wire::SamplingParams, n_prompt: usize, model: &ServedModel) ->
         presence_penalty: penalty("sampling.presence_penalty", wire.presence_penalty)?,
         frequency_penalty: penalty("sampling.frequency_penalty", wire.frequency_penalty)?,
         repetition_penalty,
-    })
+    };
+    check_min_tokens("sampling.min_tokens", &sampling)?;
+    Ok(sampling)
+}
+
+fn constraint_from_wire(wire: wire::Constraint) -> Result<Constraint, ApiError> {
+    use wire::constraint::Language;
+    let not_json = |error| {
+        ApiError::field(
+            "sampling.constraint.json_schema",
+            format!("sampling.constraint.json_schema is not valid JSON: {error}"),
+        )
+    };
+    match wire.language {
+        Some(Language::JsonSchema(text)) => {
+            let schema = serde_json::from_str(&text).map_err(not_json)?;
+            json_schema("sampling.constraint.json_schema", schema)
+        }
+        Some(Language::Regex(regex)) => Ok(Constraint::Regex(regex.into())),
+        Some(Language::Choices(choices)) => choice("sampling.constraint.choices", &choices.texts),
+        Some(Language::Grammar(grammar)) => Ok(Constraint::Grammar(grammar.into())),
+        None => Err(ApiError::expected(
+            "sampling.constraint",
+            "empty",
+            "json_schema, regex, choices or grammar",
+        )),
+    }
 }
 
 /// Outputs of one request as the messages of its stream.

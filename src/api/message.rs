@@ -44,6 +44,11 @@ impl MessageShape {
         self.reasoning.is_some() || self.calls.is_some()
     }
 
+    /// Whether the answers begin inside reasoning.
+    pub fn is_in_reasoning(&self) -> bool {
+        self.reasoning == Some(true)
+    }
+
     /// Special tokens that must be in the text.
     pub fn shown_special_tokens(&self, parsers: &OutputParsers) -> Arc<[TokenId]> {
         let reasoning = self.reasoning.iter().flat_map(|_| &*parsers.reasoning_markers);

@@ -1,7 +1,9 @@
 //! The front door's APIs: OpenAI HTTP and `baton.v1` gRPC on one port, and everything that has to do with text.
 //! How requests reach instances is [`crate::door`]'s business.
 
+mod adjustments;
 mod auth;
+mod best_of;
 mod call;
 mod chat;
 mod chat_prompt;
@@ -9,10 +11,12 @@ mod choice_output;
 mod completion_choice;
 mod completion_prompt;
 mod completions;
+pub mod constraints;
 mod encode;
 mod error;
 mod fan_in;
 mod fields;
+mod forced_calls;
 pub(crate) mod grpc;
 mod health;
 mod logprobs;
@@ -46,6 +50,7 @@ use std::time::{Duration, SystemTime};
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
+use baton_engine::constraint::ConstraintCompiler;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -95,6 +100,8 @@ struct Inner {
     generator: Arc<dyn Generator>,
     model: ServedModel,
     token_texts: TokenTexts,
+    /// Compiles constraints as instances will.
+    constraints: ConstraintCompiler,
     options: ApiOptions,
     registry: MetricsRegistry,
     metrics: ApiMetrics,
@@ -132,6 +139,7 @@ impl ApiState {
             inner: Arc::new(Inner {
                 generator,
                 token_texts: TokenTexts::new(model.vocab_size),
+                constraints: model.constraints(),
                 model,
                 options,
                 registry,
@@ -150,6 +158,10 @@ impl ApiState {
 
     fn model(&self) -> &ServedModel {
         &self.inner.model
+    }
+
+    fn constraints(&self) -> &ConstraintCompiler {
+        &self.inner.constraints
     }
 
     fn options(&self) -> &ApiOptions {

@@ -27,8 +27,6 @@ pub enum Neutral {
     Empty,
     /// One of these strings.
     OneOf(&'static [&'static str]),
-    /// `{"type": "text"}`.
-    TextFormat,
     /// `["text"]`.
     TextModality,
 }
@@ -54,24 +52,11 @@ pub const UNSUPPORTED: &[Unsupported] = &[
     row("use_beam_search", Neutral::False),
     row("length_penalty", Neutral::One),
     // Changes to the distribution.
-    row("logit_bias", Neutral::Empty),
-    row("min_p", Neutral::Zero),
-    row("min_tokens", Neutral::Zero),
-    row("allowed_token_ids", Neutral::Null),
-    row("bad_words", Neutral::Empty),
     row("logits_processors", Neutral::Empty),
     row("repetition_detection", Neutral::Null),
     row("thinking_token_budget", Neutral::Null),
     // Structure of the output.
-    row("response_format", Neutral::TextFormat),
-    row("structured_outputs", Neutral::Empty),
-    row("guided_json", Neutral::Null),
-    row("guided_regex", Neutral::Null),
-    row("guided_choice", Neutral::Null),
-    row("guided_grammar", Neutral::Null),
-    row("guided_json_object", Neutral::False),
-    row("guided_decoding_backend", Neutral::Null),
-    row("guided_whitespace_pattern", Neutral::Null),
+    row("guided_decoding_backend", Neutral::OneOf(&["auto", "guidance"])),
     row("structural_tag", Neutral::Null),
     // The older form of tools.
     row("functions", Neutral::Empty),
@@ -134,9 +119,6 @@ impl Neutral {
                 _ => false,
             },
             Neutral::OneOf(allowed) => value.as_str().is_some_and(|text| allowed.contains(&text)),
-            Neutral::TextFormat => {
-                value.as_object().is_some_and(|map| map.len() == 1) && value["type"].as_str() == Some("text")
-            }
             Neutral::TextModality => value
                 .as_array()
                 .is_some_and(|list| list.iter().all(|item| item == "text")),
@@ -159,7 +141,6 @@ impl Neutral {
                 .map(|text| format!("\"{text}\""))
                 .collect::<Vec<_>>()
                 .join(" or "),
-            Neutral::TextFormat => r#"{"type": "text"}"#.to_owned(),
             Neutral::TextModality => r#"["text"]"#.to_owned(),
         }
     }
@@ -220,15 +201,6 @@ mod tests {
             Neutral::OneOf(allowed) => (
                 allowed.iter().map(|text| json!(text)).collect(),
                 vec![json!("required"), json!({"type": "function"})],
-            ),
-            Neutral::TextFormat => (
-                vec![json!({"type": "text"})],
-                vec![
-                    json!({"type": "json_object"}),
-                    json!({}),
-                    json!("text"),
-                    json!({"type": "text", "strict": true}),
-                ],
             ),
             Neutral::TextModality => (vec![json!(["text"])], vec![json!(["text", "audio"]), json!("text")]),
         }

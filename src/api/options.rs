@@ -8,6 +8,8 @@ use baton_scheduler::request::SamplingParams;
 use serde_json::Value;
 use uuid::Uuid;
 
+use super::adjustments::Adjustments;
+use super::constraints;
 use super::error::ApiError;
 use super::fields::{Fields, kind_of, shown};
 use super::objectives;
@@ -42,8 +44,10 @@ pub struct StreamOptions {
 /// The shared fields of a request.
 #[derive(Clone, Debug)]
 pub struct CommonOptions {
-    /// Everything but `max_tokens`, `logprobs` and `prompt_logprobs` is final.
+    /// Everything but `max_tokens`, `logprobs`, `prompt_logprobs` and `constraint` is final.
     pub sampling: SamplingParams,
+    /// Not compiled yet.
+    pub constraint: Option<constraints::Asked>,
     /// The client named a seed, so equal prompts have equal answers.
     pub is_seeded: bool,
     /// As asked; `None` means the endpoint's default.
@@ -93,11 +97,20 @@ impl CommonOptions {
         let presence_penalty = penalty(fields, "presence_penalty")?;
         let frequency_penalty = penalty(fields, "frequency_penalty")?;
         let repetition_penalty = fields.number("repetition_penalty", |n| n > 0.0, "a number above 0")?;
+        let Adjustments {
+            min_p,
+            min_tokens,
+            logit_bias,
+            allowed_token_ids,
+            bad_words,
+        } = Adjustments::take(fields, model)?;
         let sampling = SamplingParams {
             max_tokens: DEFAULT_MAX_TOKENS,
+            min_tokens,
             temperature: temperature.or(defaults.temperature).unwrap_or(1.0),
             top_k: top_k.or(defaults.top_k).unwrap_or(0),
             top_p: top_p.or(defaults.top_p).unwrap_or(1.0),
+            min_p,
             seed: seed.map_or_else(fresh_seed, |seed| seed as u64),
             stop_token_ids: stop_token_ids(
                 fields.token_ids("stop_token_ids")?.unwrap_or_default(),
@@ -110,11 +123,16 @@ impl CommonOptions {
             presence_penalty,
             frequency_penalty,
             repetition_penalty: repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
+            logit_bias,
+            allowed_token_ids,
+            bad_words,
+            constraint: None,
         };
         let stop = stop_strings(fields.take("stop"))?;
         check_stop_strings(&stop, model)?;
         Ok(CommonOptions {
             sampling,
+            constraint: constraints::take(fields)?,
             is_seeded: seed.is_some(),
             max_tokens,
             text: TextOptions {
@@ -372,6 +390,47 @@ mod tests {
             (r#"{"slo": {"ttft_ms": 0}}"#, "ttft_ms"),
             (r#"{"slo": {"tpot_ms": "5"}}"#, "tpot_ms"),
             (r#"{"slo": {"ttft": 5}}"#, "slo"),
+            (r#"{"min_p": 1.1}"#, "min_p"),
+            (r#"{"min_p": -0.1}"#, "min_p"),
+            (r#"{"min_tokens": -1}"#, "min_tokens"),
+            (r#"{"logit_bias": [1]}"#, "logit_bias"),
+            (r#"{"logit_bias": {"x": 1}}"#, "logit_bias"),
+            (r#"{"logit_bias": {"5": "1"}}"#, "logit_bias"),
+            (r#"{"logit_bias": {"5": 101}}"#, "logit_bias"),
+            (r#"{"logit_bias": {"64": 1}}"#, "logit_bias"),
+            (r#"{"allowed_token_ids": []}"#, "allowed_token_ids"),
+            (r#"{"allowed_token_ids": [64]}"#, "allowed_token_ids"),
+            (r#"{"bad_words": "x"}"#, "bad_words"),
+            (r#"{"bad_words": [5]}"#, "bad_words"),
+            (r#"{"bad_words": ["text without a tokenizer"]}"#, "bad_words"),
+            (r#"{"response_format": "json"}"#, "response_format"),
+            (r#"{"response_format": {}}"#, "response_format"),
+            (r#"{"response_format": {"type": "xml"}}"#, "response_format"),
+            (r#"{"response_format": {"type": "json_schema"}}"#, "response_format"),
+            (
+                r#"{"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}"#,
+                "response_format",
+            ),
+            (r#"{"structured_outputs": {"json": 5}}"#, "structured_outputs"),
+            (r#"{"structured_outputs": {"regex": 5}}"#, "structured_outputs"),
+            (r#"{"structured_outputs": {"choice": []}}"#, "structured_outputs"),
+            (r#"{"structured_outputs": {"choice": [""]}}"#, "structured_outputs"),
+            (
+                r#"{"structured_outputs": {"regex": "a", "grammar": "b"}}"#,
+                "structured_outputs",
+            ),
+            (
+                r#"{"structured_outputs": {"structural_tag": "x"}}"#,
+                "structured_outputs",
+            ),
+            (r#"{"guided_json": "{"}"#, "guided_json"),
+            (r#"{"guided_choice": [1]}"#, "guided_choice"),
+            (r#"{"guided_regex": 1}"#, "guided_regex"),
+            (r#"{"guided_regex": "a", "guided_choice": ["b"]}"#, "guided_choice"),
+            (
+                r#"{"guided_regex": "a", "response_format": {"type": "json_object"}}"#,
+                "guided_regex",
+            ),
         ];
         for (json, param) in cases {
             let error = take(json).expect_err(json);

@@ -101,7 +101,7 @@ impl OutputStream {
 
     fn waiting(state: &ApiState, job: &Job) -> OutputStream {
         let tokenizer = state.model().tokenizer.as_ref();
-        let choice = |_| ChoiceOutput::new(tokenizer, &job.text);
+        let choice = |_| ChoiceOutput::new(tokenizer, &job.text, job.sampling.min_tokens);
         OutputStream {
             state: state.clone(),
             events: None,

@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use baton_engine::constraint::ConstraintCompiler;
 use baton_engine::text::{ChatTemplate, Tokenizer};
 use baton_scheduler::ids::TokenId;
 
@@ -49,6 +50,13 @@ impl ServedModel {
     /// The name that responses carry.
     pub fn name(&self) -> &str {
         &self.names[0]
+    }
+
+    /// Compiles what its outputs may be constrained to.
+    pub fn constraints(&self) -> ConstraintCompiler {
+        let text = self.tokenizer.clone().zip(Some(self.eos_token_ids.clone()));
+        let text = move || text.clone().ok_or_else(|| "it has no tokenizer".to_owned());
+        ConstraintCompiler::new(text, self.vocab_size as usize)
     }
 
     /// Whether a client's `model` means this model.

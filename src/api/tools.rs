@@ -11,6 +11,17 @@ use super::fields::{Fields, kind_of, shown};
 /// Longest name of a function, bytes.
 const LONGEST_NAME: usize = 256;
 
+/// What the model is to do with tools.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// Call them or not.
+    Auto,
+    /// Call one at least.
+    Required,
+    /// Call this one.
+    Named(String),
+}
+
 /// Functions that the model is told of and may call.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OfferedTools {
@@ -20,6 +31,8 @@ pub struct OfferedTools {
     pub names: Arc<[String]>,
     /// More than one call may be answered.
     pub may_be_parallel: bool,
+    /// Whether any must be.
+    pub choice: ToolChoice,
 }
 
 impl OfferedTools {
@@ -27,17 +40,18 @@ impl OfferedTools {
     pub fn take(fields: &mut Fields) -> Result<Option<OfferedTools>, ApiError> {
         let tools = fields.array("tools", "an array of tools")?.unwrap_or_default();
         let may_be_parallel = fields.boolean("parallel_tool_calls")?.unwrap_or(true);
-        let choice = fields.take("tool_choice");
+        let asked = fields.take("tool_choice");
         let names: Vec<String> = tools
             .iter()
             .enumerate()
             .map(|(idx, tool)| name(idx, tool))
             .collect::<Result<_, _>>()?;
-        let is_wanted = is_wanted(choice.as_ref(), &names)?;
-        Ok((is_wanted && !tools.is_empty()).then(|| OfferedTools {
+        let choice = choice(asked.as_ref(), &names)?.filter(|_| !names.is_empty());
+        Ok(choice.map(|choice| OfferedTools {
             definitions: Value::Array(tools),
             names: names.into(),
             may_be_parallel,
+            choice,
         }))
     }
 }
@@ -81,38 +95,36 @@ fn name(idx: usize, tool: &Value) -> Result<String, ApiError> {
     }
 }
 
-/// Whether the model may call a tool. That it has to is refused: its text is not constrained.
-fn is_wanted(choice: Option<&Value>, names: &[String]) -> Result<bool, ApiError> {
+/// What the model is to do with the tools; `None` when it is to call none.
+fn choice(choice: Option<&Value>, names: &[String]) -> Result<Option<ToolChoice>, ApiError> {
+    const EXPECTED: &str = "\"none\", \"auto\", \"required\" or a function";
     let wrong = |found: &str, expected: &str| ApiError::expected("tool_choice", found, expected);
-    let named = match choice {
-        None => return Ok(true),
+    let chosen = match choice {
+        None => return Ok(Some(ToolChoice::Auto)),
         Some(Value::String(word)) => match word.as_str() {
-            "auto" => return Ok(true),
-            "none" => return Ok(false),
-            "required" => None,
-            _ => {
-                return Err(wrong(
-                    &shown(&choice.cloned().unwrap_or_default()),
-                    "\"none\" or \"auto\"",
-                ));
-            }
+            "auto" => return Ok(Some(ToolChoice::Auto)),
+            "none" => return Ok(None),
+            "required" => ToolChoice::Required,
+            _ => return Err(wrong(&shown(&Value::String(word.clone())), EXPECTED)),
         },
         Some(Value::Object(choice)) => match choice.get("function").and_then(|function| function.get("name")) {
-            Some(Value::String(name)) if choice.get("type").is_none_or(|kind| kind == "function") => Some(name),
-            _ => return Err(wrong("an object without a function's name", "\"none\" or \"auto\"")),
+            Some(Value::String(name)) if choice.get("type").is_none_or(|kind| kind == "function") => {
+                ToolChoice::Named(name.clone())
+            }
+            _ => return Err(wrong("an object without a function's name", EXPECTED)),
         },
-        Some(other) => return Err(wrong(kind_of(other), "\"none\" or \"auto\"")),
+        Some(other) => return Err(wrong(kind_of(other), EXPECTED)),
     };
     if names.is_empty() {
         return Err(wrong("set", "tools to choose from"));
     }
-    if let Some(name) = named.filter(|name| !names.contains(name)) {
-        let found = shown(&Value::String(name.clone()));
-        return Err(wrong(&found, "the name of one of the tools"));
+    match &chosen {
+        ToolChoice::Named(name) if !names.contains(name) => {
+            let found = shown(&Value::String(name.clone()));
+            Err(wrong(&found, "the name of one of the tools"))
+        }
+        ToolChoice::Auto | ToolChoice::Required | ToolChoice::Named(_) => Ok(Some(chosen)),
     }
-    let found = if named.is_some() { "a function" } else { "\"required\"" };
-    let message = format!("tool_choice is {found}, which is not supported here; leave it out, \"none\" or \"auto\"");
-    Err(ApiError::field("tool_choice", message))
 }
 
 #[cfg(test)]
@@ -145,6 +157,14 @@ mod tests {
                 .unwrap()
                 .may_be_parallel
         );
+        let choice = |choice: Value| {
+            let offered = take(json!({"tools": [tool()], "tool_choice": choice})).unwrap();
+            offered.unwrap().choice
+        };
+        assert_eq!(choice(json!(null)), ToolChoice::Auto);
+        assert_eq!(choice(json!("required")), ToolChoice::Required);
+        let named = json!({"type": "function", "function": {"name": "weather"}});
+        assert_eq!(choice(named), ToolChoice::Named("weather".to_owned()));
         for nothing in [
             json!({}),
             json!({"tools": []}),
@@ -190,14 +210,6 @@ mod tests {
                 "without a function's name",
             ),
             (json!({"tool_choice": "required"}), "expected tools to choose from"),
-            (
-                json!({"tools": [tool()], "tool_choice": "required"}),
-                r#"tool_choice is "required", which is not supported"#,
-            ),
-            (
-                json!({"tools": [tool()], "tool_choice": named("weather")}),
-                "tool_choice is a function, which is not",
-            ),
             (
                 json!({"tools": [tool()], "tool_choice": named("x")}),
                 r#"tool_choice is "x""#,

@@ -1,26 +1,56 @@
 //! The load generator: sends a workload to a running server, times every token as it arrives, and reports. It measures from
-//! outside, over the same API as any client, and works with any OpenAI-compatible server.
+//! outside, over the same API as any client, and works with any OpenAI-compatible or `baton.v1` server.
 
+pub mod compare;
+mod endpoint;
+mod html;
+mod objectives;
 mod provenance;
 mod random;
 pub mod report;
-mod request;
 mod runner;
+mod samples;
 mod server;
-mod sse;
 mod statistics;
-mod workload;
+pub mod sweep;
+mod table;
+pub mod workload;
 
-use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use serde::Serialize;
 
 use crate::announce;
 use crate::config::{Address, Secret};
+use compare::{CompareReport, Round};
+pub use endpoint::EndpointKind;
+pub use objectives::Objectives;
 use report::BenchReport;
-pub use workload::{Arrivals, EndpointKind};
+use samples::Run;
+use server::Target;
+use sweep::{Search, SweepOptions, SweepReport};
+use workload::{Arrivals, WorkloadSpec};
+
+/// A measurement of more requests than this would keep too many samples in memory.
+pub const N_REQUESTS_LIMIT: usize = 10_000_000;
+
+/// What is done with a workload.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Mode {
+    /// It is sent once.
+    Once,
+    /// It is sent to both servers in turn.
+    Compare {
+        /// The second server.
+        other: Address,
+        /// How often, at least 1.
+        n_rounds: u32,
+    },
+    /// It is sent at several rates; its arrivals are open, and objectives are set.
+    Sweep(SweepOptions),
+}
 
 /// Everything `baton bench` is told.
 #[derive(Clone, Debug)]
@@ -31,26 +61,22 @@ pub struct BenchConfig {
     pub endpoint: EndpointKind,
     /// The model's name; the server's first when absent.
     pub model: Option<String>,
-    /// How requests arrive.
-    pub arrivals: Arrivals,
-    /// Requests measured, at least 1.
-    pub n_prompts: usize,
+    /// What is sent.
+    pub workload: WorkloadSpec,
+    /// Where its trace comes from.
+    pub trace_path: Option<PathBuf>,
+    /// Once, to two servers, or at several rates.
+    pub mode: Mode,
+    /// What counts as good.
+    pub objectives: Objectives,
     /// Requests sent before, one after the other.
     pub n_warmup: usize,
-    /// Tokens (chat: words) of each prompt, at least 1.
-    pub input_len: usize,
-    /// Leading ones that all prompts share, at most `input_len`.
-    pub prefix_len: usize,
-    /// Tokens to generate.
-    pub output_len: u32,
     /// Go on after an end-of-sequence token.
     pub ignore_eos: bool,
     /// Sampling temperature; the server's default when absent.
     pub temperature: Option<f64>,
     /// Draw prompt ids below this; asked of the server when absent.
     pub vocab_size: Option<u32>,
-    /// Seed of prompts and arrivals.
-    pub seed: u64,
     /// Most time for one request.
     pub timeout: Duration,
     /// Shown as a bearer token.
@@ -59,128 +85,174 @@ pub struct BenchConfig {
     pub json: bool,
     /// Write the report as JSON here.
     pub output: Option<PathBuf>,
+    /// Write a page with plots here.
+    pub html: Option<PathBuf>,
     /// Put one entry per request into the JSON.
     pub details: bool,
+    /// What the user calls this measurement.
+    pub label: Option<String>,
     /// The commit to report; found in the working directory when absent.
     pub commit: Option<String>,
 }
 
-/// `baton bench`: measures, prints, writes. An error if no request was completed.
+/// `baton bench`: measures, prints, writes.
+///
+/// # Errors
+/// A server that cannot be asked, a file that cannot be written, or no request that was completed.
 pub async fn run(config: BenchConfig) -> anyhow::Result<()> {
-    let report = measure(&config).await?;
-    let json = serde_json::to_string_pretty(&report)?;
-    if let Some(path) = &config.output {
-        std::fs::write(path, format!("{json}\n")).with_context(|| format!("output {}", path.display()))?;
+    match &config.mode {
+        Mode::Once => {
+            let (report, run) = measure_run(&config).await?;
+            publish(&config, &report, table::single(&report), || html::single(&report, &run))?;
+            completed(&[&report])
+        }
+        Mode::Compare { other, n_rounds } => {
+            let (report, runs) = compare(&config, other, *n_rounds).await?;
+            publish(&config, &report, table::compare(&report), || {
+                html::compare(&report, &runs)
+            })?;
+            report
+                .rounds
+                .iter()
+                .try_for_each(|round| completed(&[&round.a]).and(completed(&[&round.b])))
+        }
+        Mode::Sweep(options) => {
+            let (report, runs) = sweep(&config, *options).await?;
+            publish(&config, &report, table::sweep(&report), || html::sweep(&report, &runs))?;
+            completed(&report.points.iter().collect::<Vec<_>>())
+        }
     }
-    announce::print(&if config.json { json } else { table(&report) });
+}
+
+/// An error if all of `reports` together completed nothing.
+fn completed(reports: &[&BenchReport]) -> anyhow::Result<()> {
     let errors = || {
-        report
-            .error_counts
-            .iter()
+        let counts = reports.iter().flat_map(|report| &report.error_counts);
+        counts
             .map(|(kind, n)| format!("{n} {kind}"))
             .collect::<Vec<_>>()
             .join(", ")
     };
-    anyhow::ensure!(report.completed > 0, "no request was completed: {}", errors());
+    let n_completed: usize = reports.iter().map(|report| report.completed).sum();
+    anyhow::ensure!(n_completed > 0, "no request was completed: {}", errors());
     Ok(())
 }
 
-/// Sends the load and reports what came back.
-pub async fn measure(config: &BenchConfig) -> anyhow::Result<BenchReport> {
-    let commit = config.commit.clone().or_else(provenance::commit);
-    let date = provenance::date(std::time::SystemTime::now());
-    let workload = server::workload(config).await?;
-    let run = runner::run(config, &workload).await?;
-    Ok(run.report(config, &workload, date, commit))
+fn publish(
+    config: &BenchConfig,
+    report: &impl Serialize,
+    table: String,
+    page: impl FnOnce() -> String,
+) -> anyhow::Result<()> {
+    let json = serde_json::to_string_pretty(report)?;
+    let write = |flag: &str, path: &Path, text: String| {
+        std::fs::write(path, text).with_context(|| format!("{flag} {}", path.display()))
+    };
+    if let Some(path) = &config.output {
+        write("output", path, format!("{json}\n"))?;
+    }
+    if let Some(path) = &config.html {
+        write("html", path, page())?;
+    }
+    announce::print(&if config.json { json } else { table });
+    Ok(())
 }
 
-fn table(report: &BenchReport) -> String {
-    let mut text = String::new();
-    let mut line = |name: &str, value: String| {
-        let _ = writeln!(text, "{name:<34}{value:>14}");
+/// Sends the load once and reports what came back.
+///
+/// # Errors
+/// A server that cannot be asked or does not answer the warm-up.
+pub async fn measure(config: &BenchConfig) -> anyhow::Result<BenchReport> {
+    Ok(measure_run(config).await?.0)
+}
+
+async fn measure_run(config: &BenchConfig) -> anyhow::Result<(BenchReport, Run)> {
+    let target = Target::open(config, &config.server).await?;
+    send(config, &target, &config.workload).await
+}
+
+async fn send(config: &BenchConfig, target: &Target, spec: &WorkloadSpec) -> anyhow::Result<(BenchReport, Run)> {
+    let commit = config.commit.clone().or_else(provenance::commit);
+    let date = provenance::date(std::time::SystemTime::now());
+    let run = runner::run(target, spec, config.n_warmup).await?;
+    Ok((run.report(config, target, spec, date, commit), run))
+}
+
+/// The workload with prompts that no other round has, so that no round finds those of another in a prefix cache.
+fn of_round(spec: &WorkloadSpec, round: u64) -> WorkloadSpec {
+    WorkloadSpec {
+        seed: spec.seed.wrapping_add(round),
+        ..spec.clone()
+    }
+}
+
+async fn compare(
+    config: &BenchConfig,
+    other: &Address,
+    n_rounds: u32,
+) -> anyhow::Result<(CompareReport, [Vec<Run>; 2])> {
+    let a = Target::open(config, &config.server).await?;
+    let mut b = Target::open(config, other).await?;
+    if config.endpoint.needs_vocabulary() {
+        anyhow::ensure!(
+            a.vocabulary.len() == b.vocabulary.len(),
+            "the servers have vocabularies of {} and {} tokens; give both the same prompts with --vocab-size",
+            a.vocabulary.len(),
+            b.vocabulary.len()
+        );
+        b.vocabulary = a.vocabulary.clone();
+    }
+    let (mut rounds, mut runs) = (Vec::new(), [Vec::new(), Vec::new()]);
+    for round in 0..n_rounds {
+        let spec = of_round(&config.workload, round.into());
+        let (report_a, run_a) = send(config, &a, &spec).await?;
+        let (report_b, run_b) = send(config, &b, &spec).await?;
+        rounds.push(Round {
+            a: report_a,
+            b: report_b,
+        });
+        runs[0].push(run_a);
+        runs[1].push(run_b);
+    }
+    Ok((
+        CompareReport::new(a.address.to_string(), b.address.to_string(), rounds),
+        runs,
+    ))
+}
+
+async fn sweep(config: &BenchConfig, options: SweepOptions) -> anyhow::Result<(SweepReport, Vec<Run>)> {
+    let Arrivals::Open { process, .. } = config.workload.arrivals else {
+        anyhow::bail!("a sweep needs an arrival process");
     };
-    line("completed requests", report.completed.to_string());
-    line("failed requests", report.failed.to_string());
-    for (kind, count) in &report.error_counts {
-        line(&format!("  {kind}"), count.to_string());
+    let target = Target::open(config, &config.server).await?;
+    let mut search = Search::new(options);
+    let (mut points, mut runs) = (Vec::new(), Vec::new());
+    while let Some(rate) = search.next_rate() {
+        let lasting = (rate * options.point_seconds).ceil() as usize;
+        let most = config
+            .workload
+            .trace
+            .as_ref()
+            .map_or(N_REQUESTS_LIMIT, |trace| trace.len());
+        let spec = WorkloadSpec {
+            n_requests: config.workload.n_requests.max(lasting).min(most),
+            arrivals: Arrivals::Open { rate, process },
+            ..of_round(&config.workload, points.len() as u64)
+        };
+        let (report, run) = send(config, &target, &spec).await?;
+        search.record(rate, run.share_met(&config.objectives) >= options.attainment);
+        points.push(report);
+        runs.push(run);
     }
-    if report.wrong_length > 0 {
-        line("outputs of another length", report.wrong_length.to_string());
-    }
-    line("duration (s)", format!("{:.2}", report.duration));
-    line("prompt tokens", report.total_input_tokens.to_string());
-    line("  of them cached", report.total_cached_tokens.to_string());
-    line("generated tokens", report.total_output_tokens.to_string());
-    line("requests per second", format!("{:.3}", report.request_throughput));
-    line(
-        "generated tokens per second",
-        format!("{:.2}", report.output_throughput),
-    );
-    line("tokens per second", format!("{:.2}", report.total_token_throughput));
-    line("most requests in flight", report.max_concurrent_requests.to_string());
-    line("latest start (ms)", format!("{:.2}", report.max_start_delay_ms));
-    let _ = writeln!(
-        text,
-        "\n{:<6}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
-        "ms", "mean", "std", "p50", "p90", "p95", "p99"
-    );
-    let BenchReport {
-        ttft, tpot, itl, e2el, ..
-    } = report;
-    for (name, values) in [
-        (
-            "TTFT",
-            [
-                ttft.mean_ttft_ms,
-                ttft.std_ttft_ms,
-                ttft.p50_ttft_ms,
-                ttft.p90_ttft_ms,
-                ttft.p95_ttft_ms,
-                ttft.p99_ttft_ms,
-            ],
-        ),
-        (
-            "TPOT",
-            [
-                tpot.mean_tpot_ms,
-                tpot.std_tpot_ms,
-                tpot.p50_tpot_ms,
-                tpot.p90_tpot_ms,
-                tpot.p95_tpot_ms,
-                tpot.p99_tpot_ms,
-            ],
-        ),
-        (
-            "ITL",
-            [
-                itl.mean_itl_ms,
-                itl.std_itl_ms,
-                itl.p50_itl_ms,
-                itl.p90_itl_ms,
-                itl.p95_itl_ms,
-                itl.p99_itl_ms,
-            ],
-        ),
-        (
-            "E2E",
-            [
-                e2el.mean_e2el_ms,
-                e2el.std_e2el_ms,
-                e2el.p50_e2el_ms,
-                e2el.p90_e2el_ms,
-                e2el.p95_e2el_ms,
-                e2el.p99_e2el_ms,
-            ],
-        ),
-    ] {
-        let _ = write!(text, "{name:<6}");
-        for value in values {
-            let _ = write!(text, "{value:>10.2}");
-        }
-        text.push('\n');
-    }
-    text.truncate(text.trim_end().len());
-    text
+    let report = SweepReport {
+        kind: "sweep".into(),
+        goodput_objectives: config.objectives.to_string(),
+        attainment: options.attainment,
+        goodput_rate: search.highest_met(),
+        lowest_rate_missed: search.lowest_missed(),
+        points,
+    };
+    Ok((report, runs))
 }
 
 #[cfg(test)]

@@ -29,6 +29,34 @@ impl SplitMix64 {
     pub fn open_unit(&mut self) -> f64 {
         ((self.next_u64() >> 11) + 1) as f64 / (1_u64 << 53) as f64
     }
+
+    /// Exponential with mean 1.
+    pub fn exponential(&mut self) -> f64 {
+        -self.open_unit().ln()
+    }
+
+    /// Normal with mean 0 and deviation 1 (Box and Muller 1958; the second of each pair is not used).
+    pub fn normal(&mut self) -> f64 {
+        let radius = (2.0 * self.exponential()).sqrt();
+        radius * (std::f64::consts::TAU * self.open_unit()).cos()
+    }
+
+    /// Gamma of `shape` above 0 and scale 1, so of mean `shape` (Marsaglia and Tsang 2000).
+    pub fn gamma(&mut self, shape: f64) -> f64 {
+        if shape < 1.0 {
+            return self.gamma(shape + 1.0) * self.open_unit().powf(1.0 / shape);
+        }
+        let d = shape - 1.0 / 3.0;
+        let c = 1.0 / (9.0 * d).sqrt();
+        // Rejects fewer than one draw in twenty, whatever the shape.
+        loop {
+            let x = self.normal();
+            let v = (1.0 + c * x).powi(3);
+            if v > 0.0 && self.open_unit().ln() < 0.5 * x * x + d * (1.0 - v + v.ln()) {
+                return d * v;
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -59,5 +87,32 @@ mod tests {
             assert!(unit > 0.0 && unit <= 1.0);
         }
         assert_eq!(seen, [true; 7]);
+    }
+
+    #[test]
+    fn samplers_have_their_mean_and_variance() {
+        type Draw = fn(&mut SplitMix64) -> f64;
+        let cases: [(&str, f64, f64, Draw); 5] = [
+            ("exponential", 1.0, 1.0, SplitMix64::exponential),
+            ("normal", 0.0, 1.0, SplitMix64::normal),
+            ("gamma 0.16", 0.16, 0.16, |random| random.gamma(0.16)),
+            ("gamma 1", 1.0, 1.0, |random| random.gamma(1.0)),
+            ("gamma 7.5", 7.5, 7.5, |random| random.gamma(7.5)),
+        ];
+        for (name, mean, variance, draw) in cases {
+            let mut random = SplitMix64::new(5, 0);
+            let draws: Vec<f64> = (0..100_000).map(|_| draw(&mut random)).collect();
+            let found_mean = draws.iter().sum::<f64>() / 1e5;
+            let found_variance = draws.iter().map(|x| (x - found_mean).powi(2)).sum::<f64>() / 1e5;
+            // Five standard errors of the mean; the variance of a skewed sample strays more.
+            assert!(
+                (found_mean - mean).abs() < 5.0 * (variance / 1e5).sqrt(),
+                "{name}: mean {found_mean}"
+            );
+            assert!(
+                (found_variance / variance - 1.0).abs() < 0.08,
+                "{name}: variance {found_variance}"
+            );
+        }
     }
 }

@@ -28,6 +28,18 @@ macro_rules! latency_keys {
             pub $p99: f64,
         }
 
+        impl $kind {
+            /// The keys of `values`, in their order.
+            pub const KEYS: [&str; 6] = [
+                stringify!($mean), stringify!($std), stringify!($p50), stringify!($p90), stringify!($p95), stringify!($p99),
+            ];
+
+            /// Mean, deviation, and the percentiles 50, 90, 95 and 99.
+            pub fn values(&self) -> [f64; 6] {
+                [self.$mean, self.$std, self.$p50, self.$p90, self.$p95, self.$p99]
+            }
+        }
+
         impl From<Summary> for $kind {
             fn from(summary: Summary) -> Self {
                 $kind {
@@ -60,17 +72,33 @@ latency_keys! {
 pub struct BenchReport {
     /// When it began, UTC: `20260131-235959`.
     pub date: String,
-    /// The API measured: `completions` or `chat`.
+    /// The API measured: `completions`, `chat` or `baton.v1`.
     pub backend: String,
+    /// The same, as `vllm bench serve` names it where it knows it.
+    #[serde(default)]
+    pub endpoint_type: String,
+    /// What the user calls this measurement.
+    #[serde(default)]
+    pub label: Option<String>,
+    /// Tokens are counted by the server, so it is the model's name.
+    #[serde(default)]
+    pub tokenizer_id: String,
+    /// Where the server is.
+    #[serde(default)]
+    pub server: String,
     /// The model's name.
     pub model_id: String,
     /// Requests sent, warm-up not counted.
     pub num_prompts: usize,
-    /// Requests per second of the Poisson process; `"inf"` in a closed loop.
+    /// Mean arrivals per second of an open loop, of sessions where they have several turns; of a trace, as it was played.
+    /// `"inf"` in a closed loop.
     pub request_rate: RequestRate,
-    /// 1: gaps are exponential.
-    pub burstiness: f64,
-    /// Requests in flight of the closed loop.
+    /// Shape of the gamma distribution of gaps between arrivals, 1 of a Poisson process; null if they have another.
+    pub burstiness: Option<f64>,
+    /// How requests arrive: closed loop, process or trace.
+    #[serde(default)]
+    pub arrivals: String,
+    /// Sessions in flight of the closed loop.
     pub max_concurrency: Option<usize>,
     /// Seconds from the first request's start to the last one's end.
     pub duration: f64,
@@ -84,8 +112,18 @@ pub struct BenchReport {
     pub total_output_tokens: u64,
     /// Completed requests per second.
     pub request_throughput: f64,
-    /// Completed requests per second within a latency goal; none is set.
+    /// Completed requests per second that met all objectives; null without objectives. `vllm bench serve` means the same.
     pub request_goodput: Option<f64>,
+    /// The objectives, such as `ttft:500ms`.
+    #[serde(default)]
+    pub goodput_objectives: Option<String>,
+    /// Requests that met all objectives over all that were sent; a failed one met none. Whether a rate counts towards the
+    /// goodput that DistServe means (the highest rate at which a share of 90 % does) is told by this.
+    #[serde(default)]
+    pub goodput_share: Option<f64>,
+    /// Its 95 % interval (Wilson 1927).
+    #[serde(default)]
+    pub goodput_share_ci95: Option<[f64; 2]>,
     /// Generated tokens per second.
     pub output_throughput: f64,
     /// Prompt and generated tokens per second.
@@ -107,10 +145,24 @@ pub struct BenchReport {
     #[serde(flatten)]
     pub e2el: E2elMs,
 
-    /// Prompt tokens asked for.
+    /// 95 % intervals of means and percentiles, under the same keys: of resampled requests (Efron's bootstrap), so that the
+    /// tokens of one request count as one observation. Absent for fewer than two requests.
+    #[serde(default)]
+    pub ci95: BTreeMap<String, [f64; 2]>,
+
+    /// Prompt tokens asked for, the mean of all requests.
     pub input_len: usize,
-    /// Output tokens asked for.
+    /// Output tokens asked for, the mean of all requests.
     pub output_len: u32,
+    /// Their distributions, or the trace they come from.
+    #[serde(default)]
+    pub lengths: String,
+    /// Requests of a session, each of which repeats what was said before.
+    #[serde(default)]
+    pub turns: String,
+    /// Sessions sent.
+    #[serde(default)]
+    pub num_sessions: usize,
     /// Prompt tokens that all requests share.
     pub prefix_len: usize,
     /// Prompt tokens that a prefix cache held, as the server counted them.
@@ -142,7 +194,7 @@ pub struct BenchReport {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum RequestRate {
-    /// Of the Poisson process.
+    /// Of the open loop.
     PerSecond(f64),
     /// `"inf"`: no pause between arrivals.
     Unlimited(String),
@@ -168,8 +220,14 @@ pub struct Details {
     pub input_lens: Vec<u64>,
     /// Generated tokens.
     pub output_lens: Vec<u64>,
+    /// Number of the session of which it is a turn.
+    #[serde(default)]
+    pub sessions: Vec<usize>,
     /// Seconds from the benchmark's start.
     pub start_times: Vec<f64>,
+    /// Seconds from a request's start to its end.
+    #[serde(default)]
+    pub latencies: Vec<f64>,
     /// Seconds.
     pub ttfts: Vec<f64>,
     /// Seconds.

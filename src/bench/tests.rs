@@ -11,9 +11,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio_stream::StreamExt as _;
 
+use super::workload::{ArrivalProcess, LENGTH_LIMIT, Lengths};
 use super::*;
 use crate::config::Setting as _;
 
@@ -24,9 +26,13 @@ struct Fake {
     between_tokens: Duration,
     /// Answers 429 to every request whose number is a multiple of this, from 1.
     refuse_every: usize,
+    /// Holds a permit while a request is served.
+    one_by_one: Option<Arc<tokio::sync::Semaphore>>,
     n_requests: AtomicUsize,
     n_running: AtomicUsize,
     max_running: AtomicUsize,
+    /// The prompts, in the order in which they came.
+    prompts: Mutex<Vec<Vec<u64>>>,
 }
 
 async fn completions(State(fake): State<Arc<Fake>>, Json(body): Json<Value>) -> Response {
@@ -39,8 +45,19 @@ async fn completions(State(fake): State<Arc<Fake>>, Json(body): Json<Value>) -> 
             .into_response();
     }
     assert_eq!(body["stream_options"]["include_usage"], true);
-    let n_input = body["prompt"].as_array().expect("token ids").len();
+    let prompt: Vec<u64> = body["prompt"]
+        .as_array()
+        .expect("token ids")
+        .iter()
+        .map(|id| id.as_u64().expect("an id"))
+        .collect();
+    let n_input = prompt.len();
+    fake.prompts.lock().push(prompt);
     let n_output = body["max_tokens"].as_u64().expect("a number");
+    let served = match &fake.one_by_one {
+        Some(turn) => Some(turn.clone().acquire_owned().await.expect("never closed")),
+        None => None,
+    };
     let running = 1 + fake.n_running.fetch_add(1, Ordering::SeqCst);
     fake.max_running.fetch_max(running, Ordering::SeqCst);
     let usage =
@@ -67,6 +84,7 @@ async fn completions(State(fake): State<Arc<Fake>>, Json(body): Json<Value>) -> 
         Ok::<_, Infallible>(Bytes::from(text))
     });
     let ended = futures::stream::once(async move {
+        drop(served);
         fake.n_running.fetch_sub(1, Ordering::SeqCst);
         Ok(Bytes::new())
     });
@@ -87,30 +105,50 @@ async fn start(fake: Fake) -> (Arc<Fake>, Address) {
         .with_state(fake.clone());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = Address::parse(&listener.local_addr().expect("bound").to_string()).expect("an address");
+    // Without it the tail of an event waits for the client's delayed acknowledgement of its head.
+    let listener = axum::serve::ListenerExt::tap_io(listener, |stream| {
+        stream.set_nodelay(true).expect("an open socket");
+    });
     tokio::spawn(async move { axum::serve(listener, router).await });
     (fake, address)
 }
+
+const POISSON: ArrivalProcess = ArrivalProcess::Poisson;
 
 fn config(server: Address, arrivals: Arrivals) -> BenchConfig {
     BenchConfig {
         server,
         endpoint: EndpointKind::Completions,
         model: None,
-        arrivals,
-        n_prompts: 12,
+        workload: WorkloadSpec {
+            n_requests: 12,
+            arrivals,
+            input: Lengths::Fixed(10),
+            output: Lengths::Fixed(5),
+            max_input_len: LENGTH_LIMIT,
+            max_output_len: LENGTH_LIMIT,
+            prefix_len: 3,
+            n_prefixes: 1,
+            turns: Lengths::Fixed(1),
+            turn_input: Lengths::Fixed(4),
+            think_time: Duration::ZERO,
+            trace: None,
+            seed: 1,
+        },
+        trace_path: None,
+        mode: Mode::Once,
+        objectives: Objectives::default(),
         n_warmup: 0,
-        input_len: 10,
-        prefix_len: 3,
-        output_len: 5,
         ignore_eos: true,
         temperature: None,
         vocab_size: Some(50),
-        seed: 1,
         timeout: Duration::from_secs(60),
         api_key: None,
         json: false,
         output: None,
+        html: None,
         details: false,
+        label: None,
         commit: Some("abc".into()),
     }
 }
@@ -156,9 +194,15 @@ async fn an_open_loop_does_not_wait_for_answers() {
         ..Fake::default()
     })
     .await;
-    let report = measure(&config(server, Arrivals::Open { rate: f64::INFINITY }))
-        .await
-        .expect("measured");
+    let report = measure(&config(
+        server,
+        Arrivals::Open {
+            rate: f64::INFINITY,
+            process: POISSON,
+        },
+    ))
+    .await
+    .expect("measured");
     assert_eq!(report.completed, 12);
     assert_eq!(
         fake.max_running.load(Ordering::SeqCst),
@@ -203,9 +247,15 @@ async fn a_server_that_hangs_ends_in_a_timeout() {
 #[tokio::test]
 async fn the_json_has_the_keys_that_other_tools_read_and_can_be_read_back() {
     let (_, server) = start(Fake::default()).await;
-    let report = measure(&config(server, Arrivals::Open { rate: 1000.0 }))
-        .await
-        .expect("measured");
+    let report = measure(&config(
+        server,
+        Arrivals::Open {
+            rate: 1000.0,
+            process: POISSON,
+        },
+    ))
+    .await
+    .expect("measured");
     let json = serde_json::to_value(&report).expect("serialised");
     for metric in ["ttft", "tpot", "itl", "e2el"] {
         for statistic in ["mean", "median", "std", "p50", "p90", "p95", "p99"] {
@@ -233,7 +283,7 @@ async fn the_json_has_the_keys_that_other_tools_read_and_can_be_read_back() {
     let back: BenchReport = serde_json::from_value(json).expect("read back");
     assert_eq!(back.machine, report.machine);
     assert_eq!(back.e2el, report.e2el);
-    assert!(table(&back).contains("TTFT"));
+    assert!(table::single(&back).contains("TTFT"));
 }
 
 #[tokio::test]
@@ -244,3 +294,5 @@ async fn without_a_vocabulary_the_way_out_is_named() {
     let message = format!("{:#}", measure(&config).await.expect_err("no ModelInfo"));
     assert!(message.contains("--vocab-size"), "{message}");
 }
+
+mod modes;

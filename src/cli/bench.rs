@@ -1,26 +1,34 @@
 //! `baton bench`: flags of the load generator.
 
+mod load;
+
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use crate::bench::{Arrivals, BenchConfig, EndpointKind};
+use self::load::LoadFlags;
+use crate::bench::sweep::SweepOptions;
+use crate::bench::workload::Arrivals;
+use crate::bench::{BenchConfig, EndpointKind, Mode, Objectives};
 use crate::config::{Address, ConfigError, Layers, Secret, Span, flag};
-
-/// A benchmark of more requests than this would keep too many samples in memory.
-const N_PROMPTS_LIMIT: usize = 10_000_000;
 
 const EXAMPLES: &str = "\
 Examples:
   Eight requests in flight, 512 tokens in, 128 out:
     baton bench --concurrency 8 --num-prompts 64 --input-len 512 --output-len 128
-  A Poisson process of 2.5 requests per second, and a JSON report:
-    baton bench --rate 2.5 --num-prompts 200 --output results/rate-2.5.json
-  All prompts begin with the same 256 tokens:
-    baton bench --concurrency 4 --input-len 512 --prefix-len 256
-  Another kind of server:
-    baton bench --server http://127.0.0.1:9000 --endpoint chat --concurrency 4
+  A Poisson process of 2.5 requests per second, and a JSON report and a page with plots:
+    baton bench --rate 2.5 --num-prompts 200 --output results/rate-2.5.json --html results/rate-2.5.html
+  Bursty arrivals, lengths like ShareGPT's, and how many requests were good:
+    baton bench --rate 4 --arrivals gamma:2.5 --input-len sharegpt --output-len sharegpt --goodput ttft:500ms,tpot:50ms
+  Conversations of two to six turns, each of which repeats what was said before:
+    baton bench --rate 1 --turns uniform:2-6 --turn-len 64 --think-time 2s --endpoint chat
+  A recorded trace at twice its speed:
+    baton bench --trace conversation_trace.jsonl --time-scale 0.5 --num-prompts 1000
+  The highest rate at which 90 % of the requests meet the objectives:
+    baton bench --sweep --rate 1 --goodput ttft:500ms,tpot:50ms --sweep-seconds 60
+  Two servers in turn:
+    baton bench --server http://127.0.0.1:8000 --compare http://127.0.0.1:9000 --rounds 5 --vocab-size 32000
 
 TTFT: sending to first token. TPOT: time per token after the first, one value per request. ITL: between two tokens.
 E2E: sending to last token. Exit code 1 if no request was completed.";
@@ -35,34 +43,18 @@ pub struct BenchFlags {
     /// The server's API key [env: BATON_API_KEY]
     #[arg(long, value_name = "KEY", value_parser = flag::<Secret>)]
     api_key: Option<Secret>,
-    /// Which API to measure: prompts are token ids (completions) or words (chat)
+    /// Which API to measure: prompts are token ids (completions, baton.v1) or words (chat)
     #[arg(long, value_enum, default_value_t = Endpoint::Completions)]
     endpoint: Endpoint,
     /// Model to ask for [default: the first that the server names]
     #[arg(long)]
     model: Option<String>,
 
-    /// Closed loop: this many requests in flight [default: 1]
-    #[arg(long, value_name = "N", conflicts_with = "rate", help_heading = "Load", value_parser = flag::<NonZeroUsize>)]
-    concurrency: Option<NonZeroUsize>,
-    /// Open loop: a Poisson process of this many requests per second; inf sends all at once
-    #[arg(long, value_name = "PER_SECOND", help_heading = "Load", value_parser = rate)]
-    rate: Option<f64>,
-    /// Requests to measure
-    #[arg(long, value_name = "N", default_value = "32", help_heading = "Load", value_parser = flag::<NonZeroUsize>)]
-    num_prompts: NonZeroUsize,
+    #[command(flatten)]
+    load: LoadFlags,
     /// Requests to send before, one after the other
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Load")]
     warmup: usize,
-    /// Tokens (chat: words) of each prompt
-    #[arg(long, value_name = "N", default_value = "128", help_heading = "Load", value_parser = flag::<NonZeroUsize>)]
-    input_len: NonZeroUsize,
-    /// Leading tokens that all prompts share
-    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Load")]
-    prefix_len: usize,
-    /// Tokens to generate
-    #[arg(long, value_name = "N", default_value = "32", help_heading = "Load", value_parser = flag::<NonZeroU32>)]
-    output_len: NonZeroU32,
     /// Let an end-of-sequence token end an output before its length
     #[arg(long, help_heading = "Load")]
     stop_at_eos: bool,
@@ -72,12 +64,35 @@ pub struct BenchFlags {
     /// Draw token ids below this [default: the server's vocabulary]
     #[arg(long, value_name = "N", help_heading = "Load", value_parser = flag::<NonZeroU32>)]
     vocab_size: Option<NonZeroU32>,
-    /// Seed of prompts and arrivals
-    #[arg(long, default_value_t = 0, help_heading = "Load")]
-    seed: u64,
     /// Most time for one request
     #[arg(long, value_name = "DURATION", default_value = "10m", help_heading = "Load", value_parser = flag::<Span>)]
     timeout: Span,
+
+    /// Count the requests that meet all of these: ttft:DURATION,tpot:DURATION,e2e:DURATION; a bare number is milliseconds
+    #[arg(long, value_name = "OBJECTIVE", num_args = 1.., value_delimiter = ',', help_heading = "Goodput")]
+    goodput: Vec<String>,
+    /// Find the highest rate at which enough requests meet the objectives, from --rate on (DistServe's goodput)
+    #[arg(long, conflicts_with_all = ["concurrency", "compare"], requires = "goodput", help_heading = "Goodput")]
+    sweep: bool,
+    /// Share of requests that must meet the objectives at a rate
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = share, help_heading = "Goodput")]
+    attainment: f64,
+    /// Most rates to try
+    #[arg(long, value_name = "N", default_value = "12", value_parser = flag::<NonZeroU32>, help_heading = "Goodput")]
+    sweep_points: NonZeroU32,
+    /// Arrivals of each rate last at least so long
+    #[arg(long, value_name = "SECONDS", default_value_t = 30.0, value_parser = seconds, help_heading = "Goodput")]
+    sweep_seconds: f64,
+    /// Stop when the lowest rate missed is above the highest met by at most this share
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = share, help_heading = "Goodput")]
+    sweep_precision: f64,
+
+    /// Measure this server in turn with the other, A B A B, and print ratios
+    #[arg(long, value_name = "URL", value_parser = flag::<Address>, help_heading = "Comparison")]
+    compare: Option<Address>,
+    /// How often
+    #[arg(long, value_name = "N", default_value = "3", value_parser = flag::<NonZeroU32>, help_heading = "Comparison")]
+    rounds: NonZeroU32,
 
     /// Print the report as JSON
     #[arg(long, help_heading = "Report")]
@@ -85,9 +100,15 @@ pub struct BenchFlags {
     /// Write the report as JSON to this file
     #[arg(long, value_name = "FILE", help_heading = "Report")]
     output: Option<PathBuf>,
+    /// Write a page with plots to this file; it needs nothing else to be shown
+    #[arg(long, value_name = "FILE", help_heading = "Report")]
+    html: Option<PathBuf>,
     /// Put one entry per request into the JSON
     #[arg(long, help_heading = "Report")]
     details: bool,
+    /// What to call this measurement in the report
+    #[arg(long, help_heading = "Report")]
+    label: Option<String>,
     /// Commit to report [default: the one checked out in the working directory]
     #[arg(long, help_heading = "Report")]
     commit: Option<String>,
@@ -98,6 +119,8 @@ pub struct BenchFlags {
 enum Endpoint {
     Completions,
     Chat,
+    #[value(name = "baton.v1")]
+    BatonV1,
 }
 
 impl From<Endpoint> for EndpointKind {
@@ -105,26 +128,32 @@ impl From<Endpoint> for EndpointKind {
         match endpoint {
             Endpoint::Completions => EndpointKind::Completions,
             Endpoint::Chat => EndpointKind::Chat,
+            Endpoint::BatonV1 => EndpointKind::BatonV1,
         }
     }
 }
 
-fn rate(text: &str) -> Result<f64, &'static str> {
-    let rate: f64 = text.parse().map_err(|_| "expected a number above 0, or inf")?;
-    if rate > 0.0 {
-        Ok(rate)
-    } else {
-        Err("expected a number above 0, or inf")
-    }
+/// A number for which `holds`.
+fn number(text: &str, expected: &'static str, holds: impl Fn(f64) -> bool) -> Result<f64, &'static str> {
+    text.parse().ok().filter(|number| holds(*number)).ok_or(expected)
 }
 
 fn temperature(text: &str) -> Result<f64, &'static str> {
-    let temperature: f64 = text.parse().map_err(|_| "expected a number from 0 to 2")?;
-    if (0.0..=2.0).contains(&temperature) {
-        Ok(temperature)
-    } else {
-        Err("expected a number from 0 to 2")
-    }
+    number(text, "expected a number from 0 to 2", |number| {
+        (0.0..=2.0).contains(&number)
+    })
+}
+
+fn share(text: &str) -> Result<f64, &'static str> {
+    number(text, "expected a number above 0 and at most 1", |number| {
+        number > 0.0 && number <= 1.0
+    })
+}
+
+fn seconds(text: &str) -> Result<f64, &'static str> {
+    number(text, "expected seconds, from 0 to 86400", |number| {
+        (0.0..=86_400.0).contains(&number)
+    })
 }
 
 impl BenchFlags {
@@ -135,47 +164,70 @@ impl BenchFlags {
             port: 8000,
         };
         let server = layers.pick("server", self.server)?.unwrap_or_else(default_server);
-        let impossible = |message: String| Err(ConfigError::Impossible(message));
-        if let Address::Unix(_) = server {
-            return impossible(format!(
-                "server: found {server}, expected host:port or http://host:port"
-            ));
+        for (name, address) in [("server", Some(&server)), ("compare", self.compare.as_ref())] {
+            if let Some(Address::Unix(_)) = address {
+                let found = address.map(ToString::to_string).unwrap_or_default();
+                return Err(ConfigError::Impossible(format!(
+                    "{name}: found {found}, expected host:port or http://host:port"
+                )));
+            }
         }
-        if self.prefix_len > self.input_len.get() {
-            return impossible(format!(
-                "prefix-len: found {}, expected at most input-len ({})",
-                self.prefix_len, self.input_len
-            ));
-        }
-        if self.num_prompts.get() > N_PROMPTS_LIMIT {
-            return impossible(format!(
-                "num-prompts: found {}, expected at most {N_PROMPTS_LIMIT}",
-                self.num_prompts
-            ));
-        }
-        let concurrency = self.concurrency.map_or(1, NonZeroUsize::get);
+        let objectives = objectives(&self.goodput)?;
+        let is_sweep = self.sweep;
+        let trace_path = self.load.trace.clone();
+        let workload = self.load.resolve(is_sweep)?;
+        let mode = match (self.compare, workload.arrivals) {
+            (Some(other), _) => Mode::Compare {
+                other,
+                n_rounds: self.rounds.get(),
+            },
+            (None, Arrivals::Open { rate, .. }) if is_sweep => Mode::Sweep(SweepOptions {
+                start: rate,
+                attainment: self.attainment,
+                max_points: self.sweep_points.get(),
+                precision: self.sweep_precision,
+                point_seconds: self.sweep_seconds,
+            }),
+            (None, _) => Mode::Once,
+        };
         Ok(BenchConfig {
             server,
             endpoint: self.endpoint.into(),
             model: self.model,
-            arrivals: self
-                .rate
-                .map_or(Arrivals::Closed { concurrency }, |rate| Arrivals::Open { rate }),
-            n_prompts: self.num_prompts.get(),
+            workload,
+            trace_path,
+            mode,
+            objectives,
             n_warmup: self.warmup,
-            input_len: self.input_len.get(),
-            prefix_len: self.prefix_len,
-            output_len: self.output_len.get(),
             ignore_eos: !self.stop_at_eos,
             temperature: self.temperature,
             vocab_size: self.vocab_size.map(NonZeroU32::get),
-            seed: self.seed,
             timeout: self.timeout.0,
             api_key: layers.pick("api_key", self.api_key)?,
             json: self.json,
             output: self.output,
+            html: self.html,
             details: self.details,
+            label: self.label,
             commit: self.commit,
         })
     }
+}
+
+fn objectives(texts: &[String]) -> Result<Objectives, ConfigError> {
+    let mut objectives = Objectives::default();
+    for text in texts {
+        if objectives.add(text).is_none() {
+            return Err(ConfigError::Impossible(format!(
+                "goodput: found {text:?}, expected {}",
+                <Objectives as crate::config::Setting>::EXPECTED
+            )));
+        }
+    }
+    Ok(objectives)
+}
+
+/// `Some` number, or `default`.
+fn or_number(flag: Option<NonZeroUsize>, default: usize) -> usize {
+    flag.map_or(default, NonZeroUsize::get)
 }

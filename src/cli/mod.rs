@@ -4,6 +4,7 @@ mod bench;
 mod ctl;
 mod doctor;
 mod groups;
+mod null;
 mod scheduler;
 mod serve;
 mod simulate;
@@ -55,6 +56,9 @@ enum Command {
     Doctor(doctor::DoctorFlags),
     /// Try the cluster's decisions under faults, in virtual time
     Simulate(simulate::SimulateFlags),
+    /// Run a front door over a generator without a model
+    #[command(hide = true)]
+    Null(Box<null::NullFlags>),
 }
 
 /// Runs the command that the process's arguments name, and says how it ended.
@@ -113,6 +117,12 @@ fn run(command: Command) -> anyhow::Result<()> {
         }
         Command::Doctor(flags) => flags.run(),
         Command::Simulate(flags) => flags.run(),
+        Command::Null(flags) => {
+            let layers = Layers::open(environment, flags.process.config.as_deref())?;
+            let (config, log) = flags.resolve(&layers)?;
+            logging::start(&log)?;
+            until_signal(|shutdown| crate::null_process::run_null(config, shutdown))
+        }
     }
 }
 

@@ -232,6 +232,72 @@ fn colocate_is_a_flag_with_or_without_its_value() {
     }
 }
 
+fn bench(arguments: &str) -> anyhow::Result<crate::bench::BenchConfig> {
+    let words = ["baton", "bench"].into_iter().chain(arguments.split_whitespace());
+    match Arguments::try_parse_from(words)?.command {
+        Command::Bench(flags) => Ok(flags.resolve(&layers(&[]))?),
+        other => panic!("{other:?} is not bench"),
+    }
+}
+
+#[test]
+fn bench_flags_say_which_load_and_what_is_done_with_it() {
+    use crate::bench::Mode;
+    use crate::bench::workload::{ArrivalProcess, Arrivals, Lengths};
+
+    let config = bench("").expect("valid");
+    assert_eq!(config.workload.arrivals, Arrivals::Closed { concurrency: 1 });
+    assert_eq!((config.mode, config.workload.n_requests), (Mode::Once, 32));
+
+    let config =
+        bench("--rate 4 --arrivals gamma:2.5 --input-len uniform:3-9 --output-len sharegpt --turns 2").expect("valid");
+    let process = ArrivalProcess::Gamma { cv: 2.5 };
+    assert_eq!(config.workload.arrivals, Arrivals::Open { rate: 4.0, process });
+    assert_eq!(config.workload.input, Lengths::Uniform { low: 3, high: 9 });
+    assert_eq!(config.workload.output, crate::bench::workload::SHAREGPT_OUTPUTS);
+
+    for goodput in ["ttft:500ms,tpot:50ms", "ttft:500 tpot:50"] {
+        let config = bench(&format!("--sweep --rate 2 --goodput {goodput} --attainment 0.95")).expect(goodput);
+        assert_eq!(config.objectives.to_string(), "ttft:500ms,tpot:50ms");
+        assert!(matches!(config.mode, Mode::Sweep(options) if options.start == 2.0 && options.attainment == 0.95));
+    }
+    let config = bench("--compare 127.0.0.1:9 --rounds 5 --endpoint baton.v1").expect("valid");
+    assert!(matches!(config.mode, Mode::Compare { n_rounds: 5, .. }));
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("trace.csv");
+    let lines = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.5,12,3\n2023-11-16 18:17:04,5,2\n";
+    std::fs::write(&path, lines).expect("written");
+    let trace = format!("--trace {}", path.display());
+    let config = bench(&format!("{trace} --time-scale 0.5")).expect("valid");
+    assert_eq!(config.workload.arrivals, Arrivals::Recorded { scale: 0.5 });
+    assert_eq!(config.workload.n_requests, 2, "all of it");
+    let config = bench(&format!("{trace} --rate 3 --num-prompts 1")).expect("valid");
+    assert!(matches!(config.workload.arrivals, Arrivals::Open { .. }) && config.workload.trace.is_some());
+
+    for (arguments, part) in [
+        ("--rate 0", "--rate"),
+        ("--arrivals gamma", "gamma:CV"),
+        ("--input-len 0", "uniform:LOW-HIGH"),
+        ("--goodput itl:5ms", "goodput: found \"itl:5ms\""),
+        ("--sweep", "--goodput"),
+        ("--sweep --rate inf --goodput ttft:1", "rate: found inf"),
+        ("--sweep --compare a:1 --goodput ttft:1", "--compare"),
+        ("--attainment 1.5", "--attainment"),
+        ("--prefix-len 200", "prefix-len: found 200"),
+        ("--compare unix:/x", "compare: found unix:/x"),
+        ("--trace /no/such/trace", "/no/such/trace"),
+        (
+            &format!("{trace} --num-prompts 3"),
+            "num-prompts: found 3, expected at most 2",
+        ),
+        (&format!("{trace} --turns 2"), "--turns"),
+    ] {
+        let message = bench(arguments).expect_err(arguments).to_string();
+        assert!(message.contains(part), "{arguments}: {message}");
+    }
+}
+
 #[test]
 fn exit_codes_tell_configuration_from_running() {
     let configuration = anyhow::Error::from(ConfigError::Impossible("x".into())).context("while starting");

@@ -184,7 +184,10 @@ impl Wanted {
         }
         if self.keys.as_ref().is_none_or(|(of, _)| *of != space) {
             let hasher = PrefixHasher::new(space.fingerprint, space.block_size as usize);
-            self.keys = Some((space, hasher.keys(self.request.cache_salt, &self.tokens)));
+            self.keys = Some((
+                space,
+                hasher.keys(self.request.prefix_salt(space.short_context), &self.tokens),
+            ));
         }
         self.keys.as_ref().map_or(&[], |(_, keys)| keys)
     }

@@ -75,6 +75,7 @@ struct State {
 pub(super) struct KeySpace {
     pub(super) fingerprint: Fingerprint,
     pub(super) block_size: u32,
+    pub(super) short_context: Option<u32>,
 }
 
 /// The cluster as one front door knows it.
@@ -345,6 +346,7 @@ impl Cluster {
         Some(KeySpace {
             fingerprint: info.fingerprint,
             block_size: info.block_size,
+            short_context: info.short_context,
         })
     }
 

@@ -1,8 +1,10 @@
 """The official OpenAI package against a running `baton serve` with the demo model. usage: openai_chat.py http://HOST:PORT"""
 
 import os
+import typing
 
 import openai
+import pydantic
 
 from expect import Checks, server_url
 
@@ -185,11 +187,60 @@ def seeds(client):
     check(len({sample(seed) for seed in range(5)}) > 1, "different seeds, different texts")
 
 
+class Sum(pydantic.BaseModel):
+    first: int = pydantic.Field(ge=0, le=999)
+    second: int = pydantic.Field(ge=0, le=999)
+    kind: typing.Literal["sum", "difference"]
+
+
+def structured(client):
+    parsed = client.chat.completions.parse(model=MODEL, messages=QUESTION, temperature=0, max_tokens=200, response_format=Sum)
+    check(isinstance(parsed.choices[0].message.parsed, Sum), f"a pydantic model comes back: {parsed.choices[0].message.content!r}")
+    check(parsed.choices[0].finish_reason == "stop", "a complete document ends by itself")
+
+    with client.chat.completions.stream(
+        model=MODEL, messages=QUESTION, temperature=1, seed=3, n=1, max_tokens=200, response_format=Sum
+    ) as stream:
+        final = stream.get_final_completion()
+    check(isinstance(final.choices[0].message.parsed, Sum), f"streamed too: {final.choices[0].message.content!r}")
+
+    several = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=1, n=3, max_tokens=20, extra_body={"guided_choice": ["yes", "no", "perhaps"]}
+    )
+    texts = [choice.message.content for choice in several.choices]
+    check(all(text in ("yes", "no", "perhaps") for text in texts), f"each is one of the choices: {texts}")
+
+    wrong = lambda: client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=4,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strange"}}},
+    )
+    check.raises(openai.BadRequestError, wrong, "a schema that cannot be compiled is refused by name", "response_format")
+
+
+def rules(client):
+    plain = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=8, logprobs=True)
+    first = plain.choices[0].logprobs.content[0].token
+    ids = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, max_tokens=8, extra_body={"return_token_ids": True}
+    )
+    banned = extra(ids, "token_ids")[0]
+    other = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, max_tokens=8, logprobs=True, logit_bias={str(banned): -100}
+    )
+    check(other.choices[0].logprobs.content[0].token != first, f"logit_bias -100 rules {first!r} out")
+    long = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, temperature=0, max_tokens=24, extra_body={"min_tokens": 24}
+    )
+    check(long.usage.completion_tokens == 24, "min_tokens holds the end back")
+    best = client.completions.create(model=MODEL, prompt=SUM_PROMPT, temperature=1, max_tokens=8, n=1, best_of=4, seed=1)
+    check(len(best.choices) == 1 and best.usage.completion_tokens > 8, f"best_of shows one of four: {best.usage}")
+
+
 def errors(client):
     def ask(**changes):
         return lambda: client.chat.completions.create(**{"model": MODEL, "messages": QUESTION, "max_tokens": 4} | changes)
 
-    error = check.raises(openai.BadRequestError, ask(logit_bias={"5": 1}), "logit_bias is refused by name", "logit_bias")
+    error = check.raises(openai.BadRequestError, ask(logit_bias={"5": 101}), "a logit_bias past 100 is refused by name", "logit_bias")
     if error is not None:
         body = error.body if isinstance(error.body, dict) else {}
         check({"message", "type", "param", "code"} <= set(body), f"the error has OpenAI's shape: {body}")
@@ -212,7 +263,7 @@ def main():
     client = openai.OpenAI(
         base_url=server_url() + "/v1", api_key=os.environ.get("OPENAI_API_KEY", "unused"), max_retries=0, timeout=60.0
     )
-    for group in (models, chat, chat_stream, completions, echo, chat_logprobs, stop, seeds, errors):
+    for group in (models, chat, chat_stream, completions, echo, chat_logprobs, stop, seeds, structured, rules, errors):
         check.group(group.__name__, group, client)
     check.finish()
 

@@ -12,13 +12,19 @@ import openai
 
 from expect import Checks, server_url
 
+CITIES = ["Köln", "Oslo", "Rom"]
 TOOLS = [
     {
         "type": "function",
         "function": {
             "name": "weather",
             "description": "The weather of a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "enum": CITIES}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
         },
     }
 ]
@@ -62,6 +68,20 @@ def answers(client, model):
     check("".join(parts) == (whole.choices[0].message.content or ""), "and its stream says the same")
 
 
+def forced(client, model):
+    asked = {"model": model, "messages": QUESTION, "tools": TOOLS, "temperature": 0, "max_tokens": 128}
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        whole = client.chat.completions.create(**asked, tool_choice=choice, parallel_tool_calls=False).choices[0]
+        check(whole.finish_reason == "tool_calls", f"tool_choice {choice} makes a call: {whole}")
+        call = whole.message.tool_calls[0].function
+        city = json.loads(call.arguments)["city"]
+        check(call.name == "weather" and city in CITIES, f"as its schema has it: {call}")
+        with client.chat.completions.stream(**asked, tool_choice=choice, parallel_tool_calls=False) as stream:
+            added_up = stream.get_final_completion().choices[0].message.tool_calls[0].function
+        check((added_up.name, added_up.arguments) == (call.name, call.arguments), f"and its stream the same: {added_up}")
+
+
 def calls(client, model):
     asked = {"model": model, "messages": QUESTION, "tools": TOOLS}
     whole = client.chat.completions.create(**asked).choices[0]
@@ -88,10 +108,9 @@ def calls(client, model):
 
 def refusals(client, model):
     asked = {"model": model, "messages": QUESTION, "tools": TOOLS}
-    named = {"type": "function", "function": {"name": "weather"}}
-    for choice in ("required", named):
-        call = lambda: client.chat.completions.create(**asked, tool_choice=choice)
-        check.raises(openai.BadRequestError, call, f"tool_choice {choice} is refused", "tool_choice")
+    unknown = {"type": "function", "function": {"name": "clock"}}
+    call = lambda: client.chat.completions.create(**asked, tool_choice=unknown)
+    check.raises(openai.BadRequestError, call, "a choice that is none of the tools is refused", "tool_choice")
     broken = [{"type": "function", "function": {}}]
     call = lambda: client.chat.completions.create(model=model, messages=QUESTION, tools=broken)
     check.raises(openai.BadRequestError, call, "a tool without a name is refused", "tools[0].function.name")
@@ -106,6 +125,7 @@ def main():
         check.group("calls", calls, client, model)
     else:
         check.group("answers", answers, client, model)
+        check.group("forced calls", forced, client, model)
     check.group("refusals", refusals, client, model)
     check.finish()
 

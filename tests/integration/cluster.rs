@@ -268,15 +268,21 @@ pub fn signal(pid: u32, signal: rustix::process::Signal) {
 
 /// A folder with the config.json of a Llama without weights, for `--load-format dummy`.
 pub fn dummy_model(name: &str, n_layers: u32, hidden: u32) -> PathBuf {
+    dummy_model_with(name, n_layers, hidden, &json!({}))
+}
+
+/// The same with other fields, or more of them.
+pub fn dummy_model_with(name: &str, n_layers: u32, hidden: u32, more: &Value) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("models").join(name);
     std::fs::create_dir_all(&folder).expect("a folder");
-    let config = json!({
+    let mut config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": 3 * hidden, "num_hidden_layers": n_layers, "num_attention_heads": hidden / 64,
         "num_key_value_heads": hidden / 128, "head_dim": 64, "vocab_size": 2048, "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
         "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2
     });
+    merge(&mut config, more);
     // Tests of one run may write it at the same time: the same bytes, put in place in one move.
     static N_WRITTEN: AtomicU32 = AtomicU32::new(0);
     let unique = (std::process::id(), N_WRITTEN.fetch_add(1, Ordering::Relaxed));

@@ -3,6 +3,7 @@
 mod clients;
 mod cluster;
 mod colocate;
+mod constraints;
 mod equality;
 mod faults;
 mod goldens;
@@ -12,6 +13,8 @@ mod moves;
 mod operations;
 mod purity;
 mod rolling;
+mod schemas;
 mod soak;
 mod storm;
 mod throttle;
+mod windows;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::cluster::{Cluster, dummy_model, merge, prompt, signal};
 
 /// Ids and log-probabilities of every choice, as the server wrote them.
-async fn ask(cluster: &Cluster, ids: &[u32], options: &Value) -> Vec<(Value, Value)> {
+pub async fn ask(cluster: &Cluster, ids: &[u32], options: &Value) -> Vec<(Value, Value)> {
     let mut body = json!({ "prompt": ids, "logprobs": 1, "return_token_ids": true, "ignore_eos": true });
     merge(&mut body, options);
     let (status, answer) = cluster.post("/v1/completions", &body).await;
@@ -29,7 +29,7 @@ async fn ask(cluster: &Cluster, ids: &[u32], options: &Value) -> Vec<(Value, Val
 }
 
 /// The one request that decodes, once it has `n_tokens` tokens.
-async fn running(cluster: &Cluster, n_tokens: u32) -> RequestStatus {
+pub async fn running(cluster: &Cluster, n_tokens: u32) -> RequestStatus {
     loop {
         let requests = cluster.operator().list_requests(ListRequestsRequest {}).await;
         let requests = requests.expect("a list").into_inner().requests;
@@ -43,7 +43,7 @@ async fn running(cluster: &Cluster, n_tokens: u32) -> RequestStatus {
     }
 }
 
-async fn move_one(cluster: &Cluster, request_id: &str, to: &str) -> Result<(String, String), tonic::Status> {
+pub async fn move_one(cluster: &Cluster, request_id: &str, to: &str) -> Result<(String, String), tonic::Status> {
     let request = MoveOneRequest {
         request_id: request_id.to_owned(),
         to: to.to_owned(),

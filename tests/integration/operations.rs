@@ -183,7 +183,7 @@ async fn prompts_and_answers_are_in_no_log() {
         )
         .await;
     assert_eq!(status, 200, "{answer}");
-    let refused = json!({ "messages": message, "max_tokens": 20, "logit_bias": { "1": 1 } });
+    let refused = json!({ "messages": message, "max_tokens": 20, "logit_bias": { "1": 101 } });
     assert_eq!(cluster.post("/v1/chat/completions", &refused).await.0, 400);
     cluster.until_idle_and_whole().await;
     let text = std::fs::read_to_string(log.path()).expect("UTF-8");

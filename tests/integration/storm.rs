@@ -12,12 +12,13 @@ use futures::future::join_all;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::cluster::{Cluster, dummy_model, merge, prompt, signal};
+use super::cluster::{Cluster, dummy_model, merge, prompt, repository, signal};
+use super::schemas::{Dice, schema};
 
 const N_AT_ONCE: u64 = 10;
 const N_KINDS: u32 = 24;
 
-/// A request of every kind: lengths, groups of choices, penalties, greedy and drawn.
+/// A request of every kind: lengths, groups of choices, penalties, rules, constraints, greedy and drawn.
 fn kind(i: u32) -> (Vec<u32>, Value) {
     let shared = prompt(1, 64);
     let mut ids = if i.is_multiple_of(3) { shared } else { Vec::new() };
@@ -25,9 +26,17 @@ fn kind(i: u32) -> (Vec<u32>, Value) {
     let mut options = json!({ "max_tokens": 40 + 15 * (i % 5), "seed": i, "n": 1 + i % 3 });
     let more = match i % 4 {
         0 => json!({ "temperature": 0.0 }),
-        1 => json!({ "temperature": 0.9, "top_p": 0.95, "presence_penalty": 0.6 }),
+        1 if i.is_multiple_of(3) => json!({ "temperature": 1.0, "response_format": {
+            "type": "json_schema", "json_schema": { "name": "any", "schema": schema(u64::from(i)) }
+        } }),
+        1 => json!({ "temperature": 0.9, "top_p": 0.95, "presence_penalty": 0.6, "min_p": 0.01 }),
         2 => json!({ "temperature": 1.0, "frequency_penalty": 0.4, "repetition_penalty": 1.2 }),
-        _ => json!({ "temperature": 0.7, "top_k": 40 }),
+        3 if i.is_multiple_of(3) => {
+            json!({ "temperature": 0.7, "structured_outputs": { "regex": "([a-z]{3,9} ){4,30}\\." } })
+        }
+        _ => {
+            json!({ "temperature": 0.7, "top_k": 40, "logit_bias": { "11": 2.0, "12": -100.0 }, "bad_words": ["the"] })
+        }
     };
     merge(&mut options, &more);
     (ids, options)
@@ -49,23 +58,6 @@ async fn choices(cluster: &Cluster, (ids, options): &(Vec<u32>, Value)) -> Resul
             (number(&choice["index"]), ids.map(number).collect())
         })
         .collect())
-}
-
-/// Numbers in an order that a seed gives.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
-    }
-
-    fn pick<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
-        (!all.is_empty()).then(|| &all[self.roll(all.len() as u64) as usize])
-    }
 }
 
 /// Resident memory of a process, KiB.
@@ -192,6 +184,8 @@ async fn a_storm_costs_time_and_nothing_else() {
     };
     let (seconds, seed) = (setting("BATON_STORM_SECONDS", 45), setting("BATON_STORM_SEED", 1));
     let model = dummy_model("storm", 4, 256);
+    // Constraints are of text.
+    std::fs::copy(repository("models/demo/tokenizer.json"), model.join("tokenizer.json")).expect("copied");
     let model = model.to_str().expect("UTF-8");
     let base = ["--model", model, "--load-format", "dummy", "--max-num-seqs", "64"];
     let kinds: Vec<(Vec<u32>, Value)> = (0..N_KINDS).map(kind).collect();

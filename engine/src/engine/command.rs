@@ -5,7 +5,7 @@ use std::sync::Weak;
 use baton_scheduler::batch::{GroupId, Numerics};
 use baton_scheduler::ids::RequestId;
 use baton_scheduler::prefix_cache::PrefixEvent;
-use baton_scheduler::request::{ChoiceState, Failure, PortableState, Token};
+use baton_scheduler::request::{ChoiceState, Failure, Token};
 use crossbeam::channel::Sender;
 use tokio::sync::{mpsc, oneshot};
 
@@ -13,6 +13,7 @@ use super::events::{EngineEvent, Timed};
 use super::handoff::{PrefillEvent, ReservedChoice};
 use super::load::OpenPermit;
 use super::moving::{MoveStage, PausedMove};
+use super::prepared::Prepared;
 
 /// What a granted reservation has, with the means to write it.
 pub(super) struct Granted {
@@ -50,18 +51,18 @@ pub(super) struct StartedMove {
 
 pub(super) enum Command {
     Generate {
-        state: Box<PortableState>,
+        state: Box<Prepared>,
         events: mpsc::Sender<Timed<EngineEvent>>,
         permit: OpenPermit,
     },
     Prefill {
-        state: Box<PortableState>,
+        state: Box<Prepared>,
         first_block: usize,
         events: mpsc::Sender<Timed<PrefillEvent>>,
         permit: OpenPermit,
     },
     Reserve {
-        state: Box<PortableState>,
+        state: Box<Prepared>,
         purpose: Purpose,
         events: mpsc::Sender<Timed<EngineEvent>>,
         reply: oneshot::Sender<Result<Granted, Failure>>,

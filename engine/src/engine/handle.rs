@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use baton_kernels::KvLayout;
 use baton_scheduler::batch::{BatchConfig, BatchConfigError, BatchScheduler};
-use baton_scheduler::ids::{Nanos, RequestId};
+use baton_scheduler::ids::{Nanos, RequestId, TokenId};
 use baton_scheduler::prefix_cache::PrefixEvent;
-use baton_scheduler::request::{Failure, PortableState};
+use baton_scheduler::request::{Failure, PortableState, SamplingParams};
 use crossbeam::channel::{self, Sender};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -20,8 +20,10 @@ use super::handoff::{PrefillJob, Reservation, refused};
 use super::load::{LoadReport, OpenCount, OpenPermit};
 use super::moving::RunningMove;
 use super::open_group::n_events_left;
+use super::prepared::Prepared;
 use super::step_loop;
 use super::watchdog::{Health, Heartbeat};
+use crate::constraint::ConstraintCompiler;
 use crate::forward::ForwardPass;
 
 /// Room in a request's channel beyond its tokens and ends: start, prompt log-probabilities, terminal, some preemptions.
@@ -104,6 +106,8 @@ pub struct EngineHandle {
     in_line: Arc<OpenCount>,
     reserved: Arc<OpenCount>,
     stopped: watch::Receiver<()>,
+    /// Absent: constrained requests are refused.
+    constraints: Option<ConstraintCompiler>,
 }
 
 /// Starts the step thread over `forward`.
@@ -162,20 +166,48 @@ pub fn start<F: ForwardPass>(mut forward: F, config: EngineConfig) -> Result<Eng
         in_line,
         reserved,
         stopped,
+        constraints: None,
     })
 }
 
 impl EngineHandle {
+    /// The same engine, which takes constrained requests and compiles them by `compiler`.
+    pub fn with_constraints(self, compiler: ConstraintCompiler) -> EngineHandle {
+        EngineHandle {
+            constraints: Some(compiler),
+            ..self
+        }
+    }
+
+    /// Makes a request ready beside the runtime, so that taking it costs nobody time. At once without a constraint.
+    ///
+    /// # Errors
+    /// `Invalid` when its constraint cannot be compiled, or its outputs are not of it.
+    pub async fn prepare(&self, state: PortableState) -> Result<Prepared, Failure> {
+        let mut prepared = Prepared::from(state);
+        if !prepared.is_waiting() {
+            return Ok(prepared);
+        }
+        let constraints = self.constraints.clone();
+        let compiling = tokio::task::spawn_blocking(move || {
+            prepared.compile(constraints.as_ref())?;
+            Ok(prepared)
+        });
+        let ended = |_| Failure::Internal("compiling a constraint panicked".to_owned());
+        compiling.await.map_err(ended)?
+    }
+
     /// Computes and generates a request here. A state in which every choice has ended is finished at once.
     ///
     /// # Errors
     /// `Invalid` when it can never run, `Busy` when too many are open, `Internal` when the engine has ended.
-    pub fn generate(&self, state: PortableState) -> Result<Generation, Failure> {
-        self.check(&state)?;
-        let permit = acquire(&self.in_line, &state)?;
-        let (events, receiver) = mpsc::channel(event_capacity(&state, self.shared.batch.max_model_len));
+    pub fn generate(&self, request: impl Into<Prepared>) -> Result<Generation, Failure> {
+        let prepared = self.check(request.into())?;
+        let state = &prepared.state;
+        let permit = acquire(&self.in_line, state)?;
+        let (events, receiver) = mpsc::channel(event_capacity(state, self.shared.batch.max_model_len));
         self.send(Command::Generate {
-            state: Box::new(state),
+            state: Box::new(prepared),
             events,
             permit,
         })?;
@@ -191,19 +223,20 @@ impl EngineHandle {
     ///
     /// # Errors
     /// As [`EngineHandle::generate`].
-    pub fn prefill(&self, state: PortableState, first_block: usize) -> Result<PrefillJob, Failure> {
-        self.check(&state)?;
-        self.shared.batch.check_handoff(&state)?;
-        let n_blocks = self.shared.batch.blocks_for(n_context(&state));
+    pub fn prefill(&self, request: impl Into<Prepared>, first_block: usize) -> Result<PrefillJob, Failure> {
+        let prepared = self.check(request.into())?;
+        let state = &prepared.state;
+        self.shared.batch.check_handoff(state)?;
+        let n_blocks = self.shared.batch.blocks_for(n_context(state));
         if first_block > n_blocks {
             return Err(Failure::Invalid(format!(
                 "first_block is {first_block}, expected at most {n_blocks}"
             )));
         }
-        let permit = acquire(&self.in_line, &state)?;
+        let permit = acquire(&self.in_line, state)?;
         let (events, receiver) = mpsc::channel(self.shared.layout.n_layers * n_blocks + N_EXTRA_EVENTS);
         self.send(Command::Prefill {
-            state: Box::new(state),
+            state: Box::new(prepared),
             first_block,
             events,
             permit,
@@ -229,9 +262,9 @@ impl EngineHandle {
     /// # Errors
     /// `Invalid` when it can never run, `Busy` when there is no room now, `Internal` when the engine has ended.
     pub async fn reserve(&self, state: PortableState) -> Result<Reservation, Failure> {
-        self.check(&state)?;
-        self.shared.batch.check_handoff(&state)?;
-        self.reserve_for(state, Purpose::Handoff).await
+        let prepared = self.check(self.prepare(state).await?)?;
+        self.shared.batch.check_handoff(&prepared.state)?;
+        self.reserve_for(prepared, Purpose::Handoff).await
     }
 
     /// Reserves blocks for a request that runs on another instance and will come with its KV: for each choice that goes on,
@@ -241,9 +274,9 @@ impl EngineHandle {
     /// # Errors
     /// As [`EngineHandle::reserve`]; `Invalid` too when a choice has no token yet.
     pub async fn reserve_moved(&self, state: PortableState, n_slack_blocks: usize) -> Result<Reservation, Failure> {
-        self.check(&state)?;
-        self.shared.batch.check_unfinished(&state)?;
-        self.reserve_for(state, Purpose::Move { n_slack_blocks }).await
+        let prepared = self.check(self.prepare(state).await?)?;
+        self.shared.batch.check_unfinished(&prepared.state)?;
+        self.reserve_for(prepared, Purpose::Move { n_slack_blocks }).await
     }
 
     /// The right to move a request that runs here, with every choice that goes on decoding. The request goes on.
@@ -270,13 +303,14 @@ impl EngineHandle {
         })
     }
 
-    async fn reserve_for(&self, state: PortableState, purpose: Purpose) -> Result<Reservation, Failure> {
-        let permit = acquire(&self.reserved, &state)?;
-        let (events, receiver) = mpsc::channel(event_capacity(&state, self.shared.batch.max_model_len));
+    async fn reserve_for(&self, prepared: Prepared, purpose: Purpose) -> Result<Reservation, Failure> {
+        let state = &prepared.state;
+        let permit = acquire(&self.reserved, state)?;
+        let (events, receiver) = mpsc::channel(event_capacity(state, self.shared.batch.max_model_len));
         let wake = self.wake_on_drop();
         let (reply, answer) = oneshot::channel();
         self.send(Command::Reserve {
-            state: Box::new(state),
+            state: Box::new(prepared),
             purpose,
             events,
             reply,
@@ -371,7 +405,9 @@ impl EngineHandle {
         answer.await.map_err(|_| silence())
     }
 
-    fn check(&self, state: &PortableState) -> Result<(), Failure> {
+    /// Refuses what can never run here, and compiles a constraint that nobody has prepared.
+    fn check(&self, mut prepared: Prepared) -> Result<Prepared, Failure> {
+        let state = &prepared.state;
         self.shared.batch.check(state)?;
         let n_vocab = self.shared.vocab_size;
         let outputs = state
@@ -385,11 +421,13 @@ impl EngineHandle {
             .iter()
             .copied()
             .chain(outputs)
+            .chain(named_ids(&state.request.sampling))
             .find(|&id| id as usize >= n_vocab);
-        match unknown {
-            Some(id) => Err(Failure::Invalid(format!("token id {id}, expected less than {n_vocab}"))),
-            None => Ok(()),
+        if let Some(id) = unknown {
+            return Err(Failure::Invalid(format!("token id {id}, expected less than {n_vocab}")));
         }
+        prepared.compile(self.constraints.as_ref())?;
+        Ok(prepared)
     }
 
     fn send(&self, command: Command) -> Result<(), Failure> {
@@ -399,6 +437,15 @@ impl EngineHandle {
     fn wake_on_drop(&self) -> WakeOnDrop {
         WakeOnDrop(self.commands.clone())
     }
+}
+
+/// Ids whose logits the request changes.
+fn named_ids(sampling: &SamplingParams) -> impl Iterator<Item = TokenId> {
+    let biased = sampling.logit_bias.iter().map(|(id, _)| *id);
+    let stops = sampling.stop_token_ids.iter().filter(|_| sampling.min_tokens > 0);
+    let allowed = sampling.allowed_token_ids.iter();
+    let bad = sampling.bad_words.iter().flatten();
+    biased.chain(stops.chain(allowed).chain(bad).copied())
 }
 
 fn acquire(count: &Arc<OpenCount>, state: &PortableState) -> Result<OpenPermit, Failure> {

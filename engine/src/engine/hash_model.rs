@@ -10,7 +10,7 @@ use crossbeam::channel::Receiver;
 use parking_lot::Mutex;
 
 use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
-use crate::sampler::{History, Sampler};
+use crate::sampler::{History, Sampler, TokenSet};
 
 pub(crate) const N_VOCAB: usize = 48;
 pub(crate) const N_LAYERS: usize = 3;
@@ -214,6 +214,16 @@ pub(crate) fn alone(state: &PortableState, max_model_len: usize) -> (Vec<Token>,
 
 /// What any choice of it gives.
 pub(crate) fn alone_choice(state: &PortableState, choice: u32, max_model_len: usize) -> (Vec<Token>, Finish) {
+    alone_within(state, choice, max_model_len, &mut |_| None)
+}
+
+/// The same, where only some tokens may follow an output.
+pub(crate) fn alone_within(
+    state: &PortableState,
+    choice: u32,
+    max_model_len: usize,
+    allowed: &mut dyn FnMut(&[TokenId]) -> Option<TokenSet>,
+) -> (Vec<Token>, Finish) {
     let sampling = &state.request.sampling;
     let mut context = state.request.prompt_ids.to_vec();
     let mut tokens: Vec<Token> = Vec::new();
@@ -221,7 +231,9 @@ pub(crate) fn alone_choice(state: &PortableState, choice: u32, max_model_len: us
         let row: Vec<f32> = logits(hash_of(&context), *context.last().unwrap()).collect();
         let (prompt, output) = context.split_at(state.request.prompt_ids.len());
         let history = History { prompt, output };
-        let token = Sampler::new().sample_after(&row, sampling, choice, history).unwrap();
+        let allowed = allowed(output);
+        let token = Sampler::new().sample_after(&row, sampling, choice, history, allowed.as_ref());
+        let token = token.unwrap();
         context.push(token.id);
         tokens.push(token.clone());
         if sampling.stop_token_ids.contains(&token.id) {

@@ -15,8 +15,10 @@ pub(crate) mod hash_model;
 mod load;
 mod moving;
 mod open_group;
+mod prepared;
 mod step;
 mod step_loop;
+mod step_masks;
 mod step_moves;
 #[cfg(test)]
 mod tests;
@@ -27,6 +29,7 @@ pub use handle::{EngineConfig, EngineError, EngineHandle, start};
 pub use handoff::{PrefillEvent, PrefillJob, Reservation, ReservedChoice};
 pub use load::{EngineCounters, LoadReport};
 pub use moving::{MoveStage, PausedMove, RunningMove, StageBlocks};
+pub use prepared::Prepared;
 pub use watchdog::Health;
 
 pub use baton_scheduler::batch::Numerics;

@@ -15,6 +15,8 @@ use super::command::{Granted, Purpose};
 use super::events::{EngineEvent, Timed};
 use super::handoff::PrefillEvent;
 use super::load::OpenPermit;
+use super::prepared::Prepared;
+use crate::constraint::GroupConstraint;
 
 /// Whom a request tells.
 pub(super) enum Outlet {
@@ -44,6 +46,8 @@ pub(super) struct OpenGroup {
     pub(super) outlet: Outlet,
     pub(super) waiter: Option<Waiter>,
     pub(super) sampling: SamplingParams,
+    /// Compiled; absent where the request has none.
+    pub(super) constraint: Option<Box<GroupConstraint>>,
     pub(super) n_prompt: usize,
     /// All that was generated, here and before.
     pub(super) choices: Vec<ChoiceState>,
@@ -81,12 +85,14 @@ impl ReadyBlocks<'_> {
 }
 
 impl OpenGroup {
-    pub(super) fn new(state: &PortableState, outlet: Outlet, permit: OpenPermit) -> OpenGroup {
-        OpenGroup {
+    pub(super) fn new(prepared: Prepared, outlet: Outlet, permit: OpenPermit) -> (PortableState, OpenGroup) {
+        let Prepared { state, constraint } = prepared;
+        let open = OpenGroup {
             request: state.request.id,
             outlet,
             waiter: None,
             sampling: state.request.sampling.clone(),
+            constraint,
             n_prompt: state.request.prompt_ids.len(),
             choices: state.choices.clone(),
             prompt_logprobs: Vec::new(),
@@ -94,7 +100,8 @@ impl OpenGroup {
             mover: None,
             has_started: false,
             _permit: permit,
-        }
+        };
+        (state, open)
     }
 
     /// Whether nobody listens any more.

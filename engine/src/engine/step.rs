@@ -10,12 +10,15 @@ use baton_scheduler::request::{Failure, Finish, Token};
 
 use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told};
 use super::step_loop::{StepLoop, is_pinned};
+use super::step_masks::StepMasks;
+use crate::constraint::ConstraintError;
 use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
 use crate::sampler::{History, SampleError, Sampler};
 
 impl<F: ForwardPass> StepLoop<F> {
     pub(super) fn step(&mut self, batch: &Batch) {
         let began = Instant::now();
+        let mut masks = StepMasks::take(batch, &self.scheduler, &mut self.open);
         let sequences: Vec<StepSequence<'_>> = batch.items.iter().map(|item| view(&self.scheduler, item)).collect();
         let block_size = self.scheduler.config().block_size;
         let ready: Vec<ReadyBlocks<'_>> = batch
@@ -45,7 +48,9 @@ impl<F: ForwardPass> StepLoop<F> {
             n_layers_told += 1;
             ready.iter().for_each(|ready| ready.tell(layer, kv));
         };
-        let logits = match self.forward.step(&sequences, &mut on_layer) {
+        let computed = masks.beside(|| self.forward.step(&sequences, &mut on_layer));
+        masks.put_back(&mut self.open);
+        let logits = match computed {
             Ok(logits) => logits,
             Err(error) => return self.fail_batch(batch, &error),
         };
@@ -86,7 +91,7 @@ impl<F: ForwardPass> StepLoop<F> {
         self.finish_step(batch, outcomes);
     }
 
-    fn finish_step(&mut self, batch: &Batch, outcomes: Vec<(Member, Result<Vec<Token>, SampleError>)>) {
+    fn finish_step(&mut self, batch: &Batch, outcomes: Vec<(Member, Result<Vec<Token>, NoToken>)>) {
         let block_size = self.scheduler.config().block_size;
         let n_layers = self.forward.layout().n_layers;
         for (item, (member, _)) in batch.items.iter().zip(&outcomes) {
@@ -112,7 +117,7 @@ impl<F: ForwardPass> StepLoop<F> {
                 }
                 Err(error) => {
                     // Removed before the commit, so that nothing computed from it enters the prefix cache.
-                    self.fail(member.group, Failure::Internal(error.to_string()));
+                    self.fail(member.group, error.into());
                     sampled.push(Vec::new());
                 }
             }
@@ -165,6 +170,7 @@ fn view<'a>(scheduler: &'a BatchScheduler, item: &BatchItem) -> StepSequence<'a>
         tokens: &scheduler.tokens(item.sequence)[item.start_pos..item.start_pos + item.n_tokens],
         start_pos: item.start_pos,
         block_table: scheduler.block_table(item.sequence),
+        rope_variant: scheduler.rope_variant(item.sequence),
         logits,
     }
 }
@@ -186,6 +192,25 @@ fn n_complete_blocks(item: &BatchItem, block_size: usize) -> usize {
     }
 }
 
+/// Why there is no next token.
+#[derive(Debug, thiserror::Error)]
+enum NoToken {
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
+}
+
+impl From<NoToken> for Failure {
+    fn from(error: NoToken) -> Failure {
+        match error {
+            NoToken::Constraint(error) => error.into(),
+            NoToken::Sample(error @ SampleError::NothingAllowed { .. }) => Failure::Invalid(error.to_string()),
+            NoToken::Sample(error) => Failure::Internal(error.to_string()),
+        }
+    }
+}
+
 /// What is sampled for one item of a batch.
 struct Sampled<'a> {
     item: &'a BatchItem,
@@ -202,7 +227,7 @@ impl Sampled<'_> {
         sampler: &mut Sampler,
         open: &mut OpenGroup,
         rows: impl Iterator<Item = &'a [f32]>,
-    ) -> Result<Vec<Token>, SampleError> {
+    ) -> Result<Vec<Token>, NoToken> {
         let mut last = None;
         for (row_idx, row) in rows.enumerate() {
             let next_pos = self.item.start_pos + row_idx + 1;
@@ -218,8 +243,17 @@ impl Sampled<'_> {
         let (prompt, output) = self.context.split_at(open.n_prompt);
         let history = History { prompt, output };
         let choices = self.first_choice..self.first_choice + self.item.samples.n_tokens();
+        let OpenGroup {
+            sampling, constraint, ..
+        } = open;
         choices
-            .map(|choice| sampler.sample_after(row, &open.sampling, choice, history))
+            .map(|choice| {
+                let allowed = match constraint {
+                    Some(constraint) => Some(constraint.allowed(choice, output)?),
+                    None => None,
+                };
+                Ok(sampler.sample_after(row, sampling, choice, history, allowed)?)
+            })
             .collect()
     }
 }

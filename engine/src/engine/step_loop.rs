@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use baton_kernels::{KernelError, KvCache};
 use baton_scheduler::batch::{
-    Batch, BatchScheduler, Committed, GroupId, Numerics, Phase, ReserveOutcome, SequenceKind,
+    Batch, BatchScheduler, Committed, GroupId, Numerics, Phase, RELEASED_BLOCK, ReserveOutcome, SequenceKind,
 };
 use baton_scheduler::ids::{BlockId, TokenId};
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token};
@@ -153,7 +153,7 @@ impl<F: ForwardPass> StepLoop<F> {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Generate { state, events, permit } => {
-                let open = OpenGroup::new(&state, Outlet::Generation(events), permit);
+                let (state, open) = OpenGroup::new(*state, Outlet::Generation(events), permit);
                 self.submit(&state, SequenceKind::Local, open);
             }
             Command::Prefill {
@@ -166,7 +166,7 @@ impl<F: ForwardPass> StepLoop<F> {
                     events,
                     n_ready: first_block,
                 };
-                let open = OpenGroup::new(&state, outlet, permit);
+                let (state, open) = OpenGroup::new(*state, outlet, permit);
                 self.submit(&state, SequenceKind::PrefillForHandoff, open);
             }
             Command::Reserve {
@@ -176,7 +176,7 @@ impl<F: ForwardPass> StepLoop<F> {
                 reply,
                 permit,
             } => {
-                let mut open = OpenGroup::new(&state, Outlet::Generation(events), permit);
+                let (state, mut open) = OpenGroup::new(*state, Outlet::Generation(events), permit);
                 open.waiter = Some(Waiter { reply, purpose });
                 self.reserve(&state, purpose, open);
             }
@@ -314,7 +314,7 @@ impl<F: ForwardPass> StepLoop<F> {
         }
         let kv = self.forward.kv_cache();
         let mut blocks = members.iter().flat_map(|&id| self.scheduler.block_table(id));
-        if let Some(block) = blocks.find(|&&block| kv.is_writing(block)) {
+        if let Some(block) = blocks.find(|&&block| block != RELEASED_BLOCK && kv.is_writing(block)) {
             let message = format!("block {block} is still being written at the join");
             return self.fail(group, Failure::Internal(message));
         }

@@ -125,15 +125,20 @@ impl<F: ForwardPass> StepLoop<F> {
             let end = match extent {
                 _ if !is_here => n_prompt_blocks.max(first),
                 Extent::Full => self.scheduler.n_computed(id) / block_size,
-                Extent::Whole => table.len(),
+                Extent::Whole => table.end(),
             };
-            if first > table.len().max(end) {
+            if first > table.end().max(end) {
                 return Err(Failure::Invalid(format!(
                     "choice {choice} is asked for from block {first} on, expected at most {end}"
                 )));
             }
             let end = end.max(first);
-            let ids = table.get(first..end).unwrap_or_default().to_vec();
+            let Some(ids) = table.get(first..end).map(<[_]>::to_vec) else {
+                return Err(Failure::Busy(format!(
+                    "choice {choice} is asked for from block {first} on, and has given up those before {}",
+                    table.first
+                )));
+            };
             choices.push(StageBlocks {
                 reads: self.pin_blocks(&ids),
                 blocks: first..end,

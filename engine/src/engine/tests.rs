@@ -1,6 +1,7 @@
 //! The engine over a model whose tokens depend on every byte of KV: alone, handed over, preempted, cancelled, broken.
 
 mod choices;
+mod constraints;
 mod handoff;
 mod moves;
 mod stress;

@@ -4,12 +4,15 @@
 use std::borrow::Cow;
 
 use baton_kernels::{
-    AttentionParams, Backend, KernelError, KvCache, KvLayout, PackedWeights, RaggedBatch, RaggedSequence,
+    Activation, AttentionParams, Backend, DType, KernelError, KvCache, KvLayout, MoeParams, PackedWeights, QkNorm,
+    RaggedBatch, RaggedSequence, RopeAppendParams, WINDOW_GRAIN,
 };
+use baton_scheduler::batch::SlidingWindow;
 use baton_scheduler::ids::{Fingerprint, TokenId};
 
 use super::config::ModelConfig;
 use super::fingerprint::ModelFingerprint;
+use super::rope::RopeConfig;
 use super::weights::{EMBED, FINAL_NORM, LM_HEAD, LayerWeightNames};
 use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
 
@@ -33,7 +36,8 @@ pub struct Decoder<B: Backend> {
     limits: DecoderLimits,
     fingerprint: ModelFingerprint,
     weights: Weights<B>,
-    rope: B::Rope,
+    /// As [`LayerWeights::rope`] numbers them.
+    ropes: Vec<B::Rope>,
     kv: KvCache,
     activations: Activations<B>,
     token_ids: Vec<TokenId>,
@@ -52,40 +56,137 @@ struct Weights<B: Backend> {
 }
 
 struct LayerWeights<B: Backend> {
-    attention_norm: B::Vector,
+    attention_norm: Option<B::Vector>,
     /// `[(n_heads + 2 * n_kv_heads) * head_dim, hidden_size]`
     qkv: B::Matrix,
+    qkv_bias: Option<B::Vector>,
+    qk_norm: Option<QkNorm<B::Vector>>,
+    /// Index in [`Decoder::ropes`].
+    rope: usize,
+    attention: AttentionParams<B::Vector>,
     /// `[hidden_size, n_heads * head_dim]`
     attention_out: B::Matrix,
-    ffn_norm: B::Vector,
-    /// `[2 * ffn_size, hidden_size]`
-    gate_up: B::Matrix,
-    /// `[hidden_size, ffn_size]`
-    down: B::Matrix,
+    attention_out_bias: Option<B::Vector>,
+    post_attention_norm: Option<B::Vector>,
+    ffn_norm: Option<B::Vector>,
+    ffn: Ffn<B>,
+    post_ffn_norm: Option<B::Vector>,
+}
+
+/// What a layer has behind its attention.
+enum Ffn<B: Backend> {
+    Dense {
+        /// `[2 * ffn_size, hidden_size]`
+        gate_up: B::Matrix,
+        /// `[hidden_size, ffn_size]`
+        down: B::Matrix,
+        activation: Activation,
+    },
+    Experts {
+        /// `[n_experts, hidden_size]`
+        router: B::Matrix,
+        router_bias: Option<B::Vector>,
+        experts: B::Experts,
+        params: MoeParams,
+    },
 }
 
 /// One step's activations; rows are the step's tokens.
 struct Activations<B: Backend> {
     /// `[rows, hidden_size]`: the residual stream.
     residual: B::Tensor,
-    /// `[rows, hidden_size]`
-    normed: B::Tensor,
-    /// `[rows, hidden_size]`: what a block adds to the residual stream.
-    delta: B::Tensor,
     /// `[rows, (n_heads + 2 * n_kv_heads) * head_dim]`
     qkv: B::Tensor,
     /// `[rows, n_heads * head_dim]`
     attention: B::Tensor,
-    /// `[rows, 2 * ffn_size]`
-    gate_up: B::Tensor,
-    /// `[rows, ffn_size]`
-    ffn: B::Tensor,
+    block: BlockActivations<B>,
     /// `[wanted rows, hidden_size]`: the residual stream where logits are wanted.
     wanted_residual: B::Tensor,
     /// `[wanted rows, n_heads * head_dim]`
     wanted_attention: B::Tensor,
     /// `[wanted rows, vocab_size]`
     logits: B::Tensor,
+}
+
+/// Activations within a layer, over all rows or the wanted ones.
+struct BlockActivations<B: Backend> {
+    /// `[rows, hidden_size]`
+    normed: B::Tensor,
+    /// `[rows, hidden_size]`: what a block adds to the residual stream.
+    delta: B::Tensor,
+    /// `[rows, hidden_size]`: the same after a norm of its own.
+    post: B::Tensor,
+    /// `[rows, 2 * ffn_size]`
+    gate_up: B::Tensor,
+    /// `[rows, ffn_size]`
+    ffn: B::Tensor,
+    /// `[rows, n_experts]`
+    router_logits: B::Tensor,
+}
+
+impl<B: Backend> LayerWeights<B> {
+    fn new(
+        backend: &B,
+        config: &ModelConfig,
+        packed: &PackedWeights,
+        layer: usize,
+    ) -> Result<LayerWeights<B>, KernelError> {
+        let of_layer = config.layers[layer];
+        let tensors = &config.architecture.tensors;
+        let names = LayerWeightNames::new(layer);
+        let optional = |exists: bool, name: &str| exists.then(|| backend.vector(packed, name)).transpose();
+        let [qkv_has_bias, out_has_bias] = config.attention_bias;
+        let qk_norm = match &tensors.qk_norm {
+            None => None,
+            Some(_) => Some(QkNorm {
+                query: backend.vector(packed, &names.query_norm)?,
+                key: backend.vector(packed, &names.key_norm)?,
+                eps: config.rms_norm_eps,
+            }),
+        };
+        let ffn = match (&config.architecture.experts, &config.experts) {
+            (Some(architecture), Some(experts)) if of_layer.has_experts => {
+                let names_of_experts: Vec<_> = (0..experts.n_experts)
+                    .map(|expert| names.expert(expert, architecture))
+                    .collect();
+                Ffn::Experts {
+                    router: backend.matrix(packed, &names.router)?,
+                    router_bias: optional(architecture.router_bias.is_some(), &names.router_bias)?,
+                    experts: backend.experts(packed, &names_of_experts)?,
+                    params: MoeParams {
+                        top_k: experts.top_k,
+                        renormalize: experts.renormalize,
+                        activation: config.activation,
+                    },
+                }
+            }
+            _ => Ffn::Dense {
+                gate_up: backend.matrix(packed, &names.gate_up)?,
+                down: backend.matrix(packed, &names.down)?,
+                activation: config.activation,
+            },
+        };
+        Ok(LayerWeights {
+            attention_norm: optional(tensors.attention_norm.is_some(), &names.attention_norm)?,
+            qkv: backend.matrix(packed, &names.qkv)?,
+            qkv_bias: optional(qkv_has_bias, &names.qkv_bias)?,
+            qk_norm,
+            rope: of_layer.rope,
+            attention: AttentionParams {
+                n_heads: config.n_heads,
+                scale: config.attention_scale,
+                window: of_layer.window,
+                soft_cap: config.attention_soft_cap,
+                sinks: optional(tensors.sinks.is_some(), &names.sinks)?,
+            },
+            attention_out: backend.matrix(packed, &names.attention_out)?,
+            attention_out_bias: optional(out_has_bias, &names.attention_out_bias)?,
+            post_attention_norm: optional(tensors.post_attention_norm.is_some(), &names.post_attention_norm)?,
+            ffn_norm: optional(tensors.ffn_norm.is_some(), &names.ffn_norm)?,
+            ffn,
+            post_ffn_norm: optional(tensors.post_ffn_norm.is_some(), &names.post_ffn_norm)?,
+        })
+    }
 }
 
 impl<B: Backend> Decoder<B> {
@@ -101,17 +202,7 @@ impl<B: Backend> Decoder<B> {
         kv: KvCache,
         limits: DecoderLimits,
     ) -> Result<Decoder<B>, KernelError> {
-        let layer = |layer: usize| {
-            let names = LayerWeightNames::new(layer);
-            Ok(LayerWeights {
-                attention_norm: backend.vector(packed, &names.attention_norm)?,
-                qkv: backend.matrix(packed, &names.qkv)?,
-                attention_out: backend.matrix(packed, &names.attention_out)?,
-                ffn_norm: backend.vector(packed, &names.ffn_norm)?,
-                gate_up: backend.matrix(packed, &names.gate_up)?,
-                down: backend.matrix(packed, &names.down)?,
-            })
-        };
+        let layer = |layer: usize| LayerWeights::new(&backend, &config, packed, layer);
         let lm_head = if config.tie_word_embeddings {
             None
         } else {
@@ -123,7 +214,8 @@ impl<B: Backend> Decoder<B> {
             final_norm: backend.vector(packed, FINAL_NORM)?,
             lm_head,
         };
-        let rope = backend.rope(&config.rope.params(config.head_dim), limits.max_model_len);
+        let rope = |rope: &RopeConfig| backend.rope(&rope.variants(), limits.max_model_len);
+        let ropes = config.ropes.iter().map(rope).collect();
         let activations = Activations::new(&backend, &config, limits.max_batch_tokens);
         Ok(Decoder {
             backend,
@@ -131,7 +223,7 @@ impl<B: Backend> Decoder<B> {
             limits,
             fingerprint,
             weights,
-            rope,
+            ropes,
             kv,
             activations,
             token_ids: Vec::new(),
@@ -148,6 +240,17 @@ impl<B: Backend> Decoder<B> {
     /// What one step and one sequence may hold.
     pub fn limits(&self) -> DecoderLimits {
         self.limits
+    }
+
+    /// How far back any query sees, if every layer has a window.
+    pub fn sliding_window(&self) -> Option<SlidingWindow> {
+        /// Far more tokens than are on their way from an instance to the front door at any time.
+        const SLACK: usize = 128;
+        self.config.window_of_all_layers().map(|n_tokens| SlidingWindow {
+            n_tokens,
+            grain: WINDOW_GRAIN,
+            slack: SLACK,
+        })
     }
 
     /// Identity of the model's numbers.
@@ -219,7 +322,7 @@ impl<B: Backend> Decoder<B> {
             backend,
             config,
             weights,
-            rope,
+            ropes,
             kv,
             activations: a,
             token_ids,
@@ -227,38 +330,48 @@ impl<B: Backend> Decoder<B> {
             ..
         } = self;
         let eps = config.rms_norm_eps;
-        let attention_params = AttentionParams {
-            n_heads: config.n_heads,
-            scale: 1.0 / (config.head_dim as f32).sqrt(),
+        // Gemma's factor takes the model's own precision.
+        let embedding_scale = match backend.compute_dtype() {
+            DType::Bf16 => half::bf16::from_f32(config.embedding_scale).to_f32(),
+            DType::F32 | DType::F16 => config.embedding_scale,
         };
-        backend.embed(&mut a.residual, &weights.embed, token_ids);
+        backend.embed(&mut a.residual, &weights.embed, token_ids, embedding_scale);
         for (layer_idx, layer) in weights.layers.iter().enumerate() {
-            if layer_idx == 0 {
-                backend.rms_norm(&mut a.normed, &a.residual, &layer.attention_norm, eps);
-            } else {
-                backend.add_rms_norm(&mut a.normed, &mut a.residual, &a.delta, &layer.attention_norm, eps);
+            let block = &mut a.block;
+            let input = match &layer.attention_norm {
+                Some(norm) if layer_idx == 0 => {
+                    backend.rms_norm(&mut block.normed, &a.residual, norm, eps);
+                    &block.normed
+                }
+                Some(norm) => {
+                    backend.add_rms_norm(&mut block.normed, &mut a.residual, &block.delta, norm, eps);
+                    &block.normed
+                }
+                None => {
+                    if layer_idx > 0 {
+                        backend.add(&mut a.residual, &block.delta);
+                    }
+                    &a.residual
+                }
+            };
+            backend.linear(&mut a.qkv, input, &layer.qkv);
+            if let Some(bias) = &layer.qkv_bias {
+                backend.add_bias(&mut a.qkv, bias);
             }
-            backend.linear(&mut a.qkv, &a.normed, &layer.qkv);
-            backend.rope_append(&mut a.qkv, batch, rope, config.n_heads, layer_idx, kv);
+            let params = RopeAppendParams {
+                n_heads: config.n_heads,
+                rope: &ropes[layer.rope],
+                qk_norm: layer.qk_norm.as_ref(),
+            };
+            backend.rope_append(&mut a.qkv, batch, params, layer_idx, kv);
             on_layer(layer_idx, kv);
             let is_last = layer_idx + 1 == config.n_layers;
             if is_last && wanted_rows.is_empty() {
                 return;
             }
-            backend.attention(&mut a.attention, &a.qkv, batch, attention_params, layer_idx, kv);
+            backend.attention(&mut a.attention, &a.qkv, batch, &layer.attention, layer_idx, kv);
             if !is_last {
-                let residual = &mut a.residual;
-                finish_layer(
-                    backend,
-                    layer,
-                    eps,
-                    residual,
-                    &a.attention,
-                    &mut a.normed,
-                    &mut a.gate_up,
-                    &mut a.ffn,
-                    &mut a.delta,
-                );
+                finish_layer(backend, layer, eps, &mut a.residual, &a.attention, block);
             }
         }
     }
@@ -277,72 +390,115 @@ impl<B: Backend> Decoder<B> {
         let Some(layer) = weights.layers.last() else { return };
         backend.gather_rows(&mut a.wanted_residual, &a.residual, rows);
         backend.gather_rows(&mut a.wanted_attention, &a.attention, rows);
-        let residual = &mut a.wanted_residual;
-        finish_layer(
-            backend,
-            layer,
-            config.rms_norm_eps,
-            residual,
-            &a.wanted_attention,
-            &mut a.normed,
-            &mut a.gate_up,
-            &mut a.ffn,
-            &mut a.delta,
-        );
-        backend.add_rms_norm(
-            &mut a.normed,
-            residual,
-            &a.delta,
-            &weights.final_norm,
-            config.rms_norm_eps,
-        );
-        backend.linear(
-            &mut a.logits,
-            &a.normed,
-            weights.lm_head.as_ref().unwrap_or(&weights.embed),
-        );
+        let (residual, block, eps) = (&mut a.wanted_residual, &mut a.block, config.rms_norm_eps);
+        finish_layer(backend, layer, eps, residual, &a.wanted_attention, block);
+        backend.add_rms_norm(&mut block.normed, residual, &block.delta, &weights.final_norm, eps);
+        let lm_head = weights.lm_head.as_ref().unwrap_or(&weights.embed);
+        backend.linear(&mut a.logits, &block.normed, lm_head);
+        if let Some(cap) = config.logit_soft_cap {
+            backend.soft_cap(&mut a.logits, cap);
+        }
     }
 }
 
-/// A layer after its attention: output projection, then the feed-forward part, whose sum is left in `delta`.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the same steps over all rows, or over the wanted ones of the last layer"
-)]
+/// A layer after its attention: output projection, then the feed-forward part or the experts, whose sum is left in `delta`.
 fn finish_layer<B: Backend>(
     backend: &B,
     layer: &LayerWeights<B>,
     eps: f32,
     residual: &mut B::Tensor,
     attention: &B::Tensor,
-    normed: &mut B::Tensor,
-    gate_up: &mut B::Tensor,
-    ffn: &mut B::Tensor,
-    delta: &mut B::Tensor,
+    block: &mut BlockActivations<B>,
 ) {
+    let BlockActivations {
+        normed,
+        delta,
+        post,
+        gate_up,
+        ffn,
+        router_logits,
+    } = block;
     backend.linear(delta, attention, &layer.attention_out);
-    backend.add_rms_norm(normed, residual, delta, &layer.ffn_norm, eps);
-    backend.linear(gate_up, normed, &layer.gate_up);
-    backend.silu_mul(ffn, gate_up);
-    backend.linear(delta, ffn, &layer.down);
+    if let Some(bias) = &layer.attention_out_bias {
+        backend.add_bias(delta, bias);
+    }
+    if let Some(norm) = &layer.post_attention_norm {
+        backend.rms_norm(post, delta, norm, eps);
+        std::mem::swap(post, delta);
+    }
+    let input = match &layer.ffn_norm {
+        Some(norm) => {
+            backend.add_rms_norm(normed, residual, delta, norm, eps);
+            &*normed
+        }
+        None => {
+            backend.add(residual, delta);
+            &*residual
+        }
+    };
+    match &layer.ffn {
+        Ffn::Dense {
+            gate_up: gate_up_weight,
+            down,
+            activation,
+        } => {
+            backend.linear(gate_up, input, gate_up_weight);
+            backend.gated(ffn, gate_up, *activation);
+            backend.linear(delta, ffn, down);
+        }
+        Ffn::Experts {
+            router,
+            router_bias,
+            experts,
+            params,
+        } => {
+            backend.linear(router_logits, input, router);
+            if let Some(bias) = router_bias {
+                backend.add_bias(router_logits, bias);
+            }
+            backend.moe(delta, input, router_logits, experts, *params);
+        }
+    }
+    if let Some(norm) = &layer.post_ffn_norm {
+        backend.rms_norm(post, delta, norm, eps);
+        std::mem::swap(post, delta);
+    }
 }
 
 impl<B: Backend> Activations<B> {
     fn new(backend: &B, config: &ModelConfig, max_rows: usize) -> Activations<B> {
-        let (hidden, ffn) = (config.hidden_size, config.ffn_size);
+        let hidden = config.hidden_size;
         let query_width = config.n_heads * config.head_dim;
         let max_wanted = max_rows.min(MAX_LOGIT_ROWS);
         Activations {
             residual: backend.tensor(max_rows, hidden),
-            normed: backend.tensor(max_rows, hidden),
-            delta: backend.tensor(max_rows, hidden),
             qkv: backend.tensor(max_rows, query_width + 2 * config.n_kv_heads * config.head_dim),
             attention: backend.tensor(max_rows, query_width),
-            gate_up: backend.tensor(max_rows, 2 * ffn),
-            ffn: backend.tensor(max_rows, ffn),
+            block: BlockActivations::new(backend, config, max_rows),
             wanted_residual: backend.tensor(max_wanted, hidden),
             wanted_attention: backend.tensor(max_wanted, query_width),
             logits: backend.tensor(max_wanted, config.vocab_size),
+        }
+    }
+}
+
+impl<B: Backend> BlockActivations<B> {
+    /// What no layer needs has no columns.
+    fn new(backend: &B, config: &ModelConfig, max_rows: usize) -> BlockActivations<B> {
+        let tensors = &config.architecture.tensors;
+        let hidden = config.hidden_size;
+        let only_if = |needed: bool, cols: usize| backend.tensor(max_rows, if needed { cols } else { 0 });
+        let has_dense = config.layers.iter().any(|layer| !layer.has_experts);
+        BlockActivations {
+            normed: backend.tensor(max_rows, hidden),
+            delta: backend.tensor(max_rows, hidden),
+            post: only_if(
+                tensors.post_attention_norm.is_some() || tensors.post_ffn_norm.is_some(),
+                hidden,
+            ),
+            gate_up: only_if(has_dense, 2 * config.ffn_size),
+            ffn: only_if(has_dense, config.ffn_size),
+            router_logits: backend.tensor(max_rows, config.experts.as_ref().map_or(0, |experts| experts.n_experts)),
         }
     }
 }
@@ -385,6 +541,7 @@ impl<B: Backend> ForwardPass for Decoder<B> {
                 start_pos: sequence.start_pos,
                 n_tokens: sequence.tokens.len(),
                 block_table: sequence.block_table,
+                rope_variant: sequence.rope_variant,
             })
             .collect();
         self.all_rows(RaggedBatch { sequences: &ragged }, on_layer);

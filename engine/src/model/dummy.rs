@@ -66,6 +66,11 @@ pub(crate) fn ones(n_elements: usize) -> Vec<u8> {
     bf16::ONE.to_le_bytes().repeat(n_elements)
 }
 
+/// A vector of zeros, bf16: biases.
+pub(crate) fn zeros(n_elements: usize) -> Vec<u8> {
+    vec![0; 2 * n_elements]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -81,6 +81,21 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.wrong(field, "a number above 0", "nothing"))
     }
 
+    /// A list of numbers above 0.
+    pub(crate) fn positive_floats(&self, field: &str) -> Result<Vec<f64>, ModelError> {
+        let wrong = |found: String| Err(self.wrong(field, "a list of numbers above 0", found));
+        let Some(value) = self.get(field) else {
+            return wrong("nothing".to_owned());
+        };
+        let floats: Option<Vec<f64>> = value
+            .as_array()
+            .and_then(|values| values.iter().map(Value::as_f64).collect());
+        match floats.filter(|floats| floats.iter().all(|float| float.is_finite() && *float > 0.0)) {
+            Some(floats) => Ok(floats),
+            None => wrong(brief(value)),
+        }
+    }
+
     pub(crate) fn boolean(&self, field: &str) -> Result<Option<bool>, ModelError> {
         match self.get(field) {
             None => Ok(None),

@@ -13,7 +13,7 @@ use super::safetensors::TensorTable;
 const SAMPLED_BYTES: usize = 64 << 10;
 
 /// Changes whenever our use of a model's tensors does, so that older packed files are not taken for new ones.
-const PACKING_VERSION: u32 = 1;
+const PACKING_VERSION: u32 = 2;
 
 /// Identity of a model's numbers: config, tensor table, and the first and last 64 KiB of each tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

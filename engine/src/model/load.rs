@@ -8,6 +8,7 @@ use baton_kernels::{
 
 use super::config::ModelConfig;
 use super::decoder::{Decoder, DecoderLimits};
+use super::derived::DerivedWeights;
 use super::error::ModelError;
 use super::fingerprint::ModelFingerprint;
 use super::folder::ModelFolder;
@@ -79,8 +80,9 @@ pub fn load_cpu(
             let table = folder.open_weights()?;
             check_tensors(config, &table)?;
             let fingerprint = ModelFingerprint::of_files(folder, &table);
+            let source = DerivedWeights::new(config, &table);
             (
-                pack(config, fingerprint, options, &table, progress).map_err(kernel)?,
+                pack(config, fingerprint, options, &source, progress).map_err(kernel)?,
                 fingerprint,
             )
         }

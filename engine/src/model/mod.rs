@@ -3,6 +3,7 @@
 mod architecture;
 mod config;
 mod decoder;
+mod derived;
 mod dummy;
 mod error;
 mod fields;
@@ -11,16 +12,18 @@ mod folder;
 mod generation;
 pub mod hub;
 mod load;
+mod rope;
 mod safetensors;
 mod weights;
 
-pub use architecture::{ARCHITECTURES, Architecture, TensorNames, supported_names};
-pub use config::{ModelConfig, RopeConfig, RopeScaling};
+pub use architecture::{ARCHITECTURES, Architecture, supported_names};
+pub use config::{ExpertsConfig, LayerConfig, ModelConfig};
 pub use decoder::{Decoder, DecoderLimits};
 pub use error::ModelError;
 pub use fingerprint::{ModelFingerprint, default_packed_dir};
 pub use folder::ModelFolder;
 pub use generation::GenerationConfig;
 pub use load::{CpuLoadOptions, load_cpu};
+pub use rope::{RopeConfig, RopeScaling};
 pub use safetensors::{TensorBytes, TensorTable};
 pub use weights::LoadFormat;

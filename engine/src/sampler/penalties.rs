@@ -8,7 +8,6 @@ use super::{History, SampleError};
 /// Scratch of the penalties; grows to the vocabulary's size on first use.
 #[derive(Debug, Default)]
 pub(super) struct Penalties {
-    row: Vec<f32>,
     /// `[vocab_size]`, zero between calls: of a token seen, one more than the times it was generated.
     marks: Vec<u32>,
 }
@@ -19,25 +18,23 @@ pub(super) fn are_on(params: &SamplingParams) -> bool {
 }
 
 impl Penalties {
-    /// The penalised copy of `logits`, `[vocab_size]`, as vLLM defines and orders it: of a token in prompt or output the
-    /// logit is divided by the repetition penalty where positive and multiplied where not; then, for the `n` times it was
-    /// generated, `n * frequency_penalty` is subtracted, and `presence_penalty` once.
+    /// Penalises `row`, `[vocab_size]`, as vLLM defines and orders it: of a token in prompt or output the logit is divided by
+    /// the repetition penalty where positive and multiplied where not; then, for the `n` times it was generated,
+    /// `n * frequency_penalty` is subtracted, and `presence_penalty` once.
     ///
     /// # Errors
     /// A token of the history is past the vocabulary.
     pub(super) fn apply(
         &mut self,
-        logits: &[f32],
+        row: &mut [f32],
         params: &SamplingParams,
         history: History<'_>,
-    ) -> Result<&[f32], SampleError> {
-        let n_tokens = logits.len();
+    ) -> Result<(), SampleError> {
+        let n_tokens = row.len();
         let seen = || history.prompt.iter().chain(history.output).copied();
         if let Some(id) = seen().find(|&id| id as usize >= n_tokens) {
             return Err(SampleError::UnknownToken { id, n_tokens });
         }
-        self.row.clear();
-        self.row.extend_from_slice(logits);
         self.marks.resize(n_tokens, 0);
         history.prompt.iter().for_each(|&id| self.marks[id as usize] = 1);
         for &id in history.output {
@@ -49,9 +46,9 @@ impl Penalties {
             let Some(n_generated) = std::mem::take(&mut self.marks[id as usize]).checked_sub(1) else {
                 continue;
             };
-            self.row[id as usize] = penalised(self.row[id as usize], params, n_generated);
+            row[id as usize] = penalised(row[id as usize], params, n_generated);
         }
-        Ok(&self.row)
+        Ok(())
     }
 }
 

@@ -292,7 +292,7 @@ proptest! {
         let mut sampler = Sampler::new();
         for (i, (prompt, output)) in rows.iter().enumerate() {
             let logits = logits_of(40, seed.wrapping_add(i as u64), 8.0);
-            let token = sampler.sample_after(&logits, &params, 2, History { prompt, output }).unwrap();
+            let token = sampler.sample_after(&logits, &params, 2, History { prompt, output }, None).unwrap();
             let row = penalised_naively(&logits, &params, prompt, output);
             let expected = Sampler::new().sample(&row, &params, 2, output.len() as u32).unwrap();
             prop_assert_eq!((token.id, token.index), (expected.id, output.len() as u32));
@@ -308,7 +308,10 @@ fn a_penalty_moves_the_choice() {
     let greedy = params(0.0, 0, 1.0, 1);
     let choose = |params: SamplingParams, prompt: &[u32], output: &[u32]| {
         let history = History { prompt, output };
-        Sampler::new().sample_after(&logits, &params, 0, history).unwrap().id
+        Sampler::new()
+            .sample_after(&logits, &params, 0, history, None)
+            .unwrap()
+            .id
     };
     assert_eq!(choose(greedy.clone(), &[1, 1], &[1]), 1);
     let presence = SamplingParams {
@@ -336,6 +339,195 @@ fn a_penalty_moves_the_choice() {
         prompt: &[4],
         output: &[],
     };
-    let unknown = Sampler::new().sample_after(&logits, &repetition, 0, history);
+    let unknown = Sampler::new().sample_after(&logits, &repetition, 0, history, None);
     assert_eq!(unknown, Err(SampleError::UnknownToken { id: 4, n_tokens: 4 }));
+}
+
+/// A row on which everything asked for was done one token at a time, in vLLM's order.
+fn adjusted_naively(
+    logits: &[f32],
+    params: &SamplingParams,
+    prompt: &[u32],
+    output: &[u32],
+    allowed: Option<&[u32]>,
+) -> Vec<f32> {
+    let mut row = logits.to_vec();
+    for (id, logit) in row.iter_mut().enumerate() {
+        let id = id as u32;
+        let is_constrained_out = allowed.is_some_and(|allowed| !allowed.contains(&id));
+        let is_unlisted = !params.allowed_token_ids.is_empty() && !params.allowed_token_ids.contains(&id);
+        let ends_bad_word = params.bad_words.iter().any(|word| {
+            let mut with_it = output.to_vec();
+            with_it.push(id);
+            with_it.ends_with(word)
+        });
+        if is_constrained_out || is_unlisted || ends_bad_word {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    let is_stop = |id: usize| params.stop_token_ids.contains(&(id as u32));
+    let goes_on = (0..row.len()).any(|id| row[id].is_finite() && !is_stop(id));
+    for (id, logit) in row.iter_mut().enumerate() {
+        if output.len() < params.min_tokens as usize && is_stop(id) && (allowed.is_none() || goes_on) {
+            *logit = f32::NEG_INFINITY;
+        }
+        let biases = params.logit_bias.iter().filter(|(other, _)| *other == id as u32);
+        *logit += biases.map(|(_, bias)| bias).sum::<f32>();
+    }
+    penalised_naively(&row, params, prompt, output)
+}
+
+prop_compose! {
+    /// Few ids, so that rules meet.
+    fn rules()(
+        stop_token_ids in prop::collection::vec(0..24u32, 0..4),
+        min_tokens in 0..6u32,
+        bias in prop::collection::btree_map(0..24u32, -9.0..9.0f32, 0..5),
+        allowed in prop::collection::btree_set(0..24u32, 0..20),
+        bad_words in prop::collection::vec(prop::collection::vec(0..4u32, 1..4), 0..5),
+        (presence_penalty, repetition_penalty) in (prop_oneof![Just(0.0f32), -2.0..2.0f32], prop_oneof![Just(1.0f32), 0.5..2.0f32]),
+        (temperature, min_p, top_k, top_p) in (
+            prop_oneof![Just(0.0f32), 0.3..2.0f32], prop_oneof![Just(0.0f32), 0.0..1.0f32], 0..9u32, prop_oneof![Just(1.0f32), 0.3..1.0f32],
+        ),
+    ) -> SamplingParams {
+        SamplingParams {
+            stop_token_ids, min_tokens, temperature, min_p, top_k, top_p, presence_penalty, repetition_penalty,
+            max_tokens: 100,
+            logprobs: Some(2),
+            logit_bias: bias.into_iter().collect(),
+            allowed_token_ids: allowed.into_iter().collect(),
+            bad_words,
+            ..SamplingParams::default()
+        }
+    }
+}
+
+proptest! {
+    /// Whatever is asked for together: the token is chosen from the row of the naive model, within its `min_p`, `top_k` and
+    /// `top_p`; what is reported is of the raw row; and where the model leaves nothing, the sampler says so.
+    #[test]
+    fn what_may_be_chosen_is_the_naive_models(
+        params in rules(),
+        seed in any::<u64>(),
+        (prompt, output) in (prop::collection::vec(0..4u32, 1..5), prop::collection::vec(0..4u32, 0..9)),
+        allowed in prop::option::of(prop::collection::vec(0..24u32, 0..24)),
+    ) {
+        let params = SamplingParams { seed, ..params };
+        let logits = logits_of(24, seed, 8.0);
+        let set: Option<TokenSet> = allowed.as_ref().map(|ids| ids.iter().copied().collect());
+        let history = History { prompt: &prompt, output: &output };
+        let got = Sampler::new().sample_after(&logits, &params, 1, history, set.as_ref());
+        let row = adjusted_naively(&logits, &params, &prompt, &output, allowed.as_deref());
+        let index = output.len() as u32;
+        if row.iter().all(|logit| *logit == f32::NEG_INFINITY) {
+            prop_assert_eq!(got, Err(SampleError::NothingAllowed { choice: 1, index }));
+            return Ok(());
+        }
+        let token = got.unwrap();
+        prop_assert_eq!(token.index, index);
+        prop_assert_eq!(token.logprobs, Some(Sampler::new().logprobs(&logits, token.id, 2).unwrap()));
+        prop_assert!(row[token.id as usize].is_finite(), "{} is ruled out", token.id);
+        if params.temperature == 0.0 {
+            let best = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            prop_assert_eq!(token.id as usize, row.iter().position(|logit| *logit == best).unwrap());
+            return Ok(());
+        }
+        // Looser by rounding, as in `draws_stay_in_the_kept_set`.
+        let looser = SamplingParams { min_p: params.min_p * 0.9999, top_p: (params.top_p + 1e-5).min(1.0), ..params.clone() };
+        let kept = [naive_min_p(&row, &params), naive_min_p(&row, &looser)].concat();
+        prop_assert!(kept.contains(&token.id), "{} not in {:?}", token.id, kept);
+    }
+}
+
+/// The ids kept by `min_p`, then `top_k`, then `top_p`.
+fn naive_min_p(row: &[f32], params: &SamplingParams) -> Vec<u32> {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let share = |logit: f32| (f64::from(logit - max) / f64::from(params.temperature)).exp();
+    let probable = |&logit: &f32| match share(logit) < f64::from(params.min_p) {
+        true => f32::NEG_INFINITY,
+        false => logit,
+    };
+    let row: Vec<f32> = row.iter().map(probable).collect();
+    let kept = naive(&row, params).into_iter();
+    kept.map(|(id, _)| id)
+        .filter(|&id| row[id as usize].is_finite())
+        .collect()
+}
+
+#[test]
+fn min_p_keeps_the_shape_of_what_it_keeps() {
+    let mut sampler = Sampler::new();
+    // Weights 1, 0.5, 0.2, 0.04 of the first one's.
+    let logits: Vec<f32> = [1.0f32, 0.5, 0.2, 0.04].iter().map(|weight| weight.ln()).collect();
+    let params = SamplingParams {
+        min_p: 0.1,
+        ..params(1.0, 0, 1.0, 5)
+    };
+    let n_draws = 30_000;
+    let mut counts = [0u32; 4];
+    for index in 0..n_draws {
+        counts[sampler.sample(&logits, &params, 0, index).unwrap().id as usize] += 1;
+    }
+    assert_eq!(counts[3], 0);
+    for (count, weight) in counts.iter().zip([1.0, 0.5, 0.2]) {
+        let mean = f64::from(n_draws) * weight / 1.7;
+        assert!((f64::from(*count) - mean).abs() < 5.0 * mean.sqrt(), "{counts:?}");
+    }
+    // Above the temperature's distribution, not the raw one: at 2 the last weight is 0.2 of the first.
+    let warm = SamplingParams {
+        temperature: 2.0,
+        ..params
+    };
+    assert!((0..2000).any(|index| sampler.sample(&logits, &warm, 0, index).unwrap().id == 3));
+}
+
+#[test]
+fn each_rule_moves_the_choice() {
+    let logits = [1.0, 3.0, -1.0, 2.9];
+    let choose = |params: SamplingParams, output: &[u32], allowed: Option<&[u32]>| {
+        let history = History { prompt: &[0], output };
+        let set: Option<TokenSet> = allowed.map(|ids| ids.iter().copied().collect());
+        let token = Sampler::new().sample_after(&logits, &params, 0, history, set.as_ref());
+        token.map(|token| token.id)
+    };
+    let greedy = || params(0.0, 0, 1.0, 1);
+    assert_eq!(choose(greedy(), &[], Some(&[0, 2])), Ok(0));
+    let biased = SamplingParams {
+        logit_bias: vec![(2, 5.0)],
+        ..greedy()
+    };
+    assert_eq!(choose(biased, &[], None), Ok(2));
+    let listed = SamplingParams {
+        allowed_token_ids: [2, 3].into(),
+        ..greedy()
+    };
+    assert_eq!(choose(listed.clone(), &[], None), Ok(3));
+    let nothing = SampleError::NothingAllowed { choice: 0, index: 0 };
+    assert_eq!(choose(listed, &[], Some(&[0, 1])), Err(nothing));
+    let early = SamplingParams {
+        min_tokens: 2,
+        stop_token_ids: vec![1],
+        ..greedy()
+    };
+    assert_eq!(choose(early.clone(), &[0], None), Ok(3));
+    assert_eq!(choose(early.clone(), &[0, 0], None), Ok(1));
+    assert_eq!(choose(early, &[0], Some(&[1])), Ok(1), "a complete text ends");
+    let bad = SamplingParams {
+        bad_words: vec![vec![0, 1], vec![3]],
+        ..greedy()
+    };
+    assert_eq!(choose(bad.clone(), &[2], None), Ok(1));
+    assert_eq!(
+        choose(bad, &[0], None),
+        Ok(0),
+        "neither the word of two ids nor that of one"
+    );
+    let far = SamplingParams {
+        logit_bias: vec![(4, 1.0)],
+        ..greedy()
+    };
+    assert_eq!(
+        choose(far, &[], None),
+        Err(SampleError::UnknownToken { id: 4, n_tokens: 4 })
+    );
 }

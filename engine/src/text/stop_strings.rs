@@ -7,6 +7,8 @@ pub struct StopStrings {
     include_stop: bool,
     /// Text not yet given out: it may be the beginning of a stop string.
     held: String,
+    /// Bytes at the beginning of `held` in which no stop string may end.
+    n_exempt: usize,
     stopped: bool,
 }
 
@@ -26,8 +28,19 @@ impl StopStrings {
             stops,
             include_stop: include_stop_str_in_output,
             held: String::new(),
+            n_exempt: 0,
             stopped: false,
         }
+    }
+
+    /// Adds a piece in which no stop string may end, though one may begin.
+    pub fn pass(&mut self, piece: &str) -> String {
+        if self.stopped {
+            return String::new();
+        }
+        self.held.push_str(piece);
+        self.n_exempt = self.held.len();
+        self.release()
     }
 
     /// Adds a piece. The match that ends first wins; of those that end together, the longest.
@@ -42,9 +55,12 @@ impl StopStrings {
             .enumerate()
             .filter(|(_, stop)| !stop.is_empty())
             .filter_map(|(idx, stop)| {
-                self.held
-                    .find(stop.as_str())
-                    .map(|start| (start + stop.len(), start, idx))
+                // Its first place from here on ends after what is exempt.
+                let from = self
+                    .held
+                    .ceil_char_boundary((self.n_exempt + 1).saturating_sub(stop.len()));
+                let start = from + self.held[from..].find(stop.as_str())?;
+                Some((start + stop.len(), start, idx))
             })
             .min();
         if let Some((end, start, idx)) = found {
@@ -55,12 +71,18 @@ impl StopStrings {
                 stopped_by: Some(idx),
             };
         }
-        let safe = self.held.len() - self.n_held_back();
-        let rest = self.held.split_off(safe);
         StopOutput {
-            text: std::mem::replace(&mut self.held, rest),
+            text: self.release(),
             stopped_by: None,
         }
+    }
+
+    /// Gives out what can be no part of a stop string.
+    fn release(&mut self) -> String {
+        let safe = self.held.len() - self.n_held_back();
+        let rest = self.held.split_off(safe);
+        self.n_exempt = self.n_exempt.saturating_sub(safe);
+        std::mem::replace(&mut self.held, rest)
     }
 
     /// The held-back text, when generation ended without a stop string.
@@ -165,6 +187,32 @@ mod tests {
             }
             got.push_str(&matcher.flush());
             prop_assert_eq!((got, stopped_by), expected);
+        }
+
+        /// The first piece is exempt: a stop string counts only where it ends after it.
+        #[test]
+        fn nothing_stops_in_what_passes(
+            (early, late) in ("[ab]{0,12}", "[ab]{0,12}"),
+            stop_strings in prop::collection::vec("[ab]{1,4}", 0..4),
+            cut in 0usize..13,
+        ) {
+            let text = format!("{early}{late}");
+            let mut expected = (text.clone(), None);
+            'grow: for end in early.len() + 1..=text.len() {
+                let matching = (0..stop_strings.len()).filter(|&i| text[..end].ends_with(&stop_strings[i]));
+                if let Some(idx) = matching.min_by_key(|&i| (std::cmp::Reverse(stop_strings[i].len()), i)) {
+                    expected = (text[..end - stop_strings[idx].len()].to_owned(), Some(idx));
+                    break 'grow;
+                }
+            }
+            let mut matcher = StopStrings::new(stop_strings, false);
+            let cut = cut.min(early.len());
+            let mut got = matcher.pass(&early[..cut]);
+            got += &matcher.pass(&early[cut..]);
+            let output = matcher.push(&late);
+            got += &output.text;
+            got += &matcher.flush();
+            prop_assert_eq!((got, output.stopped_by), expected);
         }
     }
 }

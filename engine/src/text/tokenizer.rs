@@ -113,6 +113,20 @@ impl Tokenizer {
         self.inner.tokenizer.id_to_token(id)
     }
 
+    /// Of tokenizer.json the parts that say what bytes each token is: `decoder`, `added_tokens`, `model.vocab`.
+    pub fn vocabulary_json(&self) -> serde_json::Value {
+        let tokenizer = &self.inner.tokenizer;
+        let added = tokenizer.get_added_tokens_decoder().into_iter();
+        let added: Vec<_> = added
+            .map(|(id, token)| serde_json::json!({ "id": id, "content": token.content, "special": token.special }))
+            .collect();
+        serde_json::json!({
+            "decoder": tokenizer.get_decoder(),
+            "added_tokens": added,
+            "model": { "vocab": tokenizer.get_vocab(false) },
+        })
+    }
+
     /// One past the largest id.
     pub fn n_ids(&self) -> usize {
         self.inner.kinds.len()

@@ -219,6 +219,7 @@ fn worker_join(service: &WorkerService, membership: &Membership, version: u32) -
         n_blocks_total: batch.n_blocks as u32,
         max_num_seqs: batch.max_num_seqs as u32,
         max_model_len: batch.max_model_len as u32,
+        short_context: batch.short_context.unwrap_or(0),
         kv_bytes_per_token: (layout.block_bytes() / layout.block_size) as u64,
         pid: std::process::id(),
         model: membership.model.clone(),

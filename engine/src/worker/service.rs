@@ -257,7 +257,11 @@ impl Worker {
 
 async fn generate_here(worker: &Arc<Worker>, state: PortableState, accepted: cluster::Accepted, outlet: Arc<Outlet>) {
     let registered = worker.open.register(state.request.id, Arc::clone(&outlet));
-    let mut generation = match worker.engine.generate(state) {
+    let prepared = match worker.engine.prepare(state).await {
+        Ok(prepared) => prepared,
+        Err(failure) => return outlet.fail(&failure, "", Used::default()).await,
+    };
+    let mut generation = match worker.engine.generate(prepared) {
         Ok(generation) => generation,
         Err(failure) => return outlet.fail(&failure, "", Used::default()).await,
     };

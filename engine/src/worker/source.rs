@@ -28,7 +28,7 @@ pub(super) fn serve_prefill(
     let (link, frames) = frame_link();
     let driver = Arc::clone(worker);
     worker.tasks.spawn(async move {
-        match SourceDriver::start(&driver, request, link.clone()) {
+        match SourceDriver::start(&driver, request, link.clone()).await {
             Ok(source) => source.run().await,
             Err(failure) => {
                 add(&driver.counters.n_failed, 1);
@@ -59,12 +59,17 @@ struct SourceDriver {
 }
 
 impl SourceDriver {
-    fn start(worker: &Arc<Worker>, request: cluster::PrefillRequest, link: FrameLink) -> Result<SourceDriver, Failure> {
+    async fn start(
+        worker: &Arc<Worker>,
+        request: cluster::PrefillRequest,
+        link: FrameLink,
+    ) -> Result<SourceDriver, Failure> {
         worker.identity.check_caller(request.handshake.as_ref())?;
         let state = request
             .state
             .ok_or_else(|| Failure::Invalid("field state is missing".into()))?;
         let state = PortableState::try_from(state).map_err(|error| Failure::Invalid(error.to_string()))?;
+        let prepared = worker.engine.prepare(state).await?;
         let transfer = TransferId(request.transfer_id);
         let sender = worker.transports.sender(transfer, request.offer.as_ref(), "the caller");
         let sender = sender.map_err(|error| error.failure())?;
@@ -73,7 +78,7 @@ impl SourceDriver {
             ..worker.identity.accepted(request.handshake.as_ref())
         };
         let layout = worker.engine.layout();
-        let job = worker.engine.prefill(state, request.first_block as usize)?;
+        let job = worker.engine.prefill(prepared, request.first_block as usize)?;
         let plan = TransferPlan::handoff(layout.n_layers as u32, request.first_block, job.n_blocks() as u32);
         let per_frame = (sender.kind().frame_bytes() / layout.layer_block_bytes()).max(1) as u32;
         let stall_deadline = nanos(worker.options.stall_deadline);

@@ -11,15 +11,15 @@ mod arithmetic;
 
 use std::cell::RefCell;
 
-use arithmetic::{Scores, WeightedSum, merge, softmax, transpose_key, widen};
+use arithmetic::{Scores, WeightedSum, merge, soft_cap, softmax, transpose_key, widen};
 
 use super::dispatch::dispatch;
 use super::isa::Isa;
 use super::pool::Pool;
 use super::simd::{Dot, Kernel, LANES, Simd};
-use super::tensor::SharedMut;
+use super::tensor::{CpuVector, SharedMut};
 use crate::aligned::AlignedBuf;
-use crate::backend::{AttentionParams, RaggedBatch};
+use crate::backend::{AttentionParams, RaggedBatch, WINDOW_GRAIN};
 use crate::kv::KvCache;
 use crate::layout::KvLayout;
 
@@ -34,6 +34,10 @@ const DIRECT_QUERIES: usize = 8;
 
 /// Tokens of V widened at a time: 16 KiB for heads of 64.
 const VALUE_CHUNK: usize = 64;
+
+// What a window hides is skipped in whole chunks of V and whole pairs of tiles of K.
+const _: () = assert!(WINDOW_GRAIN.is_multiple_of(VALUE_CHUNK) && WINDOW_GRAIN.is_multiple_of(KEY_TILES * LANES));
+const _: () = assert!(SPLIT.is_multiple_of(WINDOW_GRAIN));
 
 /// Query vectors an item aims at: rows of a tile times heads of a group.
 const TILE_QUERIES: usize = 32;
@@ -75,7 +79,7 @@ pub(crate) fn attention<D: Dot>(
     out: &mut [f32],
     qkv: &[f32],
     batch: RaggedBatch<'_>,
-    params: AttentionParams,
+    params: &AttentionParams<CpuVector>,
     layer: usize,
     kv: &KvCache,
 ) {
@@ -87,7 +91,11 @@ pub(crate) fn attention<D: Dot>(
     let mut work = 0;
     for (sequence_idx, sequence) in batch.sequences.iter().enumerate() {
         let context = sequence.start_pos + sequence.n_tokens;
-        kv.assert_readable(layer, &sequence.block_table[..layout.blocks_for(context)]);
+        let first_seen = params
+            .window
+            .map_or(0, |window| (sequence.start_pos + 1).saturating_sub(window));
+        let first_read = first_seen / WINDOW_GRAIN * WINDOW_GRAIN / layout.block_size;
+        kv.assert_readable(layer, &sequence.block_table[first_read..layout.blocks_for(context)]);
         for start in (0..sequence.n_tokens).step_by(tile_rows) {
             let n_rows = tile_rows.min(sequence.n_tokens - start);
             let first_pos = sequence.start_pos + start;
@@ -97,7 +105,8 @@ pub(crate) fn attention<D: Dot>(
                 first_pos,
                 n_rows,
             });
-            work += (first_pos + n_rows) * n_rows * params.n_heads * layout.head_dim;
+            let seen = (first_pos + n_rows).min(params.window.unwrap_or(usize::MAX).saturating_add(n_rows));
+            work += seen * n_rows * params.n_heads * layout.head_dim;
         }
         first_row += sequence.n_tokens;
     }
@@ -205,7 +214,7 @@ struct Item<'a, D> {
     pages: Pages<'a>,
     kv_head: usize,
     tile: RowTile,
-    params: AttentionParams,
+    params: &'a AttentionParams<CpuVector>,
     group: usize,
     qkv: &'a [f32],
     out: SharedMut<f32>,
@@ -256,15 +265,16 @@ impl<D: Dot> Kernel for Work<'_, D> {
             total_stats,
         };
         item.pack_queries(simd, buffers);
+        buffers.total_stats.fill([f32::NEG_INFINITY, 0.0]);
         let context = item.tile.first_pos + item.tile.n_rows;
-        for start in (0..context).step_by(SPLIT) {
+        for start in (item.first_visible(0) / SPLIT * SPLIT..context).step_by(SPLIT) {
             let split = Split {
                 start,
                 end: context.min(start + SPLIT),
             };
             item.score(simd, buffers, split);
             item.weigh(simd, buffers, split);
-            item.merge_into_total(simd, buffers, split);
+            item.merge_into_total(simd, buffers);
         }
         item.write(buffers);
     }
@@ -308,6 +318,19 @@ impl<D: Dot> Item<'_, D> {
         (self.tile.first_pos + query_idx / self.group + 1).saturating_sub(first)
     }
 
+    /// The first token that a query sees; a later query never sees an earlier one.
+    #[inline(always)]
+    fn first_visible(&self, query_idx: usize) -> usize {
+        let end = self.tile.first_pos + query_idx / self.group + 1;
+        self.params.window.map_or(0, |window| end.saturating_sub(window))
+    }
+
+    /// How many tokens from `first` on a query does not see yet.
+    #[inline(always)]
+    fn hidden_from(&self, first: usize, query_idx: usize) -> usize {
+        self.first_visible(query_idx).saturating_sub(first)
+    }
+
     #[inline(always)]
     fn pack_queries<S: Simd>(&self, simd: S, buffers: &mut Buffers<'_>) {
         let KvLayout {
@@ -330,7 +353,8 @@ impl<D: Dot> Item<'_, D> {
         let Item { pages, kv_head, .. } = *self;
         let (n_words, n_queries) = (self.n_words(), self.n_queries());
         let context = self.tile.first_pos + self.tile.n_rows;
-        for first in (split.start..split.end).step_by(KEY_TILES * LANES) {
+        let unseen = self.hidden_from(split.start, 0) / (KEY_TILES * LANES) * KEY_TILES * LANES;
+        for first in (split.start + unseen..split.end).step_by(KEY_TILES * LANES) {
             for (tile_idx, key) in buffers.key.chunks_exact_mut(n_words * LANES).enumerate() {
                 let start = first + tile_idx * LANES;
                 if start >= split.end {
@@ -356,7 +380,19 @@ impl<D: Dot> Item<'_, D> {
         }
         for (query_idx, stats) in buffers.split_stats.iter_mut().enumerate() {
             let visible = self.visible_from(split.start, query_idx).min(SPLIT);
-            *stats = softmax(simd, &mut buffers.scores[query_idx * SPLIT..][..visible]);
+            let hidden = self.hidden_from(split.start, query_idx).min(visible);
+            let scores = &mut buffers.scores[query_idx * SPLIT..][..visible];
+            if let Some(cap) = self.params.soft_cap {
+                soft_cap(simd, scores, cap);
+            }
+            if hidden == visible {
+                // Weights of queries that see nothing here may be summed beside those of others.
+                scores.fill(0.0);
+                *stats = [f32::NEG_INFINITY, 0.0];
+                continue;
+            }
+            scores[..hidden].fill(f32::NEG_INFINITY);
+            *stats = softmax(simd, scores);
         }
     }
 
@@ -369,9 +405,13 @@ impl<D: Dot> Item<'_, D> {
         let out = buffers.split_out.as_mut_ptr();
         let direct = n_queries <= DIRECT_QUERIES && head_dim == padded_dim;
         let n_tokens = if direct { LANES } else { VALUE_CHUNK };
-        for first in (split.start..split.end).step_by(n_tokens) {
+        let unseen = self.hidden_from(split.start, 0) / n_tokens * n_tokens;
+        for first in (split.start + unseen..split.end).step_by(n_tokens) {
             let weights = buffers.scores[first - split.start..].as_ptr();
-            let seen = |query_idx: usize| self.visible_from(first, query_idx).min(n_tokens);
+            let seen = |query_idx: usize| {
+                let end = self.visible_from(first, query_idx).min(n_tokens);
+                self.hidden_from(first, query_idx).min(end)..end
+            };
             let end = split.end.min(first + n_tokens);
             if direct {
                 let rows = pages.tokens(pages.value, kv_head, first, end);
@@ -415,16 +455,17 @@ impl<D: Dot> Item<'_, D> {
     }
 
     #[inline(always)]
-    fn merge_into_total<S: Simd>(&self, simd: S, buffers: &mut Buffers<'_>, split: Split) {
+    fn merge_into_total<S: Simd>(&self, simd: S, buffers: &mut Buffers<'_>) {
         let padded_dim = self.padded_dim();
         for query_idx in 0..self.n_queries() {
-            if self.visible_from(split.start, query_idx) == 0 {
+            if buffers.split_stats[query_idx][1] == 0.0 {
+                // It sees nothing of this split: what it sees has a weight of at least 1, the maximum's.
                 continue;
             }
             let part = &buffers.split_out[query_idx * padded_dim..][..padded_dim];
             let total = &mut buffers.total_out[query_idx * padded_dim..][..padded_dim];
             let (part_stats, total_stats) = (buffers.split_stats[query_idx], &mut buffers.total_stats[query_idx]);
-            if split.start == 0 {
+            if total_stats[1] == 0.0 {
                 total.copy_from_slice(part);
                 *total_stats = part_stats;
             } else {
@@ -440,7 +481,13 @@ impl<D: Dot> Item<'_, D> {
             let offset = (row_idx * self.params.n_heads + head) * head_dim;
             // SAFETY: out is [rows, n_heads * head_dim]; this item alone writes its heads of its rows.
             let out = unsafe { std::slice::from_raw_parts_mut(self.out.get().add(offset), head_dim) };
-            let inverse = 1.0 / buffers.total_stats[query_idx][1];
+            let [max, sum] = buffers.total_stats[query_idx];
+            let sink = self
+                .params
+                .sinks
+                .as_ref()
+                .map_or(0.0, |sinks| (sinks.data[head] - max).exp());
+            let inverse = 1.0 / (sum + sink);
             for (out, total) in out.iter_mut().zip(total) {
                 *out = total * inverse;
             }

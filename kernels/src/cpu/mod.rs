@@ -9,6 +9,7 @@ mod avx512;
 pub(crate) mod dispatch;
 mod isa;
 mod linear;
+mod moe;
 pub(crate) mod pool;
 mod portable;
 mod rope;
@@ -23,7 +24,9 @@ pub use isa::Isa;
 pub use tensor::{CpuMatrix, CpuRope, CpuTensor, CpuVector};
 
 use crate::aligned::AlignedBuf;
-use crate::backend::{AttentionParams, Backend, RaggedBatch, RopeParams};
+use crate::backend::{
+    Activation, AttentionParams, Backend, ExpertNames, MoeParams, RaggedBatch, RopeAppendParams, RopeParams,
+};
 use crate::error::KernelError;
 use crate::kv::KvCache;
 use crate::layout::DType;
@@ -55,7 +58,11 @@ struct State {
     packed: AlignedBuf<u32>,
     slots: Vec<rope::Slot>,
     tiles: Vec<attention::RowTile>,
+    moe: moe::Scratch,
 }
+
+/// All experts of one layer.
+pub struct CpuExperts(Vec<moe::Expert>);
 
 impl Cpu {
     /// Starts the device's threads.
@@ -79,6 +86,7 @@ impl Cpu {
             packed: AlignedBuf::default(),
             slots: Vec::new(),
             tiles: Vec::new(),
+            moe: moe::Scratch::default(),
         };
         Ok(Cpu {
             isa,
@@ -140,6 +148,7 @@ impl Backend for Cpu {
     type Matrix = CpuMatrix;
     type Vector = CpuVector;
     type Rope = CpuRope;
+    type Experts = CpuExperts;
 
     fn compute_dtype(&self) -> DType {
         self.dtype
@@ -169,13 +178,26 @@ impl Backend for Cpu {
         weights.vector(name)
     }
 
-    fn rope(&self, params: &RopeParams, max_positions: usize) -> CpuRope {
-        rope::table(params, max_positions)
+    fn experts(&self, weights: &PackedWeights, names: &[ExpertNames]) -> Result<CpuExperts, KernelError> {
+        let bias = |name: &Option<String>| name.as_ref().map(|name| self.vector(weights, name)).transpose();
+        let expert = |names: &ExpertNames| {
+            Ok(moe::Expert {
+                gate_up: self.matrix(weights, &names.gate_up)?,
+                gate_up_bias: bias(&names.gate_up_bias)?,
+                down: self.matrix(weights, &names.down)?,
+                down_bias: bias(&names.down_bias)?,
+            })
+        };
+        names.iter().map(expert).collect::<Result<_, _>>().map(CpuExperts)
     }
 
-    fn embed(&self, out: &mut CpuTensor, table: &CpuMatrix, ids: &[u32]) {
+    fn rope(&self, variants: &[RopeParams], max_positions: usize) -> CpuRope {
+        rope::table(variants, max_positions)
+    }
+
+    fn embed(&self, out: &mut CpuTensor, table: &CpuMatrix, ids: &[u32], scale: f32) {
         let out = out.resize("embed", ids.len(), table.n_in);
-        rowwise::embed(&mut self.state.borrow_mut().pool, self.dtype, out, table, ids);
+        rowwise::embed(&mut self.state.borrow_mut().pool, self.dtype, out, table, ids, scale);
     }
 
     fn rms_norm(&self, out: &mut CpuTensor, x: &CpuTensor, weight: &CpuVector, eps: f32) {
@@ -236,35 +258,117 @@ impl Backend for Cpu {
         }
     }
 
-    fn silu_mul(&self, out: &mut CpuTensor, gate_up: &CpuTensor) {
+    fn add_bias(&self, x: &mut CpuTensor, bias: &CpuVector) {
+        assert!(
+            x.cols() == bias.data.len(),
+            "add_bias: x of {} columns, bias of {}",
+            x.cols(),
+            bias.data.len()
+        );
+        rowwise::add_bias(x.as_mut_slice(), &bias.data);
+    }
+
+    fn add(&self, residual: &mut CpuTensor, x: &CpuTensor) {
+        assert!(
+            (residual.rows(), residual.cols()) == (x.rows(), x.cols()),
+            "add: residual [{}, {}], x [{}, {}]",
+            residual.rows(),
+            residual.cols(),
+            x.rows(),
+            x.cols()
+        );
+        for (sum, x) in residual.as_mut_slice().iter_mut().zip(x.as_slice()) {
+            *sum += x;
+        }
+    }
+
+    fn soft_cap(&self, x: &mut CpuTensor, cap: f32) {
+        let cols = x.cols();
+        rowwise::soft_cap(self.isa, &mut self.state.borrow_mut().pool, x.as_mut_slice(), cols, cap);
+    }
+
+    fn gated(&self, out: &mut CpuTensor, gate_up: &CpuTensor, activation: Activation) {
         let ffn = gate_up.cols() / 2;
         assert!(
             gate_up.cols() == 2 * ffn && ffn > 0,
-            "silu_mul: gate_up of {} columns",
+            "gated: gate_up of {} columns",
             gate_up.cols()
         );
-        let out = out.resize("silu_mul", gate_up.rows(), ffn);
-        rowwise::silu_mul_rows(
+        let out = out.resize("gated", gate_up.rows(), ffn);
+        rowwise::gated_rows(
             self.isa,
             &mut self.state.borrow_mut().pool,
             out,
             gate_up.as_slice(),
             ffn,
+            activation,
         );
+    }
+
+    fn moe(
+        &self,
+        out: &mut CpuTensor,
+        x: &CpuTensor,
+        router_logits: &CpuTensor,
+        experts: &CpuExperts,
+        params: MoeParams,
+    ) {
+        let experts = &experts.0[..];
+        assert!(
+            (router_logits.rows(), router_logits.cols()) == (x.rows(), experts.len())
+                && (1..=experts.len()).contains(&params.top_k),
+            "moe: {} of {} experts, x [{}, {}], router logits [{}, {}]",
+            params.top_k,
+            experts.len(),
+            x.rows(),
+            x.cols(),
+            router_logits.rows(),
+            router_logits.cols()
+        );
+        for (idx, expert) in experts.iter().enumerate() {
+            assert!(
+                expert.gate_up.n_in == x.cols()
+                    && expert.gate_up.n_out == 2 * expert.down.n_in
+                    && expert.down.n_out == x.cols(),
+                "moe: expert {idx} is [{}, {}] and [{}, {}] for x of {} columns",
+                expert.gate_up.n_out,
+                expert.gate_up.n_in,
+                expert.down.n_out,
+                expert.down.n_in,
+                x.cols()
+            );
+        }
+        let out = out.resize("moe", x.rows(), x.cols());
+        let State { pool, packed, moe, .. } = &mut *self.state.borrow_mut();
+        let (isa, x, logits) = (self.isa, x.as_slice(), router_logits.as_slice());
+        match self.dtype {
+            DType::Bf16 => moe::moe::<Bf16Words>(isa, pool, packed, moe, out, x, logits, experts, params),
+            DType::F32 | DType::F16 => moe::moe::<F32Words>(isa, pool, packed, moe, out, x, logits, experts, params),
+        }
     }
 
     fn rope_append(
         &self,
         qkv: &mut CpuTensor,
         batch: RaggedBatch<'_>,
-        rope: &CpuRope,
-        n_heads: usize,
+        params: RopeAppendParams<'_, Cpu>,
         layer: usize,
         kv: &mut KvCache,
     ) {
+        let RopeAppendParams { n_heads, rope, qk_norm } = params;
         self.assert_batch("rope_append", qkv.rows(), batch, kv);
         assert_qkv("rope_append", qkv.cols(), n_heads, kv);
         let layout = kv.layout();
+        if let Some(norm) = qk_norm {
+            for (what, weight, heads) in [("query", &norm.query, n_heads), ("key", &norm.key, layout.n_kv_heads)] {
+                assert!(
+                    [layout.head_dim, heads * layout.head_dim].contains(&weight.data.len()),
+                    "rope_append: {what} norm of {} for {heads} heads over {layout:?}",
+                    weight.data.len()
+                );
+            }
+        }
+        let heads = rope::Heads { n_heads, rope, qk_norm };
         let State { pool, slots, .. } = &mut *self.state.borrow_mut();
         slots.clear();
         kv.begin_append();
@@ -283,13 +387,14 @@ impl Backend for Cpu {
                     value,
                     slot: position % layout.block_size,
                     position,
+                    rope_variant: sequence.rope_variant,
                 });
             }
         }
         let qkv = qkv.as_mut_slice();
         match self.dtype {
-            DType::Bf16 => rope::rope_append::<Bf16Words>(self.isa, pool, qkv, slots, rope, n_heads, layout),
-            DType::F32 | DType::F16 => rope::rope_append::<F32Words>(self.isa, pool, qkv, slots, rope, n_heads, layout),
+            DType::Bf16 => rope::rope_append::<Bf16Words>(self.isa, pool, qkv, slots, heads, layout),
+            DType::F32 | DType::F16 => rope::rope_append::<F32Words>(self.isa, pool, qkv, slots, heads, layout),
         }
     }
 
@@ -298,11 +403,22 @@ impl Backend for Cpu {
         out: &mut CpuTensor,
         qkv: &CpuTensor,
         batch: RaggedBatch<'_>,
-        params: AttentionParams,
+        params: &AttentionParams<CpuVector>,
         layer: usize,
         kv: &KvCache,
     ) {
         self.assert_batch("attention", qkv.rows(), batch, kv);
+        assert!(
+            params.window != Some(0)
+                && params
+                    .sinks
+                    .as_ref()
+                    .is_none_or(|sinks| sinks.data.len() == params.n_heads),
+            "attention: window {:?}, sinks for {:?} of {} heads",
+            params.window,
+            params.sinks.as_ref().map(|sinks| sinks.data.len()),
+            params.n_heads
+        );
         assert_qkv("attention", qkv.cols(), params.n_heads, kv);
         let out = out.resize("attention", qkv.rows(), params.n_heads * kv.layout().head_dim);
         let State { pool, tiles, .. } = &mut *self.state.borrow_mut();

@@ -1,27 +1,41 @@
-//! Rotary embedding of q and k, and the append of k and v to the paged cache.
+//! Norm and rotary embedding of q and k, and the append of k and v to the paged cache.
 //!
 //! Split of work: rows. Each row writes its own slot of its own block. Bound: cache bandwidth.
 
 use super::dispatch::dispatch;
 use super::isa::Isa;
 use super::pool::Pool;
-use super::rowwise::for_rows;
+use super::rowwise::{NormRow, for_rows};
 use super::simd::{Dot, Kernel, LANES, Simd};
-use super::tensor::{CpuRope, SharedMut};
-use crate::backend::RopeParams;
+use super::tensor::{CpuRope, CpuVector, SharedMut};
+use crate::backend::{QkNorm, RopeParams};
 use crate::layout::KvLayout;
 
-/// The table of cosines and sines, `[max_positions, inv_freq.len()]` each.
-pub(crate) fn table(params: &RopeParams, max_positions: usize) -> CpuRope {
-    let half_dim = params.inv_freq.len();
-    // The angle is rounded to f32, as in the models' own code; its cosine is then taken exactly.
-    let angles =
-        || (0..max_positions).flat_map(|position| params.inv_freq.iter().map(move |f| f64::from(position as f32 * f)));
-    let factor = f64::from(params.attention_factor);
+/// The table of cosines and sines, `[variants, max_positions, inv_freq.len()]` each.
+pub(crate) fn table(variants: &[RopeParams], max_positions: usize) -> CpuRope {
+    let half_dim = variants.first().map_or(0, |params| params.inv_freq.len());
+    assert!(
+        variants.iter().all(|params| params.inv_freq.len() == half_dim),
+        "rope: variants of different numbers of frequencies"
+    );
+    let values = |function: fn(f64) -> f64| {
+        let mut values = Vec::with_capacity(variants.len() * max_positions * half_dim);
+        for params in variants {
+            let factor = f64::from(params.attention_factor);
+            for position in 0..max_positions {
+                // The angle is rounded to f32, as in the models' own code; its cosine is then taken exactly.
+                let angle = |f: &f32| f64::from(position as f32 * f);
+                values.extend(params.inv_freq.iter().map(|f| (function(angle(f)) * factor) as f32));
+            }
+        }
+        values.into()
+    };
     CpuRope {
-        cos: angles().map(|angle| (angle.cos() * factor) as f32).collect(),
-        sin: angles().map(|angle| (angle.sin() * factor) as f32).collect(),
+        cos: values(f64::cos),
+        sin: values(f64::sin),
         half_dim,
+        max_positions,
+        n_variants: variants.len(),
     }
 }
 
@@ -32,6 +46,15 @@ pub(crate) struct Slot {
     pub(crate) value: SharedMut<u8>,
     pub(crate) slot: usize,
     pub(crate) position: usize,
+    pub(crate) rope_variant: usize,
+}
+
+/// What happens to a row's heads before they are stored.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads<'a> {
+    pub(crate) n_heads: usize,
+    pub(crate) rope: &'a CpuRope,
+    pub(crate) qk_norm: Option<&'a QkNorm<CpuVector>>,
 }
 
 /// `qkv: [slots.len(), (n_heads + 2 * n_kv_heads) * head_dim]`. Slots must differ and be writable.
@@ -40,18 +63,20 @@ pub(crate) fn rope_append<D: Dot>(
     pool: &mut Pool,
     qkv: &mut [f32],
     slots: &[Slot],
-    rope: &CpuRope,
-    n_heads: usize,
+    heads: Heads<'_>,
     layout: KvLayout,
 ) {
+    let Heads { n_heads, rope, qk_norm } = heads;
     let cols = (n_heads + 2 * layout.n_kv_heads) * layout.head_dim;
     assert!(qkv.len() == slots.len() * cols && 2 * rope.half_dim <= layout.head_dim);
     for slot in slots {
-        let max_positions = rope.cos.len() / rope.half_dim.max(1);
         assert!(
-            slot.position < max_positions,
-            "position {} is beyond the rope table of {max_positions}",
-            slot.position
+            slot.position < rope.max_positions && slot.rope_variant < rope.n_variants,
+            "position {} of variant {} is beyond the rope table of {} variants of {}",
+            slot.position,
+            slot.rope_variant,
+            rope.n_variants,
+            rope.max_positions
         );
     }
     let target = SharedMut::new(qkv);
@@ -59,7 +84,7 @@ pub(crate) fn rope_append<D: Dot>(
         for (row_idx, slot) in slots.iter().copied().enumerate().skip(first_row).take(n_rows) {
             // SAFETY: this row of qkv belongs to this item alone.
             let row = unsafe { std::slice::from_raw_parts_mut(target.get().add(row_idx * cols), cols) };
-            let angles = slot.position * rope.half_dim;
+            let angles = (slot.rope_variant * rope.max_positions + slot.position) * rope.half_dim;
             dispatch(
                 isa,
                 Row::<D> {
@@ -67,6 +92,7 @@ pub(crate) fn rope_append<D: Dot>(
                     cos: &rope.cos[angles..][..rope.half_dim],
                     sin: &rope.sin[angles..][..rope.half_dim],
                     n_heads,
+                    qk_norm,
                     layout,
                     slot,
                     dot: std::marker::PhantomData,
@@ -82,6 +108,7 @@ struct Row<'a, D> {
     cos: &'a [f32],
     sin: &'a [f32],
     n_heads: usize,
+    qk_norm: Option<&'a QkNorm<CpuVector>>,
     layout: KvLayout,
     slot: Slot,
     dot: std::marker::PhantomData<D>,
@@ -100,6 +127,14 @@ impl<D: Dot> Kernel for Row<'_, D> {
             ..
         } = self.layout;
         let half_dim = self.cos.len();
+        if let Some(QkNorm { query, key, eps }) = self.qk_norm {
+            let (q, k) = self.row[..(self.n_heads + n_kv_heads) * head_dim].split_at_mut(self.n_heads * head_dim);
+            for (part, weight) in [(q, &query.data), (k, &key.data)] {
+                for x in part.chunks_exact_mut(weight.len()) {
+                    NormRow::in_place(x, weight, *eps).run(simd);
+                }
+            }
+        }
         for head in self.row[..(self.n_heads + n_kv_heads) * head_dim].chunks_exact_mut(head_dim) {
             let (low, high) = head[..2 * half_dim].split_at_mut(half_dim);
             // SAFETY: low, high, cos and sin are all half_dim long, and each access covers at most what is left of it.

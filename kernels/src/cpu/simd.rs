@@ -116,6 +116,22 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         )
     }
 
+    /// `cap * tanh(x / cap)`, to 3e-7 of the cap.
+    #[inline(always)]
+    fn soft_cap(self, x: Self::V, cap: f32) -> Self::V {
+        // tanh y = 1 - 2 / (e^2y + 1)
+        let e = self.exp(self.mul(x, self.splat(2.0 / cap)));
+        let fraction = self.div(self.splat(2.0 * cap), self.add(e, self.splat(1.0)));
+        self.sub(self.splat(cap), fraction)
+    }
+
+    /// `x / (1 + e^-y)`: x times the sigmoid of y.
+    #[inline(always)]
+    fn mul_sigmoid(self, x: Self::V, y: Self::V) -> Self::V {
+        let e = self.exp(self.sub(self.splat(0.0), y));
+        self.div(x, self.add(self.splat(1.0), e))
+    }
+
     /// `e^x` to 2 units in the last place; 0 below -87.3, 2.4e38 above 88.3.
     #[inline(always)]
     fn exp(self, x: Self::V) -> Self::V {

@@ -97,12 +97,14 @@ pub struct CpuVector {
     pub(crate) data: Arc<[f32]>,
 }
 
-/// Cosines and sines by position, each `[max_positions, rotary_dim / 2]`.
+/// Cosines and sines by position, each `[variants, max_positions, rotary_dim / 2]`.
 #[derive(Clone)]
 pub struct CpuRope {
     pub(crate) cos: Arc<[f32]>,
     pub(crate) sin: Arc<[f32]>,
     pub(crate) half_dim: usize,
+    pub(crate) max_positions: usize,
+    pub(crate) n_variants: usize,
 }
 
 /// A pointer whose elements are split between the threads of one job.

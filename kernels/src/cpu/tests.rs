@@ -2,12 +2,13 @@
 //! batch, the chunking and the number of threads.
 
 mod attention;
+mod moe;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 
 use super::*;
-use crate::backend::RaggedSequence;
+use crate::backend::{QkNorm, RaggedSequence, WINDOW_GRAIN};
 use crate::layout::KvLayout;
 use crate::packed::{SourceTensor, WeightKind, WeightSource, WeightSpec};
 use crate::reference;
@@ -194,8 +195,41 @@ fn row_operators_are_close_to_the_reference_and_row_independent() {
                 assert_eq!(bits(one.as_slice()), bits(&batch[row_idx * cols..][..cols]));
             }
 
-            cpu.silu_mul(&mut out, &tensor(&cpu, 2 * cols, &gate_up));
-            assert_close(&cpu, out.as_slice(), &reference::silu_mul(&gate_up, cols), 1e-6);
+            for activation in [
+                Activation::Silu,
+                Activation::GeluTanh,
+                Activation::ClampedSwish {
+                    alpha: 1.702,
+                    limit: 7.0,
+                },
+            ] {
+                cpu.gated(&mut out, &tensor(&cpu, 2 * cols, &gate_up), activation);
+                assert_close(
+                    &cpu,
+                    out.as_slice(),
+                    &reference::gated(&gate_up, cols, activation),
+                    2e-6,
+                );
+            }
+
+            let mut capped = tensor(&cpu, 2 * cols, &gate_up);
+            cpu.soft_cap(&mut capped, 8.0);
+            let expected: Vec<f32> = gate_up
+                .iter()
+                .map(|x| (8.0 * (f64::from(*x) / 8.0).tanh()) as f32)
+                .collect();
+            assert_close(&cpu, capped.as_slice(), &expected, 4e-6);
+
+            let mut sum = tensor(&cpu, cols, &x);
+            cpu.add(&mut sum, &tensor(&cpu, cols, &y));
+            assert_eq!(bits(sum.as_slice()), bits(&sums));
+            cpu.add_bias(&mut sum, &vector);
+            let biased: Vec<f32> = sums
+                .iter()
+                .zip(weight.iter().cycle())
+                .map(|(x, bias)| x + bias)
+                .collect();
+            assert_eq!(bits(sum.as_slice()), bits(&biased));
         }
     }
 }
@@ -249,12 +283,18 @@ fn embed_and_gather_return_the_rows_asked_for() {
         let rounded = reference::round(dtype, &table);
         for cpu in devices(dtype, 2) {
             let mut out = cpu.tensor(6, hidden);
-            cpu.embed(&mut out, &cpu.matrix(&packed, "w").unwrap(), &ids);
+            cpu.embed(&mut out, &cpu.matrix(&packed, "w").unwrap(), &ids, 1.0);
             let expected: Vec<f32> = ids
                 .iter()
                 .flat_map(|id| rounded[*id as usize * hidden..][..hidden].to_vec())
                 .collect();
             assert_eq!(cpu.to_host(&out), expected);
+            let mut twice = cpu.tensor(6, hidden);
+            cpu.embed(&mut twice, &cpu.matrix(&packed, "w").unwrap(), &ids, 2.0);
+            assert_eq!(
+                cpu.to_host(&twice),
+                expected.iter().map(|x| 2.0 * x).collect::<Vec<f32>>()
+            );
             let mut some = cpu.tensor(3, hidden);
             cpu.gather_rows(&mut some, &out, &[5, 0]);
             assert_eq!(some.rows(), 2);

@@ -1,6 +1,7 @@
 //! Every domain type survives the wire; what a message lacks or overdoes is named.
 
 use super::*;
+use baton_scheduler::request::Constraint;
 use proptest::prelude::*;
 
 mod version_1;
@@ -16,7 +17,35 @@ prop_compose! {
 }
 
 prop_compose! {
+    /// What rules tokens out or shifts them, on or off.
+    fn rules()(
+        min_p in prop_oneof![Just(0.0f32), 0f32..=1.0],
+        min_tokens in 0u32..1000,
+        bias in prop::collection::btree_map(any::<u32>(), -100f32..100.0, 0..4),
+        allowed in prop::collection::btree_set(any::<u32>(), 0..4),
+        bad_words in prop::collection::vec(prop::collection::vec(any::<u32>(), 1..4), 0..3),
+        constraint in prop::option::of(("\\PC{0,20}", 0..3)),
+    ) -> SamplingParams {
+        let constraint = constraint.map(|(text, kind): (String, i32)| match kind {
+            0 => Constraint::JsonSchema(text.into()),
+            1 => Constraint::Regex(text.into()),
+            _ => Constraint::Grammar(text.into()),
+        });
+        SamplingParams {
+            min_p,
+            min_tokens,
+            logit_bias: bias.into_iter().collect(),
+            allowed_token_ids: allowed.into_iter().collect(),
+            bad_words,
+            constraint,
+            ..SamplingParams::default()
+        }
+    }
+}
+
+prop_compose! {
     fn state()(
+        rules in rules(),
         id in any::<u128>(),
         prompt in prop::collection::vec(0u32..200_000, 1..50),
         outputs in prop::collection::vec(prop::collection::vec((0u32..200_000, prop::option::of(logprobs())), 0..20), 1..4),
@@ -38,6 +67,8 @@ prop_compose! {
                 sampling: SamplingParams {
                     max_tokens, temperature, top_k, top_p, seed, stop_token_ids: stop, logprobs, prompt_logprobs,
                     n: choices.len() as u32, presence_penalty: penalties.0, frequency_penalty: penalties.1, repetition_penalty: penalties.2,
+                    min_tokens: rules.min_tokens.min(max_tokens),
+                    ..rules
                 },
                 cache_salt: salt,
             },
@@ -123,10 +154,30 @@ fn bad_fields_are_named() {
     );
     let error = SamplingParams::try_from(cluster::SamplingParams {
         logprobs: Some(21),
-        ..good
+        ..good.clone()
     })
     .unwrap_err();
     assert_eq!(error.to_string(), "field sampling.logprobs is 21, expected 0 to 20");
+    let said = |change: &dyn Fn(&mut cluster::SamplingParams)| {
+        let mut wire = good.clone();
+        change(&mut wire);
+        SamplingParams::try_from(wire).unwrap_err().to_string()
+    };
+    assert_eq!(
+        said(&|wire| wire.min_p = 1.5),
+        "field sampling.min_p is 1.5, expected 0 to 1"
+    );
+    let message = said(&|wire| wire.min_tokens = 2);
+    assert_eq!(message, "field sampling.min_tokens is 2, expected at most max_tokens");
+    let bias = |id, bias| cluster::LogitBias { id, bias };
+    assert!(said(&|wire| wire.logit_bias = vec![bias(1, f32::NAN)]).contains("sampling.logit_bias"));
+    assert!(said(&|wire| wire.logit_bias = vec![bias(2, 1.0), bias(2, 1.0)]).contains("sampling.logit_bias"));
+    assert!(said(&|wire| wire.allowed_token_ids = vec![2, 1]).contains("sampling.allowed_token_ids"));
+    let empty = cluster::TokenSequence::default;
+    assert!(said(&|wire| wire.bad_words = vec![empty()]).contains("sampling.bad_words"));
+    // A language that this build does not know is not "any text".
+    let unknown = said(&|wire| wire.constraint = Some(cluster::Constraint { language: None }));
+    assert_eq!(unknown, "field sampling.constraint.language is missing");
     assert!(fingerprint_from_wire(&[0; 31]).is_err());
     assert!(role_from_wire("Prefill").is_err());
 }

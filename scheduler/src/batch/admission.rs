@@ -5,7 +5,7 @@ use std::ops::Bound;
 
 use super::{Batch, BatchScheduler, PrefixCaching, SequenceKind, Started};
 use crate::block_pool::IsPinned;
-use crate::ids::{Nanos, SequenceId};
+use crate::ids::{BlockId, Nanos, SequenceId};
 use crate::prefix_cache::Arrival;
 use crate::request::Failure;
 
@@ -122,12 +122,18 @@ impl BatchScheduler {
     /// Gives a sequence all blocks of its context, from the prefix cache as far as it goes, and claims what it will
     /// add to it. Takes nothing unless all of it is there.
     pub(super) fn try_allocate(&mut self, id: SequenceId, now: Nanos, is_pinned: IsPinned<'_>) -> Attempt {
-        let n_hit = match self.take_hits(id, now) {
-            Some(n_hit) => n_hit,
+        let n_unseen = self.n_unseen_of(id);
+        let hits = match self.find_hits(id, n_unseen, now) {
+            Some(hits) => hits,
             None => return Attempt::Deferred,
         };
+        let n_hit = hits.len().max(n_unseen);
         let n_running = self.n_headroom();
         let sequence = self.sequences.get_mut(&id).expect("a sequence in line exists");
+        sequence.table.skip(n_unseen);
+        for &hit in hits.iter().skip(n_unseen) {
+            sequence.table.push(self.pool.hold(hit));
+        }
         let n_context = self.config.blocks_for(sequence.tokens.len());
         let n_others = sequence.n_choices as usize - 1;
         let (n_total, n_spare, n_headroom) = match sequence.kind {
@@ -171,7 +177,7 @@ impl BatchScheduler {
         sequence.n_computed = n_hit * self.config.block_size;
         if sequence.takes_hits(&self.config) {
             self.counters.n_prefix_query_tokens += sequence.tokens.len() as u64;
-            self.counters.n_prefix_hit_tokens += sequence.n_computed as u64;
+            self.counters.n_prefix_hit_tokens += (hits.len() * self.config.block_size) as u64;
         }
         let arrival = match sequence.kind {
             SequenceKind::Local | SequenceKind::PrefillForHandoff => Arrival::Computed,
@@ -190,16 +196,24 @@ impl BatchScheduler {
         Attempt::Granted
     }
 
-    /// Holds the cached blocks of the sequence's beginning and says how many. `None` while another sequence is about to
-    /// bring the block after them.
-    fn take_hits(&mut self, id: SequenceId, now: Nanos) -> Option<usize> {
+    /// Leading blocks that no query here will see: those of a context that is computed elsewhere.
+    fn n_unseen_of(&self, id: SequenceId) -> usize {
+        let sequence = &self.sequences[&id];
+        match sequence.kind {
+            SequenceKind::Local | SequenceKind::PrefillForHandoff => 0,
+            SequenceKind::Received | SequenceKind::Moved => self.config.n_unseen_blocks(sequence.tokens.len(), 0),
+        }
+    }
+
+    /// The cached blocks of the sequence's beginning. `None` while another sequence is about to bring the block after them.
+    fn find_hits(&mut self, id: SequenceId, n_unseen: usize, now: Nanos) -> Option<Vec<BlockId>> {
         let sequence = self.sequences.get_mut(&id).expect("a sequence in line exists");
         if self.config.prefix_caching == PrefixCaching::Off {
-            return Some(0);
+            return Some(Vec::new());
         }
         self.hasher.extend(sequence.salt, &sequence.tokens, &mut sequence.keys);
         if !sequence.takes_hits(&self.config) {
-            return Some(0);
+            return Some(Vec::new());
         }
         // The last token must be computed here to sample the next one, unless that is done elsewhere.
         let n_usable = match sequence.kind {
@@ -210,7 +224,9 @@ impl BatchScheduler {
         };
         let keys = &sequence.keys[..n_usable];
         let hits = self.cache.lookup(keys, &sequence.tokens, self.config.block_size);
-        let arriving = keys.get(hits.len()).and_then(|&key| self.cache.arriving(key));
+        // Whoever sees nothing of a missing block has no use for those after it from the cache.
+        let next = keys.get(hits.len()).filter(|_| hits.len() >= n_unseen);
+        let arriving = next.and_then(|&key| self.cache.arriving(key));
         let waits_for = match sequence.kind {
             SequenceKind::Local | SequenceKind::Received | SequenceKind::Moved => arriving,
             // Were a prefill to wait for KV from another instance, two instances could wait for each other.
@@ -225,9 +241,6 @@ impl BatchScheduler {
                 return None;
             }
         }
-        for &hit in &hits {
-            sequence.table.push(self.pool.hold(hit));
-        }
-        Some(hits.len())
+        Some(hits)
     }
 }

@@ -14,6 +14,18 @@ pub enum PrefixCaching {
     Off,
 }
 
+/// How far back the queries of a model see whose layers all have a window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlidingWindow {
+    /// A query sees itself and the `n_tokens - 1` tokens before it, in the layer that sees furthest.
+    pub n_tokens: usize,
+    /// The device reads from the window's beginning rounded down to a multiple of this.
+    pub grain: usize,
+    /// Tokens kept beyond it by a sequence that runs, because who takes it over may know less of its output: a destination
+    /// that asks for more than is there is refused.
+    pub slack: usize,
+}
+
 /// The limits of one instance.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BatchConfig {
@@ -27,6 +39,10 @@ pub struct BatchConfig {
     pub max_batch_tokens: usize,
     /// Tokens of prompt and output together.
     pub max_model_len: usize,
+    /// Tokens of the longest sequence that the model's rotary table for short contexts turns, where it has two.
+    pub short_context: Option<u32>,
+    /// How far back any query sees, where every layer has a window. Blocks before that are given up.
+    pub window: Option<SlidingWindow>,
     /// Sequences that wait to run for the first time.
     pub max_waiting: usize,
     /// Reservations that wait for a prefix someone else brings.
@@ -82,6 +98,8 @@ impl BatchConfig {
             max_num_seqs: 64,
             max_batch_tokens: 512,
             max_model_len: (n_blocks * block_size).min(131_072),
+            short_context: None,
+            window: None,
             max_waiting: 1024,
             max_deferred_reservations: 64,
             max_defer: Nanos::from_secs(5),
@@ -98,6 +116,14 @@ impl BatchConfig {
         n_tokens.div_ceil(self.block_size)
     }
 
+    /// Leading blocks that no query from position `n_computed` on reads, with `slack` tokens to spare.
+    pub fn n_unseen_blocks(&self, n_computed: usize, slack: usize) -> usize {
+        self.window.map_or(0, |window| {
+            let first_seen = (n_computed + 1).saturating_sub(window.n_tokens + slack);
+            first_seen / window.grain * window.grain / self.block_size
+        })
+    }
+
     /// Refuses limits that cannot work together.
     pub fn validate(&self) -> Result<(), BatchConfigError> {
         let fields = [
@@ -109,6 +135,8 @@ impl BatchConfig {
             ("max_waiting", self.max_waiting),
             ("max_prompt_logprob_rows", self.max_prompt_logprob_rows),
             ("max_prefix_events", self.max_prefix_events),
+            ("window", self.window.map_or(1, |window| window.n_tokens)),
+            ("window.grain", self.window.map_or(1, |window| window.grain)),
         ];
         if let Some(&(field, _)) = fields.iter().find(|(_, value)| *value == 0) {
             return Err(BatchConfigError::Zero { field });

@@ -171,14 +171,16 @@ impl BatchScheduler {
             committed.preempted.push(member);
             self.preempted.insert(id);
         } else {
-            for block in &leader.table.blocks()[..n_full] {
+            let first = leader.table.n_released();
+            sequence.table.skip(first);
+            for block in leader.table.range(first..n_full) {
                 sequence.table.push(self.pool.hold(block.id()));
             }
             if let Some(own) = own {
                 if is_partial {
                     committed.copies.push(BlockCopy {
                         member,
-                        from: leader.table.blocks()[n_full].id(),
+                        from: leader.table.get(n_full).expect("its last block is in use").id(),
                         to: own.id(),
                     });
                 }

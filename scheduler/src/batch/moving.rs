@@ -67,7 +67,7 @@ impl BatchScheduler {
             let sequence = self.sequences.get_mut(&id).expect("a paused sequence exists");
             let block_idx = sequence.n_computed / self.config.block_size;
             let is_read = |block: &&HeldBlock| is_pinned(block.id());
-            let Some(from) = sequence.table.blocks().get(block_idx).filter(is_read) else {
+            let Some(from) = sequence.table.get(block_idx).filter(is_read) else {
                 continue;
             };
             let from = from.id();
@@ -112,8 +112,10 @@ impl BatchScheduler {
         self.pool.sweep(is_pinned);
         let group = self.insert(state, SequenceKind::Moved);
         let members = self.members(group);
+        let shortest = members.iter().map(|id| self.sequences[id].tokens.len() - 1).min();
+        let n_unseen = self.config.n_unseen_blocks(shortest.unwrap_or(0), 0);
         for &id in &members {
-            if !self.allocate_moved(id, members[0], n_slack_blocks, is_pinned) {
+            if !self.allocate_moved(id, members[0], n_unseen, n_slack_blocks, is_pinned) {
                 return Err(self.refuse_reservation(group, is_pinned));
             }
         }
@@ -212,25 +214,29 @@ impl BatchScheduler {
         Ok(())
     }
 
-    /// Gives a choice its blocks, from the prefix cache and from the first choice as far as they go. False when there is
-    /// no room.
-    fn allocate_moved(&mut self, id: SequenceId, first: SequenceId, n_slack: usize, is_pinned: IsPinned<'_>) -> bool {
+    /// Gives a choice its blocks, from the prefix cache and from the first choice as far as they go, but for the `n_unseen`
+    /// that none of the group's queries will see. False when there is no room.
+    fn allocate_moved(
+        &mut self,
+        id: SequenceId,
+        first: SequenceId,
+        n_unseen: usize,
+        n_slack: usize,
+        is_pinned: IsPinned<'_>,
+    ) -> bool {
         let n_headroom = self.n_headroom();
         let block_size = self.config.block_size;
         let n_prompt_blocks = self.sequences[&id].n_prompt / block_size;
-        let shared: Vec<_> = match id == first {
-            true => Vec::new(),
-            false => {
-                let table = &self.sequences[&first].table;
-                table.blocks()[..n_prompt_blocks]
-                    .iter()
-                    .map(|block| block.id())
-                    .collect()
-            }
-        };
+        // Blocks that are there without being sent, by their number and, from the first that is seen on, by their ids.
+        let (mut n_held, mut held) = (n_unseen, Vec::new());
+        if id != first && n_prompt_blocks > n_unseen {
+            let shared = self.sequences[&first].table.range(n_unseen..n_prompt_blocks);
+            held.extend(shared.iter().map(HeldBlock::id));
+            n_held = n_prompt_blocks;
+        }
         let sequence = self.sequences.get_mut(&id).expect("a member exists");
+        sequence.n_registered = n_unseen;
         let n_kv_tokens = sequence.tokens.len() - 1;
-        let mut held = shared;
         if self.config.prefix_caching == PrefixCaching::On {
             self.hasher.extend(sequence.salt, &sequence.tokens, &mut sequence.keys);
             let keys = &sequence.keys[..n_kv_tokens / block_size];
@@ -238,19 +244,21 @@ impl BatchScheduler {
             self.counters.n_prefix_query_tokens += n_kv_tokens as u64;
             self.counters.n_prefix_hit_tokens += (hits.len() * block_size) as u64;
             // The shared ones are hits too as far as there are any, so the longer list contains the other.
-            if hits.len() >= held.len() {
+            if hits.len() >= n_held {
                 sequence.n_registered = hits.len();
-                held = hits;
+                n_held = hits.len();
+                held = hits[n_unseen..].to_vec();
             }
         }
+        sequence.table.skip(n_unseen);
         for &block in &held {
             sequence.table.push(self.pool.hold(block));
         }
-        sequence.n_hit_blocks = held.len();
+        sequence.n_hit_blocks = n_held;
         let n_context = self.config.blocks_for(n_kv_tokens);
         let n_most = self.config.blocks_for(sequence.max_kv_tokens());
         let n_total = (n_context + n_slack).min(n_most).max(n_context);
-        if self.pool.n_available() < n_total - held.len() + n_headroom {
+        if self.pool.n_available() < n_total - n_held + n_headroom {
             return false;
         }
         while sequence.table.len() < n_total {

@@ -22,7 +22,8 @@ pub enum ReserveOutcome {
 pub struct Grant {
     /// Handoff: blocks of the context. Move: blocks there is room for, which the context may not outgrow.
     pub n_blocks_total: usize,
-    /// Leading blocks that the prefix cache had, or that another choice of the request receives; they need not be sent.
+    /// Leading blocks that the prefix cache had, that another choice of the request receives, or that no query will see; they
+    /// need not be sent.
     pub n_blocks_held: usize,
     /// The blocks to be written, in order: those after the held ones.
     pub blocks: Vec<(BlockId, Generation)>,
@@ -116,7 +117,7 @@ impl BatchScheduler {
 
     pub(super) fn grant_of(&self, sequence: &Sequence, n_blocks_total: usize) -> Grant {
         let n_blocks_held = sequence.n_hit_blocks;
-        let to_write = &sequence.table.blocks()[n_blocks_held..n_blocks_total];
+        let to_write = sequence.table.range(n_blocks_held..n_blocks_total);
         Grant {
             n_blocks_total,
             n_blocks_held,
@@ -156,7 +157,8 @@ impl BatchScheduler {
         );
         self.running.insert(id);
         let sequence = self.sequences.get_mut(&id).expect("a reserved sequence exists");
-        let received = sequence.table.blocks().iter().skip(sequence.n_hit_blocks);
+        let n_held = sequence.n_hit_blocks - sequence.table.n_released();
+        let received = sequence.table.blocks().iter().skip(n_held);
         received
             .chain(sequence.spare.blocks())
             .for_each(|block| self.pool.receive(block));

@@ -294,6 +294,74 @@ fn a_reservation_for_one_token_needs_no_block_to_grow() {
     assert!(world.scheduler.is_empty());
 }
 
+const WINDOW: SlidingWindow = SlidingWindow {
+    n_tokens: 6,
+    grain: 2,
+    slack: 1,
+};
+
+/// Blocks of four, so of 30 tokens the last query sees those from 24 on.
+#[test]
+fn blocks_that_no_query_sees_are_given_up() {
+    let mut world = World::new(BatchConfig {
+        window: Some(WINDOW),
+        ..config(64)
+    });
+    let tokens = lively(0, 14, 16);
+    let id = world.local(&tokens, 16);
+    let mut most_held = 0;
+    while world.scheduler.phase(id).is_some() {
+        world.step();
+        if world
+            .scheduler
+            .sequences
+            .get(&id)
+            .is_some_and(|sequence| sequence.tokens.len() > 20)
+        {
+            most_held = most_held.max(world.scheduler.load().ledger.held);
+        }
+    }
+    assert_eq!(most_held, 3, "six tokens and one of slack lie in three blocks at most");
+    assert_eq!(world.n_released, 5);
+    world.assert_as_alone(id, &tokens, 16);
+    // What was given up is in the prefix cache until it is needed elsewhere.
+    let ledger = world.scheduler.load().ledger;
+    assert_eq!((ledger.held, ledger.cached), (0, 7));
+}
+
+#[test]
+fn what_no_query_will_see_is_not_asked_for() {
+    let window = BatchConfig {
+        window: Some(WINDOW),
+        ..config(64)
+    };
+    let mut world = World::new(window.clone());
+    let tokens = lively(0, 22, 6);
+    let id = world.reserved(&tokens, 6);
+    let grant = world.scheduler.grant(world.group(id));
+    // The first query, at 22, sees tokens from 17 on, in block 4.
+    assert_eq!(
+        (grant.n_blocks_total, grant.n_blocks_held, grant.blocks.len()),
+        (6, 4, 2)
+    );
+    // And one to grow into.
+    assert_eq!(world.scheduler.load().ledger.reserved, 3);
+    world.join(id, Numerics::Same);
+    world.run();
+    world.assert_as_alone(id, &tokens, 6);
+    // Nor by a move; and a source that has given more up says so instead of sending something else.
+    let mut source = World::new(window);
+    let running = source.local(&tokens, 6);
+    source.step();
+    source.step();
+    source.step();
+    let computed = source.scheduler.computed_blocks(running);
+    assert_eq!((computed.first, computed.end()), (4, 6));
+    assert_eq!(computed.get(4..6).map(<[_]>::len), Some(2));
+    assert_eq!(computed.get(6..6).map(<[_]>::len), Some(0));
+    assert_eq!(computed.get(3..6), None);
+}
+
 #[test]
 fn a_prefix_is_received_once() {
     let mut world = World::new(config(64));

@@ -71,12 +71,19 @@ impl PlacementRequest<'_> {
     }
 }
 
-/// The oldest protocol version whose messages can say all of `sampling`: 2 for several choices and for penalties.
+/// The oldest protocol version whose messages can say all of `sampling`: 2 for several choices, for penalties and for
+/// whatever else narrows or shifts the distribution.
 pub fn min_protocol_version(sampling: &SamplingParams) -> u32 {
     let plain = sampling.n <= 1
         && sampling.presence_penalty == 0.0
         && sampling.frequency_penalty == 0.0
-        && sampling.repetition_penalty == 1.0;
+        && sampling.repetition_penalty == 1.0
+        && sampling.min_p == 0.0
+        && sampling.min_tokens == 0
+        && sampling.logit_bias.is_empty()
+        && sampling.allowed_token_ids.is_empty()
+        && sampling.bad_words.is_empty()
+        && sampling.constraint.is_none();
     if plain { 1 } else { 2 }
 }
 

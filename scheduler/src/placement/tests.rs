@@ -22,6 +22,7 @@ fn info(name: &str, role: Role) -> InstanceInfo {
         n_blocks_total: 100,
         max_num_seqs: 4,
         max_model_len: 1000,
+        short_context: None,
         kv_bytes_per_token: 65_536,
     }
 }
@@ -517,5 +518,36 @@ proptest! {
             prop_assert_eq!(state.n_blocks_available(), 100);
             prop_assert_eq!(view.n_cached_tokens(id, &keys, 200), 0);
         }
+    }
+}
+
+#[test]
+fn only_what_version_1_can_say_is_given_to_it() {
+    use crate::request::{Constraint, SamplingParams};
+    let plain = SamplingParams {
+        temperature: 0.7,
+        top_k: 5,
+        top_p: 0.9,
+        stop_token_ids: vec![2],
+        logprobs: Some(1),
+        ..SamplingParams::default()
+    };
+    assert_eq!(min_protocol_version(&plain), 1);
+    let changes: [fn(&mut SamplingParams); 10] = [
+        |it| it.n = 2,
+        |it| it.presence_penalty = 0.1,
+        |it| it.frequency_penalty = 0.1,
+        |it| it.repetition_penalty = 1.1,
+        |it| it.min_p = 0.1,
+        |it| it.min_tokens = 1,
+        |it| it.logit_bias = vec![(1, 1.0)],
+        |it| it.allowed_token_ids = [1].into(),
+        |it| it.bad_words = vec![vec![1]],
+        |it| it.constraint = Some(Constraint::Regex("a".into())),
+    ];
+    for change in changes {
+        let mut asked = plain.clone();
+        change(&mut asked);
+        assert_eq!(min_protocol_version(&asked), 2, "{asked:?}");
     }
 }

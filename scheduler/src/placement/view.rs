@@ -33,6 +33,8 @@ pub struct InstanceInfo {
     pub max_num_seqs: u32,
     /// Longest sequence it takes.
     pub max_model_len: u32,
+    /// As [`BatchConfig::short_context`](crate::batch::BatchConfig::short_context).
+    pub short_context: Option<u32>,
     /// Bytes of KV of one token over all layers.
     pub kv_bytes_per_token: u64,
 }

@@ -20,6 +20,7 @@ fn join(view: &mut ClusterView, name: &str, role: Role) {
         n_blocks_total: N_BLOCKS,
         max_num_seqs: 64,
         max_model_len: 16_000,
+        short_context: None,
         kv_bytes_per_token: 1,
     }));
 }

@@ -524,20 +524,23 @@ impl Simulation<'_> {
             let end = match pauses {
                 _ if !is_here => n_prompt_blocks.max(first),
                 false => engine.scheduler.n_computed(id) / engine.memory.block_size,
-                true => table.len(),
+                true => table.end(),
             };
-            if first > table.len().max(end) {
+            if first > table.end().max(end) {
                 return Err(Failure::Invalid(format!(
                     "choice {choice} is asked for from block {first} on"
                 )));
             }
             let end = end.max(first);
-            let blocks = table.get(first..end).unwrap_or_default().to_vec();
-            for (block, _) in &blocks {
-                (0..engine.memory.n_layers).for_each(|_| engine.memory.pin(*block));
-            }
+            let Some(blocks) = table.get(first..end).map(<[_]>::to_vec) else {
+                return busy("blocks that are asked for were given up");
+            };
             stage.ends.push(end as u32);
             stage.blocks.push(blocks);
+        }
+        // Once it is known that nothing is refused.
+        for (block, _) in stage.blocks.iter().flatten() {
+            (0..engine.memory.n_layers).for_each(|_| engine.memory.pin(*block));
         }
         if pauses {
             engine.scheduler.pause(group).expect("checked to be movable");

@@ -2,6 +2,7 @@
 //! transfer. Contents are hashes of all tokens up to the slot's own, so that a wrong block is noticed where it is used.
 
 use super::random::mix;
+use crate::batch::RELEASED_BLOCK;
 use crate::ids::{BlockId, Generation, TokenId};
 
 /// What the KV of a token after a context is.
@@ -117,6 +118,13 @@ impl Memory {
         let mut context = 0;
         for (position, &token) in tokens[..end].iter().enumerate() {
             context = after(context, token);
+            if table[position / self.block_size] == RELEASED_BLOCK {
+                assert!(
+                    position < n_computed,
+                    "position {position} is computed into a block that was given up"
+                );
+                continue;
+            }
             let block = BlockId(table[position / self.block_size]);
             for layer in 0..self.n_layers {
                 let at = self.at(layer, block, position % self.block_size);

@@ -410,6 +410,7 @@ impl<'a> Simulation<'a> {
             n_blocks_total: self.settings.n_blocks as u32,
             max_num_seqs: self.settings.max_num_seqs as u32,
             max_model_len: self.settings.workload.max_model_len as u32,
+            short_context: None,
             kv_bytes_per_token: 1024,
         }
     }

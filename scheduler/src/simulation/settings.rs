@@ -7,7 +7,7 @@ use super::instance::Instance;
 use super::memory::Memory;
 use super::random::{Random, mix};
 use super::workload::Kind;
-use crate::batch::{BatchConfig, BatchScheduler, PrefixCaching};
+use crate::batch::{BatchConfig, BatchScheduler, PrefixCaching, SlidingWindow};
 use crate::ids::{Fingerprint, InstanceId, Nanos, Role};
 use crate::placement::{Disaggregation, POLICIES, policy};
 use crate::rebalance::{RebalanceConfig, Rebalancer};
@@ -174,6 +174,12 @@ impl Settings {
         config.max_defer = Nanos::from_millis(500);
         config.max_stall = self.max_stall;
         config.prefix_caching = self.prefix_caching;
+        // A fifth of the clusters serve a model whose layers all have a window.
+        config.window = self.seed.is_multiple_of(5).then(|| SlidingWindow {
+            n_tokens: 6 + (self.seed / 5 % 24) as usize,
+            grain: 4,
+            slack: 6,
+        });
         let scheduler = BatchScheduler::new(config).expect("limits that work together");
         let memory = Memory::new(self.n_layers, self.n_blocks, self.block_size);
         Instance {

@@ -20,7 +20,7 @@ async fn wrong_requests_are_refused_by_field() {
         (CHAT, json!({"logprobs": 5}), "logprobs"),
         (CHAT, json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
         (CHAT, json!({"top_logprobs": 3}), "top_logprobs"),
-        (CHAT, json!({"logit_bias": {"5": 1}}), "logit_bias"),
+        (CHAT, json!({"logit_bias": {"260": 1}}), "logit_bias"),
         (CHAT, json!({"n": 0}), "n"),
         (CHAT, json!({"n": 129}), "n"),
         (CHAT, json!({"presence_penalty": -2.5}), "presence_penalty"),
@@ -38,7 +38,11 @@ async fn wrong_requests_are_refused_by_field() {
         (COMPLETIONS, json!({"prompt": "a", "logprobs": true}), "logprobs"),
         (COMPLETIONS, json!({"prompt": "a", "logprobs": 21}), "logprobs"),
         (COMPLETIONS, json!({"prompt": "a", "suffix": "b"}), "suffix"),
-        (COMPLETIONS, json!({"prompt": "a", "best_of": 2}), "best_of"),
+        (
+            COMPLETIONS,
+            json!({"prompt": "a", "best_of": 2, "stream": true}),
+            "best_of",
+        ),
         (COMPLETIONS, json!({"prompt": "a", "messages": []}), "messages"),
     ];
     for (path, body, param) in wrong {

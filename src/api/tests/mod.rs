@@ -7,6 +7,7 @@ mod completions;
 mod failures;
 mod grpc;
 mod operations;
+mod sampling;
 mod stop_strings;
 mod tools;
 

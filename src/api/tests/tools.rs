@@ -278,14 +278,6 @@ async fn tools_are_refused_by_name_where_they_cannot_work() {
         error["message"].as_str().unwrap().contains("--tool-call-parser"),
         "{error}"
     );
-    for choice in [
-        json!("required"),
-        json!({"type": "function", "function": {"name": "weather"}}),
-    ] {
-        let mut body = ask_with_tools("?");
-        body["tool_choice"] = choice;
-        assert_eq!(server.refused(CHAT, &body, 400).await["param"], "tool_choice");
-    }
     let mut body = ask("?");
     body["functions"] = json!([{"name": "f"}]);
     assert_eq!(server.refused(CHAT, &body, 400).await["param"], "functions");
@@ -295,6 +287,48 @@ async fn tools_are_refused_by_name_where_they_cannot_work() {
     let text = "<tool_call>{\"name\": \"weather\"}</tool_call>";
     let server = start_model(null(text), ToolCallParserKind::None, ReasoningParserKind::Auto).await;
     assert_eq!(both(&server, &ask_with_tools("?")).await.0["content"], text);
+}
+
+#[tokio::test]
+async fn a_call_that_must_be_made_constrains_the_text() {
+    use baton_scheduler::request::Constraint;
+
+    let script = Script::of(Script::ids(5, &says("x"), Finish::Stop(EOS)));
+    let mut named = ask_with_tools("?");
+    named["tool_choice"] = json!({"type": "function", "function": {"name": "weather"}});
+    named["chat_template_kwargs"] = json!({"enable_thinking": false});
+    let mut required = named.clone();
+    required["tool_choice"] = json!("required");
+    for parser in [
+        ToolCallParserKind::Hermes,
+        ToolCallParserKind::Llama3,
+        ToolCallParserKind::Mistral,
+    ] {
+        let server = start_model(script.clone(), parser, ReasoningParserKind::Think).await;
+        for body in [&named, &required] {
+            // An instance compiles the same grammar; it has been compiled here once.
+            server.ask(CHAT, body.clone()).await;
+            let constraint = script.last().request.sampling.constraint.expect("it is constrained");
+            let Constraint::Grammar(grammar) = constraint else {
+                panic!("{constraint:?}")
+            };
+            assert!(grammar.contains(r#""const":"weather""#), "{grammar}");
+        }
+        let mut open = required.clone();
+        open["chat_template_kwargs"] = json!({"enable_thinking": true});
+        let mut doubled = required.clone();
+        doubled["response_format"] = json!({"type": "json_object"});
+        let mut wrong = required.clone();
+        wrong["tools"][0]["function"]["parameters"] = json!({"type": "strange"});
+        for body in [open, doubled, wrong] {
+            assert_eq!(server.refused(CHAT, &body, 400).await["param"], "tool_choice");
+        }
+        // Without a choice the text is free.
+        server.ask(CHAT, ask_with_tools("?")).await;
+        assert_eq!(script.last().request.sampling.constraint, None);
+    }
+    let server = start_model(script, ToolCallParserKind::None, ReasoningParserKind::None).await;
+    assert_eq!(server.refused(CHAT, &required, 400).await["param"], "tool_choice");
 }
 
 #[tokio::test]

@@ -34,7 +34,11 @@ pub(super) fn all_alone(engine: &EngineHandle, state: &PortableState) -> Vec<Cho
 
 /// What was said is what was not known, and the end.
 pub(super) fn assert_choices_as_alone(engine: &EngineHandle, state: &PortableState, said: &Said) {
-    let expected = all_alone(engine, state);
+    assert_choices_as(&all_alone(engine, state), state, said);
+}
+
+/// What was said is the rest of what was expected.
+pub(super) fn assert_choices_as(expected: &[ChoiceState], state: &PortableState, said: &Said) {
     assert!(matches!(said.end, Some(Ok(_))), "{:?}", said.end);
     for (choice, (expected, known)) in expected.iter().zip(&state.choices).enumerate() {
         let empty = ChoiceState::default();

@@ -23,7 +23,8 @@ fn required(config: &Value) -> Vec<RequiredTensor> {
     let config = ModelConfig::parse(Path::new("config.json"), config.to_string().as_bytes()).unwrap();
     weight_specs(&config)
         .into_iter()
-        .flat_map(|(_, required)| required)
+        .flat_map(|(_, parts)| parts)
+        .flat_map(|part| part.tensors)
         .collect()
 }
 
@@ -113,6 +114,7 @@ fn stored_dtypes_give_the_same_numbers() {
             tokens: &[1, 2, 3],
             start_pos: 0,
             block_table: &[2],
+            rope_variant: 0,
             logits: crate::forward::LogitsWanted::Last,
         };
         crate::forward::ForwardPass::step(&mut decoder, &[sequence], &mut |_, _| {})

@@ -90,6 +90,18 @@ impl<V: Copy> Scores<V> {
     }
 }
 
+/// `cap * tanh(score / cap)` of every score.
+#[inline(always)]
+pub(super) fn soft_cap<S: Simd>(simd: S, scores: &mut [f32], cap: f32) {
+    for chunk in scores.chunks_mut(LANES) {
+        // SAFETY: a chunk is at most 16 long.
+        unsafe {
+            let x = simd.load_partial(chunk.as_ptr(), chunk.len(), 0.0);
+            simd.store_partial(chunk.as_mut_ptr(), chunk.len(), simd.soft_cap(x, cap));
+        }
+    }
+}
+
 /// Turns scores into `e^(score - max)`; returns the maximum and the sum. Empty: -inf and 0.
 #[inline(always)]
 pub(super) fn softmax<S: Simd>(simd: S, scores: &mut [f32]) -> [f32; 2] {
@@ -159,12 +171,13 @@ pub(super) struct WeightedSum<L> {
 }
 
 impl<L: Copy> WeightedSum<L> {
-    /// Queries four at a time over the tokens that all four see, then one at a time over the rest.
+    /// Queries four at a time from the first token that any of them sees to the last that all see, then one at a time over
+    /// the rest. Tokens that a query does not see yet have a weight of 0.
     ///
     /// # Safety
-    /// The pointers hold what the fields say, for `seen(query)` tokens.
+    /// The pointers hold what the fields say, for the tokens of `seen(query)`.
     #[inline(always)]
-    pub(super) unsafe fn all<S: Simd>(self, simd: S, n_queries: usize, seen: impl Fn(usize) -> usize)
+    pub(super) unsafe fn all<S: Simd>(self, simd: S, n_queries: usize, seen: impl Fn(usize) -> std::ops::Range<usize>)
     where
         L: Fn(usize, usize) -> S::V,
     {
@@ -173,17 +186,18 @@ impl<L: Copy> WeightedSum<L> {
         unsafe {
             while query_idx < n_queries {
                 let n = if query_idx + 4 <= n_queries { 4 } else { 1 };
-                // A later query never sees less, so the first one sees what all do.
+                // A later query never begins or ends earlier.
                 let common = seen(query_idx);
                 if n == 4 {
-                    self.over_dims::<S, 4>(simd, query_idx, 0, common);
+                    self.over_dims::<S, 4>(simd, query_idx, common.start, common.end);
                     for one in query_idx + 1..query_idx + 4 {
-                        if seen(one) > common {
-                            self.over_dims::<S, 1>(simd, one, common, seen(one));
+                        let end = seen(one).end;
+                        if end > common.end {
+                            self.over_dims::<S, 1>(simd, one, common.end, end);
                         }
                     }
                 } else {
-                    self.over_dims::<S, 1>(simd, query_idx, 0, common);
+                    self.over_dims::<S, 1>(simd, query_idx, common.start, common.end);
                 }
                 query_idx += n;
             }

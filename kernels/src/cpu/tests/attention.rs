@@ -11,6 +11,17 @@ struct Case {
     n_tokens: usize,
     qkv: Vec<f32>,
     rope: RopeParams,
+    kind: Kind,
+}
+
+/// What a layer's attention has beyond the plain softmax.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Kind {
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+    sinks: bool,
+    /// Of each head, or of the whole projection.
+    qk_norm: Option<bool>,
 }
 
 impl Case {
@@ -28,17 +39,37 @@ impl Case {
             n_tokens,
             qkv,
             rope,
+            kind: Kind::default(),
         }
+    }
+
+    fn with(self, kind: Kind) -> Case {
+        Case { kind, ..self }
+    }
+
+    fn sinks(&self) -> Option<Vec<f32>> {
+        let sinks = || Values(5).vec(self.n_heads).iter().map(|x| 2.0 * x).collect();
+        self.kind.sinks.then(sinks)
+    }
+
+    /// Weights of the norms of q and k.
+    fn qk_norm(&self) -> Option<[Vec<f32>; 2]> {
+        let is_whole = self.kind.qk_norm?;
+        let len = |heads: usize| if is_whole { heads } else { 1 } * self.layout.head_dim;
+        Some([(6, self.n_heads), (7, self.layout.n_kv_heads)].map(|(seed, heads)| Values(seed).vec(len(heads))))
     }
 
     fn cols(&self) -> usize {
         (self.n_heads + 2 * self.layout.n_kv_heads) * self.layout.head_dim
     }
 
-    fn params(&self) -> AttentionParams {
+    fn params<V>(&self, vector: impl Fn(Vec<f32>) -> V) -> AttentionParams<V> {
         AttentionParams {
             n_heads: self.n_heads,
             scale: 1.0 / (self.layout.head_dim as f32).sqrt(),
+            window: self.kind.window,
+            soft_cap: self.kind.soft_cap,
+            sinks: self.sinks().map(vector),
         }
     }
 
@@ -54,11 +85,24 @@ impl Case {
         if reversed {
             block_table.reverse();
         }
-        let rope = cpu.rope(&self.rope, self.n_tokens.max(companion * chunks.len()));
+        // The first variant turns the other way: only this sequence asks for the second.
+        let other = RopeParams {
+            inv_freq: self.rope.inv_freq.iter().map(|f| -f).collect(),
+            attention_factor: 2.0,
+        };
+        let variants = [other, self.rope.clone()];
+        let rope = cpu.rope(&variants, self.n_tokens.max(companion * chunks.len()));
+        let vector = |data: Vec<f32>| CpuVector { data: data.into() };
+        let qk_norm = self.qk_norm().map(|[query, key]| QkNorm {
+            query: vector(query),
+            key: vector(key),
+            eps: 1e-5,
+        });
+        let params = self.params(vector);
         let layer = self.layout.n_layers - 1;
         let out_cols = self.n_heads * self.layout.head_dim;
         let mut outputs = Vec::new();
-        let mut start_pos = 0;
+        let mut start_pos: usize = 0;
         for (chunk_idx, n_tokens) in chunks.iter().copied().enumerate() {
             let mut rows = Values(99 + chunk_idx as u64).vec(companion * self.cols());
             rows.extend_from_slice(&self.qkv[start_pos * self.cols()..][..n_tokens * self.cols()]);
@@ -70,17 +114,33 @@ impl Case {
                     start_pos,
                     n_tokens: companion,
                     block_table: &companion_table,
+                    rope_variant: 0,
                 });
             }
             sequences.push(RaggedSequence {
                 start_pos,
                 n_tokens,
                 block_table: &block_table,
+                rope_variant: 1,
             });
             let batch = RaggedBatch { sequences: &sequences };
-            cpu.rope_append(&mut qkv, batch, &rope, self.n_heads, layer, &mut kv);
+            let heads = RopeAppendParams {
+                n_heads: self.n_heads,
+                rope: &rope,
+                qk_norm: qk_norm.as_ref(),
+            };
+            cpu.rope_append(&mut qkv, batch, heads, layer, &mut kv);
             let mut out = cpu.tensor(companion + n_tokens, out_cols);
-            cpu.attention(&mut out, &qkv, batch, self.params(), layer, &kv);
+            // Blocks that the contract says are not read are no blocks at all.
+            let mut seen = block_table.clone();
+            if let Some(window) = self.kind.window {
+                let first_seen = (start_pos + 1).saturating_sub(window);
+                seen[..first_seen / WINDOW_GRAIN * WINDOW_GRAIN / self.layout.block_size].fill(u32::MAX);
+            }
+            let mut sequences = sequences.clone();
+            sequences.last_mut().unwrap().block_table = &seen;
+            let batch = RaggedBatch { sequences: &sequences };
+            cpu.attention(&mut out, &qkv, batch, &params, layer, &kv);
             outputs.extend_from_slice(&out.as_slice()[companion * out_cols..]);
             start_pos += n_tokens;
         }
@@ -93,6 +153,11 @@ impl Case {
         let mut outputs = Vec::new();
         for (position, row) in self.qkv.chunks_exact(self.cols()).enumerate() {
             let mut row = row.to_vec();
+            if let Some([query, key]) = self.qk_norm() {
+                let (q, k) = row[..(self.n_heads + n_kv_heads) * head_dim].split_at_mut(self.n_heads * head_dim);
+                q.copy_from_slice(&reference::rms_norm(q, &query, 1e-5));
+                k.copy_from_slice(&reference::rms_norm(k, &key, 1e-5));
+            }
             for head in row[..(self.n_heads + n_kv_heads) * head_dim].chunks_exact_mut(head_dim) {
                 reference::rope(head, &self.rope, position);
             }
@@ -101,7 +166,13 @@ impl Case {
             let (key, value) = kv.split_at(n_kv_heads * head_dim);
             keys.extend_from_slice(key);
             values.extend_from_slice(value);
-            outputs.extend(reference::attention_row(q, &keys, &values, n_kv_heads, self.params()));
+            outputs.extend(reference::attention_row(
+                q,
+                &keys,
+                &values,
+                n_kv_heads,
+                &self.params(|sinks| sinks),
+            ));
         }
         outputs
     }
@@ -117,6 +188,41 @@ fn layout(n_kv_heads: usize, block_size: usize, head_dim: usize, dtype: DType) -
     }
 }
 
+const PLAIN: Kind = Kind {
+    window: None,
+    soft_cap: None,
+    sinks: false,
+    qk_norm: None,
+};
+
+const KINDS: [Kind; 6] = [
+    PLAIN,
+    Kind {
+        window: Some(1),
+        ..PLAIN
+    },
+    Kind {
+        window: Some(9),
+        sinks: true,
+        ..PLAIN
+    },
+    Kind {
+        soft_cap: Some(2.0),
+        qk_norm: Some(true),
+        ..PLAIN
+    },
+    Kind {
+        sinks: true,
+        qk_norm: Some(false),
+        ..PLAIN
+    },
+    Kind {
+        window: Some(250),
+        soft_cap: Some(5.0),
+        ..PLAIN
+    },
+];
+
 #[test]
 fn attention_is_close_to_the_reference_on_odd_sizes() {
     for dtype in DTYPES {
@@ -127,15 +233,18 @@ fn attention_is_close_to_the_reference_on_odd_sizes() {
             (3, 1, 5, 22, 33),
             (1, 8, 32, 128, 40),
             (1, 40, 16, 16, 5),
+            (1, 2, 16, 24, 700),
         ] {
             let layout = layout(n_kv_heads, block_size, head_dim, dtype);
-            let case = Case::new(7, layout, n_kv_heads * group, n_tokens);
-            let expected = case.expected();
-            for cpu in devices(dtype, 2) {
-                let found = case.run(&cpu, &[n_tokens], 0, false);
-                // In bf16, a rotated q or k may fall on the other side of a rounding boundary than the reference's.
-                let tolerance = if dtype == DType::F32 { 2e-5 } else { 2e-2 };
-                assert_close(&cpu, &found, &expected, tolerance);
+            for kind in KINDS {
+                let case = Case::new(7, layout, n_kv_heads * group, n_tokens).with(kind);
+                let expected = case.expected();
+                for cpu in devices(dtype, 2) {
+                    let found = case.run(&cpu, &[n_tokens], 0, false);
+                    // In bf16, a rotated q or k may fall on the other side of a rounding boundary than the reference's.
+                    let tolerance = if dtype == DType::F32 { 2e-5 } else { 2e-2 };
+                    assert_close(&cpu, &found, &expected, tolerance);
+                }
             }
         }
     }
@@ -153,9 +262,10 @@ proptest! {
         head_dim in prop_oneof![Just(64_usize), Just(24), Just(34)],
         dtype in prop_oneof![Just(DType::F32), Just(DType::Bf16)],
         companion in 0_usize..40,
+        kind in prop::sample::select(&KINDS[..]),
     ) {
         let n_tokens = chunks.iter().sum();
-        let case = Case::new(seed, layout(n_kv_heads, block_size, head_dim, dtype), n_kv_heads * group, n_tokens);
+        let case = Case::new(seed, layout(n_kv_heads, block_size, head_dim, dtype), n_kv_heads * group, n_tokens).with(kind);
         let token_by_token = vec![1; n_tokens];
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             let device = |n_threads| Cpu::new(CpuOptions { n_threads, dtype, isa: Some(isa) }).unwrap();
@@ -178,10 +288,10 @@ fn rope_leaves_values_behind_its_dimensions_alone() {
     let layout = layout(1, 4, 8, DType::F32);
     for cpu in devices(DType::F32, 1) {
         let rope = cpu.rope(
-            &RopeParams {
+            &[RopeParams {
                 inv_freq: vec![1.0],
                 attention_factor: 1.0,
-            },
+            }],
             4,
         );
         let mut kv = KvCache::new(layout, 1).unwrap();
@@ -191,8 +301,14 @@ fn rope_leaves_values_behind_its_dimensions_alone() {
             start_pos: 2,
             n_tokens: 1,
             block_table: &[0],
+            rope_variant: 0,
         }];
-        cpu.rope_append(&mut qkv, RaggedBatch { sequences: &sequences }, &rope, 1, 1, &mut kv);
+        let heads = RopeAppendParams {
+            n_heads: 1,
+            rope: &rope,
+            qk_norm: None,
+        };
+        cpu.rope_append(&mut qkv, RaggedBatch { sequences: &sequences }, heads, 1, &mut kv);
         let (sin, cos) = 2.0_f32.sin_cos();
         let expected = [-sin, cos, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0];
         assert_close(&cpu, &qkv.as_slice()[..8], &expected, 1e-6);
@@ -225,6 +341,7 @@ fn two_sequences_may_not_append_to_one_block() {
         start_pos: 0,
         n_tokens: 1,
         block_table: &[0],
+        rope_variant: 0,
     };
     let batch = RaggedBatch {
         sequences: &[
@@ -235,5 +352,10 @@ fn two_sequences_may_not_append_to_one_block() {
             },
         ],
     };
-    cpu.rope_append(&mut qkv, batch, &cpu.rope(&case.rope, 4), 1, 0, &mut kv);
+    let heads = RopeAppendParams {
+        n_heads: 1,
+        rope: &cpu.rope(&[case.rope], 4),
+        qk_norm: None,
+    };
+    cpu.rope_append(&mut qkv, batch, heads, 0, &mut kv);
 }

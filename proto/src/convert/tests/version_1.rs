@@ -46,6 +46,7 @@ fn state() -> PortableState {
                 presence_penalty: 0.0,
                 frequency_penalty: 0.0,
                 repetition_penalty: 1.0,
+                ..SamplingParams::default()
             },
             cache_salt: 77,
         },

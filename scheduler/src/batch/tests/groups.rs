@@ -192,7 +192,7 @@ fn what_is_still_read_is_copied_at_the_resumption() {
         world.scheduler.pause(group).unwrap();
         for id in world.scheduler.members(group) {
             let blocks = world.scheduler.computed_blocks(id);
-            world.pins.extend(blocks.iter().map(|(block, _)| *block));
+            world.pins.extend(blocks.blocks.iter().map(|(block, _)| *block));
         }
         let resumed = world.resume(group);
         if n_blocks == 64 {

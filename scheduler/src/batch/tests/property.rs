@@ -109,10 +109,12 @@ proptest! {
         n_blocks in 6..24usize,
         budget in 4..16usize,
         is_cached in any::<bool>(),
+        window in prop::option::of((1..12usize, 1..4usize, 0..3usize)),
         facts in prop::collection::vec(fact(), 1..60),
     ) {
         let prefix_caching = if is_cached { PrefixCaching::On } else { PrefixCaching::Off };
-        let mut world = World::new(BatchConfig { max_batch_tokens: budget, prefix_caching, ..config(n_blocks) });
+        let window = window.map(|(n_tokens, grain, slack)| SlidingWindow { n_tokens, grain, slack });
+        let mut world = World::new(BatchConfig { max_batch_tokens: budget, prefix_caching, window, ..config(n_blocks) });
         let max_model_len = world.scheduler.config().max_model_len;
         let mut asked: BTreeMap<GroupId, (Vec<TokenId>, u32, u32)> = BTreeMap::new();
         let mut prefills: BTreeSet<GroupId> = BTreeSet::new();
@@ -189,7 +191,7 @@ proptest! {
                         if pinned {
                             for id in world.scheduler.members(group) {
                                 let blocks = world.scheduler.computed_blocks(id);
-                                world.pins.extend(blocks.iter().map(|(block, _)| *block));
+                                world.pins.extend(blocks.blocks.iter().map(|(block, _)| *block));
                             }
                         }
                         world.resume(group);
@@ -212,7 +214,8 @@ proptest! {
                     if let Some(&group) = groups_in(&world, Phase::HandingOver).get(i) {
                         if pinned {
                             let table = world.scheduler.block_table(group.sequence(0));
-                            world.pins.extend(table.iter().map(|&block| BlockId(block)));
+                            let blocks = table.iter().filter(|&&block| block != RELEASED_BLOCK);
+                            world.pins.extend(blocks.map(|&block| BlockId(block)));
                         }
                         world.remove_group(group);
                     }

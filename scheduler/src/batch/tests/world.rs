@@ -122,6 +122,8 @@ pub(super) struct World {
     pub(super) finished: BTreeMap<SequenceId, Finish>,
     pub(super) refused: BTreeSet<GroupId>,
     pub(super) n_computed: usize,
+    /// Most blocks that a sequence had given up while it was computed.
+    pub(super) n_released: usize,
 }
 
 impl World {
@@ -136,6 +138,7 @@ impl World {
             finished: BTreeMap::new(),
             refused: BTreeSet::new(),
             n_computed: 0,
+            n_released: 0,
         }
     }
 
@@ -251,8 +254,13 @@ impl World {
     /// Reads the first `n` tokens of a sequence back from memory through its table.
     pub(super) fn read_back(&self, id: SequenceId, n: usize) -> Vec<TokenId> {
         let table = self.scheduler.block_table(id);
+        let tokens = self.scheduler.tokens(id);
         (0..n)
             .map(|pos| {
+                // Nobody sees it, so nobody has it: the tokens stand for what it was.
+                if table[pos / BLOCK_SIZE] == RELEASED_BLOCK {
+                    return tokens[pos];
+                }
                 let slot = self.memory[table[pos / BLOCK_SIZE] as usize][pos % BLOCK_SIZE];
                 slot.unwrap_or_else(|| panic!("position {pos} of {id:?} was never written"))
             })
@@ -314,7 +322,17 @@ impl World {
             let tokens = self.scheduler.tokens(item.sequence).to_vec();
             let table = self.scheduler.block_table(item.sequence).to_vec();
             let end = item.start_pos + item.n_tokens;
-            for (block, generation) in self.scheduler.computed_blocks(item.sequence) {
+            if let Some(window) = self.scheduler.config().window {
+                let n_released = table.iter().filter(|&&block| block == RELEASED_BLOCK).count();
+                let first_seen = (item.start_pos + 1).saturating_sub(window.n_tokens);
+                assert!(
+                    n_released * BLOCK_SIZE <= first_seen,
+                    "a query at {} sees a released block",
+                    item.start_pos
+                );
+                self.n_released = self.n_released.max(n_released);
+            }
+            for (block, generation) in self.scheduler.computed_blocks(item.sequence).blocks {
                 assert_eq!(self.generations.get(&block), Some(&generation), "told of {block:?}");
             }
             for pos in item.start_pos..end {

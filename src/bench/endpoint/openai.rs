@@ -1,70 +1,63 @@
-//! One measured request: sent, its events timed as they arrive, its end judged. Never retried.
+//! `/v1/completions` and `/v1/chat/completions`: the body, and what the server-sent events of the answer mean.
 
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::sse::SseParser;
-use crate::config::Secret;
+use super::{Asking, Completion, RequestFailure, root_cause};
+use crate::bench::workload::{PromptMaker, Speaker, Turn};
+use crate::config::{Address, Secret};
 
 /// A refusal's body is read up to this length; the rest says nothing more.
 const REFUSAL_LIMIT_BYTES: usize = 4096;
 
-/// How a request failed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RequestFailure {
-    /// No connection, or it broke.
-    #[error("connection: {0}")]
-    Connection(String),
-    /// The server refused it.
-    #[error("HTTP {status}: {message}")]
-    Refused {
-        /// The status.
-        status: u16,
-        /// The body's beginning.
-        message: String,
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpenAiApi {
+    /// Prompts are token ids.
+    Completions,
+    /// Prompts are messages of words.
+    Chat,
+}
+
+#[derive(Serialize)]
+struct Body<'a> {
+    model: &'a str,
+    #[serde(flatten)]
+    prompt: Prompt,
+    stream: bool,
+    stream_options: StreamOptions,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    ignore_eos: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    temperature: Option<f64>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Prompt {
+    Completions {
+        prompt: Vec<u32>,
+        max_tokens: u32,
     },
-    /// The server reported an error in a stream that had started.
-    #[error("error in the stream: {0}")]
-    InStream(String),
-    /// The stream is not what an OpenAI-compatible server sends.
-    #[error("not understood: {0}")]
-    NotUnderstood(String),
-    /// The stream ended early: no token, no `[DONE]` or no usage.
-    #[error("incomplete: {0}")]
-    Incomplete(&'static str),
-    /// It took too long.
-    #[error("no end within {0:?}")]
-    TimedOut(Duration),
+    Chat {
+        messages: Vec<ChatMessage>,
+        max_completion_tokens: u32,
+    },
 }
 
-impl RequestFailure {
-    /// The key under which it is counted.
-    pub fn kind(&self) -> String {
-        match self {
-            RequestFailure::Connection(_) => "connection".into(),
-            RequestFailure::Refused { status, .. } => format!("http_{status}"),
-            RequestFailure::InStream(_) => "in_stream".into(),
-            RequestFailure::NotUnderstood(_) => "not_understood".into(),
-            RequestFailure::Incomplete(_) => "incomplete".into(),
-            RequestFailure::TimedOut(_) => "timed_out".into(),
-        }
-    }
+#[derive(Serialize)]
+struct ChatMessage {
+    role: &'static str,
+    content: String,
 }
 
-/// A request that ended well.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// When each token's event arrived, after the request was sent; not empty.
-    pub token_times: Vec<Duration>,
-    /// Prompt tokens, as the server counted them.
-    pub n_input_tokens: u64,
-    /// Generated tokens, as the server counted them.
-    pub n_output_tokens: u64,
-    /// Prompt tokens that a prefix cache held, as the server counted them.
-    pub n_cached_tokens: u64,
+#[derive(Serialize)]
+struct StreamOptions {
+    include_usage: bool,
 }
 
 #[derive(Deserialize)]
@@ -99,18 +92,21 @@ struct PromptTokensDetails {
     cached_tokens: Option<u64>,
 }
 
-/// Sends requests to one endpoint.
+/// Sends requests to one of the two.
 #[derive(Clone, Debug)]
-pub struct LoadClient {
+pub struct OpenAiClient {
     http: reqwest::Client,
+    api: OpenAiApi,
     url: String,
     headers: HeaderMap,
-    timeout: Duration,
 }
 
-impl LoadClient {
-    /// A client of `url`; each request may take `timeout` in all.
-    pub fn new(url: String, api_key: Option<&Secret>, timeout: Duration) -> anyhow::Result<LoadClient> {
+impl OpenAiClient {
+    /// A client of `server`.
+    ///
+    /// # Errors
+    /// A key that no header can hold.
+    pub fn new(server: &Address, api: OpenAiApi, api_key: Option<&Secret>) -> anyhow::Result<OpenAiClient> {
         let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if let Some(key) = api_key {
@@ -124,21 +120,52 @@ impl LoadClient {
             .tcp_nodelay(true)
             .pool_max_idle_per_host(usize::MAX)
             .build()?;
-        Ok(LoadClient {
+        let path = match api {
+            OpenAiApi::Completions => "/v1/completions",
+            OpenAiApi::Chat => "/v1/chat/completions",
+        };
+        Ok(OpenAiClient {
             http,
-            url,
+            api,
+            url: format!("http://{server}{path}"),
             headers,
-            timeout,
         })
     }
 
-    /// Sends `body` and reads the answer to its end. `started` is when the request counts as sent.
-    pub async fn send(&self, body: Bytes, started: Instant) -> Result<Completion, RequestFailure> {
-        let within = tokio::time::timeout(self.timeout, self.stream(body, started)).await;
-        within.unwrap_or(Err(RequestFailure::TimedOut(self.timeout)))
+    /// The body that asks for `turn`.
+    pub fn body(&self, turn: &Turn, maker: &PromptMaker, asking: &Asking) -> Bytes {
+        let prompt = match self.api {
+            OpenAiApi::Completions => Prompt::Completions {
+                prompt: maker.ids(&turn.messages),
+                max_tokens: turn.output_len,
+            },
+            OpenAiApi::Chat => {
+                let messages = turn.messages.iter().map(|message| ChatMessage {
+                    role: match message.speaker {
+                        Speaker::User => "user",
+                        Speaker::Assistant => "assistant",
+                    },
+                    content: maker.text(message),
+                });
+                Prompt::Chat {
+                    messages: messages.collect(),
+                    max_completion_tokens: turn.output_len,
+                }
+            }
+        };
+        let body = Body {
+            model: &asking.model,
+            prompt,
+            stream: true,
+            stream_options: StreamOptions { include_usage: true },
+            ignore_eos: asking.ignore_eos,
+            temperature: asking.temperature,
+        };
+        serde_json::to_vec(&body).expect("numbers and texts are JSON").into()
     }
 
-    async fn stream(&self, body: Bytes, started: Instant) -> Result<Completion, RequestFailure> {
+    /// Sends `body` and reads the answer to its end.
+    pub async fn send(&self, body: Bytes, started: Instant) -> Result<Completion, RequestFailure> {
         let broken = |error: reqwest::Error| RequestFailure::Connection(root_cause(&error));
         let request = self.http.post(&self.url).headers(self.headers.clone()).body(body);
         let mut response = request.send().await.map_err(broken)?;
@@ -243,18 +270,69 @@ impl Answer {
     }
 }
 
-/// The innermost cause, which names the system's error; the outer ones only repeat the URL.
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
+    use crate::bench::workload::{Message, Segment, Source};
+
+    fn body(api: OpenAiApi) -> Value {
+        let server = Address::Tcp {
+            host: "h".into(),
+            port: 1,
+        };
+        let client = OpenAiClient::new(&server, api, None).expect("a client");
+        let says = |speaker, source| Message {
+            speaker,
+            segments: vec![Segment { source, n_tokens: 20 }],
+        };
+        let turn = Turn {
+            index: 1,
+            pause: Duration::ZERO,
+            messages: vec![
+                says(Speaker::User, Source::Request(0)),
+                says(Speaker::Assistant, Source::Answer(0)),
+                says(Speaker::User, Source::Request(1)),
+            ],
+            output_len: 5,
+        };
+        let maker = PromptMaker {
+            vocabulary: (0..9).collect(),
+            seed: 1,
+        };
+        let asking = Asking {
+            model: "m".into(),
+            ignore_eos: true,
+            temperature: Some(0.0),
+        };
+        serde_json::from_slice(&client.body(&turn, &maker, &asking)).expect("JSON")
+    }
+
+    #[test]
+    fn bodies_ask_for_a_stream_with_usage() {
+        let completions = body(OpenAiApi::Completions);
+        assert_eq!(completions["stream_options"]["include_usage"], true);
+        assert_eq!(completions["prompt"].as_array().map(Vec::len), Some(60));
+        assert_eq!(
+            (
+                &completions["max_tokens"],
+                &completions["ignore_eos"],
+                &completions["temperature"]
+            ),
+            (&json!(5), &json!(true), &json!(0.0))
+        );
+        let chat = body(OpenAiApi::Chat);
+        let roles: Vec<&Value> = (0..3).map(|i| &chat["messages"][i]["role"]).collect();
+        assert_eq!(roles, ["user", "assistant", "user"]);
+        let content = chat["messages"][2]["content"].as_str().expect("a text");
+        assert_eq!(content.split(' ').count(), 20);
+        assert_eq!(
+            (&chat["max_completion_tokens"], &chat["max_tokens"]),
+            (&json!(5), &Value::Null)
+        );
+        assert_eq!((&chat["stream"], &chat["model"]), (&json!(true), &json!("m")));
+    }
 
     fn answer(events: &[&str]) -> Result<Completion, RequestFailure> {
         let mut answer = Answer::default();

@@ -1,0 +1,288 @@
+//! What the text of an output must be: `response_format`, `structured_outputs` and the older `guided_*` fields, resolved to
+//! one [`Constraint`] and compiled once here, so that a wrong one is refused by the field it came in. Instances compile the
+//! same bytes again; nothing is matched here.
+
+use baton_scheduler::request::{Constraint, SamplingParams};
+use serde_json::{Map, Value, json};
+
+use super::ApiState;
+use super::error::ApiError;
+use super::fields::{Fields, kind_of, shown};
+
+/// Most texts of a choice.
+pub const MAX_CHOICE_TEXTS: usize = 1024;
+
+/// Names of fields that make a request one whose constraint must be compiled, as they stand in a body.
+const NAMES: &[&str] = &["response_format", "structured_outputs", "guided_", "tool_choice"];
+
+/// Whitespace of a JSON text wherever JSON has it optional: none, a space, or up to two line ends and an indentation. It is
+/// bounded so that no model can go on with it for ever; the bounds are those of llama.cpp's JSON grammars.
+const JSON_WHITESPACE: &str = r"(?:\x20|\n{1,2}[ \t]{0,20})";
+
+/// A constraint and the field it came in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Asked {
+    /// For errors.
+    pub field: &'static str,
+    /// What was asked for.
+    pub constraint: Constraint,
+}
+
+/// Whether a body may ask for a constraint, so that understanding it takes longer than its length says.
+pub fn may_constrain(body: &[u8]) -> bool {
+    let text = std::str::from_utf8(body).unwrap_or_default();
+    NAMES.iter().any(|name| text.contains(name))
+}
+
+/// Sets a constraint, after compiling it as an instance will. A constrained text ends where it is complete, whatever the
+/// request says of ends of sequence.
+///
+/// # Errors
+/// What is wrong with the constraint, naming `field`.
+pub fn constrain(
+    state: &ApiState,
+    sampling: &mut SamplingParams,
+    field: &'static str,
+    constraint: Constraint,
+) -> Result<(), ApiError> {
+    let compiled = state.constraints().compile(&constraint);
+    compiled.map_err(|error| ApiError::field(field, format!("{field}: {error}")))?;
+    sampling.stop_token_ids.extend(&state.model().eos_token_ids);
+    sampling.stop_token_ids.sort_unstable();
+    sampling.stop_token_ids.dedup();
+    sampling.constraint = Some(constraint);
+    Ok(())
+}
+
+/// JSON documents that are valid against `schema`, with bounded whitespace unless `schema` says otherwise (`x-guidance`).
+///
+/// # Errors
+/// A schema that is no object.
+pub fn json_schema(field: &'static str, schema: Value) -> Result<Constraint, ApiError> {
+    json_schema_with(field, schema, Whitespace::Bounded)
+}
+
+/// Whitespace between the tokens of JSON.
+#[derive(Clone, Debug, PartialEq)]
+enum Whitespace {
+    Bounded,
+    None,
+    Pattern(String),
+}
+
+fn json_schema_with(field: &'static str, schema: Value, whitespace: Whitespace) -> Result<Constraint, ApiError> {
+    let Value::Object(mut schema) = schema else {
+        let found = kind_of(&schema);
+        return Err(ApiError::expected(field, found, "a JSON Schema, which is an object"));
+    };
+    let options = match whitespace {
+        Whitespace::Bounded => json!({ "whitespace_pattern": JSON_WHITESPACE }),
+        Whitespace::None => json!({ "whitespace_flexible": false }),
+        Whitespace::Pattern(pattern) => json!({ "whitespace_pattern": pattern }),
+    };
+    // The library's own options, where the client set some.
+    let own = schema.entry("x-guidance").or_insert_with(|| json!({}));
+    let Value::Object(own) = own else {
+        return Err(ApiError::expected(field, kind_of(own), "x-guidance to be an object"));
+    };
+    let is_set = ["whitespace_pattern", "whitespace_flexible"]
+        .iter()
+        .any(|name| own.contains_key(*name));
+    if let (Value::Object(options), false) = (options, is_set) {
+        own.extend(options);
+    }
+    Ok(Constraint::JsonSchema(Value::Object(schema).to_string().into()))
+}
+
+/// One of `texts`.
+///
+/// # Errors
+/// No texts, too many, or an empty one.
+pub fn choice(field: &'static str, texts: &[String]) -> Result<Constraint, ApiError> {
+    if texts.is_empty() || texts.len() > MAX_CHOICE_TEXTS {
+        let found = format!("an array of {}", texts.len());
+        return Err(ApiError::expected(
+            field,
+            found,
+            format!("1 to {MAX_CHOICE_TEXTS} strings"),
+        ));
+    }
+    if texts.iter().any(String::is_empty) {
+        return Err(ApiError::expected(
+            field,
+            "an empty string",
+            "strings that are not empty",
+        ));
+    }
+    let mut regex = String::new();
+    for text in texts {
+        if !regex.is_empty() {
+            regex.push('|');
+        }
+        for character in text.chars() {
+            if r"\.+*?()|[]{}^$#&-~".contains(character) {
+                regex.push('\\');
+            }
+            regex.push(character);
+        }
+    }
+    Ok(Constraint::Regex(regex.into()))
+}
+
+/// Takes the fields out of a JSON request; `None` when none asks for anything.
+///
+/// # Errors
+/// A wrong value, or two constraints.
+pub fn take(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
+    let mut asked: Vec<Asked> = Vec::new();
+    asked.extend(response_format(fields)?);
+    asked.extend(structured_outputs(fields)?);
+    let pattern = fields.string("guided_whitespace_pattern")?;
+    asked.extend(guided(
+        fields,
+        &GUIDED,
+        pattern.map_or(Whitespace::Bounded, Whitespace::Pattern),
+    )?);
+    if let [first, second, ..] = asked.as_slice() {
+        let (first, second) = (first.field, second.field);
+        let message = format!("{second} and {first} are both set, expected one constraint");
+        return Err(ApiError::field(second, message));
+    }
+    Ok(asked.pop())
+}
+
+fn response_format(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
+    const FIELD: &str = "response_format";
+    let Some(mut format) = fields.object(FIELD)? else {
+        return Ok(None);
+    };
+    let kind = format.string("type")?;
+    let constraint = match kind.as_deref() {
+        Some("text") => return Ok(None),
+        Some("json_object") => json_schema(FIELD, json!({ "type": "object" }))?,
+        Some("json_schema") => {
+            let named = format.object("json_schema")?;
+            let schema = named.and_then(|mut named| named.take("schema"));
+            let schema = schema.ok_or_else(|| {
+                ApiError::expected(FIELD, "without json_schema.schema", "a schema for type json_schema")
+            })?;
+            json_schema(FIELD, schema)?
+        }
+        other => {
+            let found = other.map_or("without type".to_owned(), |kind| {
+                format!("of type {}", shown(&Value::from(kind)))
+            });
+            let expected = "type text, json_object or json_schema";
+            return Err(ApiError::expected(FIELD, found, expected));
+        }
+    };
+    Ok(Some(Asked {
+        field: FIELD,
+        constraint,
+    }))
+}
+
+/// How a family of fields names its constraints.
+struct Names {
+    json: &'static str,
+    json_object: &'static str,
+    regex: &'static str,
+    choice: &'static str,
+    grammar: &'static str,
+}
+
+const GUIDED: Names = Names {
+    json: "guided_json",
+    json_object: "guided_json_object",
+    regex: "guided_regex",
+    choice: "guided_choice",
+    grammar: "guided_grammar",
+};
+
+const STRUCTURED: Names = Names {
+    json: "json",
+    json_object: "json_object",
+    regex: "regex",
+    choice: "choice",
+    grammar: "grammar",
+};
+
+fn structured_outputs(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
+    const FIELD: &str = "structured_outputs";
+    let Some(mut inner) = fields.object(FIELD)? else {
+        return Ok(None);
+    };
+    let within = |error: ApiError| ApiError {
+        message: format!("{FIELD}.{}", error.message),
+        param: Some(FIELD.into()),
+        ..error
+    };
+    let compact = inner
+        .boolean("disable_any_whitespace")
+        .map_err(within)?
+        .unwrap_or(false);
+    let pattern = inner.string("whitespace_pattern").map_err(within)?;
+    let whitespace = match (pattern, compact) {
+        (Some(pattern), _) => Whitespace::Pattern(pattern),
+        (None, true) => Whitespace::None,
+        (None, false) => Whitespace::Bounded,
+    };
+    let asked = guided(&mut inner, &STRUCTURED, whitespace).map_err(within)?;
+    let mut asked = asked.into_iter();
+    let first = asked.next();
+    if let (Some(first), Some(second)) = (&first, asked.next()) {
+        let message = format!(
+            "{FIELD}.{} and {FIELD}.{} are both set, expected one",
+            second.field, first.field
+        );
+        return Err(ApiError::field(FIELD, message));
+    }
+    let is_off = |value: &Value| value.is_null() || *value == Value::Bool(false);
+    if let Some((name, _)) = inner.rest().find(|(_, value)| !is_off(value)) {
+        let message = format!("{FIELD}.{name} is not supported here; leave it out");
+        return Err(ApiError::field(FIELD, message));
+    }
+    Ok(first.map(|asked| Asked { field: FIELD, ..asked }))
+}
+
+/// The constraints that a family of fields asks for.
+fn guided(fields: &mut Fields, names: &Names, whitespace: Whitespace) -> Result<Vec<Asked>, ApiError> {
+    let mut asked = Vec::new();
+    let mut ask = |field, constraint| asked.push(Asked { field, constraint });
+    match fields.take(names.json) {
+        None => {}
+        // vLLM takes the schema as text too.
+        Some(Value::String(text)) => {
+            let schema = serde_json::from_str(&text).map_err(|error| {
+                let message = format!("{} is not valid JSON: {error}", names.json);
+                ApiError::field(names.json, message)
+            })?;
+            ask(names.json, json_schema_with(names.json, schema, whitespace.clone())?);
+        }
+        Some(schema) => ask(names.json, json_schema_with(names.json, schema, whitespace.clone())?),
+    }
+    if fields.boolean(names.json_object)?.unwrap_or(false) {
+        let any_object = Value::Object(Map::from_iter([("type".to_owned(), json!("object"))]));
+        ask(
+            names.json_object,
+            json_schema_with(names.json_object, any_object, whitespace)?,
+        );
+    }
+    if let Some(regex) = fields.string(names.regex)? {
+        ask(names.regex, Constraint::Regex(regex.into()));
+    }
+    if let Some(values) = fields.array(names.choice, "an array of strings")? {
+        let texts = values.into_iter().map(|value| match value {
+            Value::String(text) => Ok(text),
+            other => Err(ApiError::expected(names.choice, shown(&other), "an array of strings")),
+        });
+        ask(
+            names.choice,
+            choice(names.choice, &texts.collect::<Result<Vec<_>, _>>()?)?,
+        );
+    }
+    if let Some(grammar) = fields.string(names.grammar)? {
+        ask(names.grammar, Constraint::Grammar(grammar.into()));
+    }
+    Ok(asked)
+}
