@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use baton::api::metrics::MetricsRegistry;
-use baton::api::{ApiOptions, ApiState, DefaultSampling, ServeOptions, ServedModel, router, serve};
+use baton::api::{ApiOptions, ApiState, DefaultSampling, OutputParsers, ServeOptions, ServedModel, router, serve};
 use baton::null_generator::{NullGenerator, NullOptions};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -29,6 +29,7 @@ fn start(runtime: &Runtime) -> SocketAddr {
         max_model_len: 4096,
         vocab_size: VOCAB_SIZE,
         dtype: "none".to_owned(),
+        parsers: OutputParsers::default(),
     };
     let generator = Arc::new(NullGenerator::new(NullOptions {
         token_ids: vec![7],

@@ -7,7 +7,7 @@ use baton_scheduler::batch::{BatchConfig, BatchScheduler, Samples, SequenceKind}
 use baton_scheduler::block_pool::BlockPool;
 use baton_scheduler::ids::{Epoch, Fingerprint, Incarnation, InstanceId, Nanos, RequestId, Role, SequenceId, TokenId};
 use baton_scheduler::placement::{
-    ClusterView, Disaggregation, InstanceInfo, PlacementRequest, Policy as _, PrefixAware, ViewEvent,
+    ClusterView, Disaggregation, InstanceInfo, PlacementRequest, Policy as _, PrefixAware, RequestObjectives, ViewEvent,
 };
 use baton_scheduler::prefix_cache::{PrefixCache, PrefixEvent, PrefixHasher};
 use baton_scheduler::request::{PortableState, Request, SamplingParams};
@@ -174,6 +174,7 @@ fn placement(criterion: &mut Criterion) {
                 avoided: &[],
                 needs_version: 1,
                 may_hand_over: true,
+                objectives: RequestObjectives::default(),
             };
             policy
                 .place(Nanos::ZERO, black_box(request), &view)

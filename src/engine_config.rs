@@ -11,7 +11,8 @@ use baton_engine::{DType, Isa};
 use baton_proto::link::{ClusterSecret, LinkError, LinkOptions};
 
 use crate::config::{
-    ByteSize, ComputeDtype, HubEnvironment, InstructionSet, KvTransportKind, LoadFormat, ModelSource, Secret, Switch,
+    ByteSize, ComputeDtype, HubEnvironment, InstructionSet, KvTransportKind, LoadFormat, ModelSource,
+    ReasoningParserKind, Secret, Switch, ToolCallParserKind,
 };
 
 /// Which model, and where its files come from and go to.
@@ -27,6 +28,23 @@ pub struct ModelSelection {
     pub hub: HubEnvironment,
     /// Where packed weights are kept for all processes of the host.
     pub packed_dir: PathBuf,
+}
+
+/// What is looked for in the model's text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParserSelection {
+    /// Calls of tools.
+    pub tool_calls: ToolCallParserKind,
+    /// Reasoning.
+    pub reasoning: ReasoningParserKind,
+}
+
+impl ParserSelection {
+    /// What the model's files tell.
+    pub const AUTO: ParserSelection = ParserSelection {
+        tool_calls: ToolCallParserKind::Auto,
+        reasoning: ReasoningParserKind::Auto,
+    };
 }
 
 /// Compute, memory and limits of one instance.

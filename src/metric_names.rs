@@ -68,6 +68,13 @@ pub const REBALANCE_PROPOSALS: &str = "baton_rebalance_proposals";
 /// Gauge, labels `instance`, `role`: 1 while an instance is being emptied.
 pub const INSTANCE_DRAINING: &str = "baton_instance_draining";
 
+/// Counter, labels `objective` (`ttft`, `tpot`), `outcome` (`met`, `missed`): latencies that requests asked for, of those
+/// that ended well or failed here.
+pub const SLO_OBJECTIVES: &str = "baton_slo_objectives";
+/// Counter, label `outcome`: requests that asked for latencies and had all of them (`met`), or not (`missed`). The rate of
+/// `met` is the goodput.
+pub const SLO_REQUESTS: &str = "baton_slo_requests";
+
 /// Values of the label `phase` of [`REQUEST_PHASE`].
 pub mod phase {
     /// Read to tokenized.

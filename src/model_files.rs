@@ -6,9 +6,9 @@ use anyhow::Context as _;
 use baton_engine::model::hub::{HubOptions, download};
 use baton_engine::model::{ModelError, ModelFolder};
 
-use crate::api::{DefaultSampling, ServedModel};
+use crate::api::{DefaultSampling, OutputParsers, ServedModel};
 use crate::config::{ConfigError, ModelSource};
-use crate::engine_config::ModelSelection;
+use crate::engine_config::{ModelSelection, ParserSelection};
 
 /// The toy chat model of `models/demo`, trained from scratch by the script beside it.
 const DEMO_FILES: [(&str, &[u8]); 5] = [
@@ -71,10 +71,15 @@ pub fn served_model(
     folder: &ModelFolder,
     max_model_len: Option<u32>,
     dtype: String,
+    parsers: ParserSelection,
 ) -> anyhow::Result<ServedModel> {
     let tokenizer = folder.tokenizer().map_err(model_error)?;
     let chat_template = folder.chat_template().map_err(model_error)?;
     let limit = u32::try_from(folder.config.max_position_embeddings).context("max_position_embeddings")?;
+    let (tool_calls, reasoning) = (parsers.tool_calls, parsers.reasoning);
+    let parsers = OutputParsers::resolve(tool_calls, reasoning, chat_template.as_ref(), tokenizer.as_ref());
+    let (tool_calls, reasoning) = parsers.describe();
+    tracing::info!(tool_calls, reasoning, "parsers of the model's text");
     let generation = &folder.generation;
     // A model whose makers ask for greedy decoding is greedy unless the client says otherwise.
     let greedy = (generation.do_sample == Some(false)).then_some(0.0);
@@ -94,5 +99,6 @@ pub fn served_model(
         max_model_len: max_model_len.unwrap_or(limit).min(limit),
         vocab_size: u32::try_from(folder.config.vocab_size).context("vocab_size")?,
         dtype,
+        parsers,
     })
 }

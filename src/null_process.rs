@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{self, ApiOptions, ApiState, MetricsRegistry, ServeOptions};
-use crate::engine_config::ModelSelection;
+use crate::engine_config::{ModelSelection, ParserSelection};
 use crate::null_generator::{NullGenerator, NullOptions};
 use crate::{announce, model_files};
 
@@ -47,7 +47,13 @@ pub async fn run_null(config: NullConfig, shutdown: CancellationToken) -> anyhow
 /// A model that cannot be used.
 pub async fn serve_null(listener: TcpListener, config: NullConfig, shutdown: CancellationToken) -> anyhow::Result<()> {
     let folder = model_files::open(&config.model).await?;
-    let model = model_files::served_model(&config.model, &folder, config.max_model_len, "none".to_owned())?;
+    let model = model_files::served_model(
+        &config.model,
+        &folder,
+        config.max_model_len,
+        "none".to_owned(),
+        ParserSelection::AUTO,
+    )?;
     let mut options = config.options;
     if let Some(tokenizer) = &model.tokenizer {
         options.token_ids = tokenizer.encode(SPOKEN)?;

@@ -22,7 +22,7 @@ use crate::config::{ComputeDtype, MetricsAliases, PolicyKind, RebalanceMode, Sec
 use crate::door::{
     Cluster, EmptyingTotals, FrontDoor, FrontDoorOptions, Generator as _, Rebalancing, keep_balanced, keep_emptying,
 };
-use crate::engine_config::{LinkConfig, ModelSelection};
+use crate::engine_config::{LinkConfig, ModelSelection, ParserSelection};
 use crate::operator::OperatorService;
 use crate::registry::RegistryService;
 use crate::{announce, cluster_metrics, model_files, registry};
@@ -40,6 +40,8 @@ pub struct SchedulerConfig {
     pub max_model_len: Option<u32>,
     /// What the instances compute in, for clients who ask; absent where the workers are told elsewhere.
     pub dtype: Option<ComputeDtype>,
+    /// What is looked for in the model's text.
+    pub parsers: ParserSelection,
     /// How instances are picked.
     pub policy: PolicyKind,
     /// What the slo-aware policy aims at.
@@ -90,6 +92,7 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
         config
             .dtype
             .map_or_else(|| "unknown".to_owned(), |dtype| dtype.to_string()),
+        config.parsers,
     )?;
     drop(folder);
     let link = config.links.options()?;

@@ -224,6 +224,7 @@ mod tests {
         let tokenizer = Tokenizer::from_bytes(tokenizer).unwrap();
         let ids = |text: &str| tokenizer.encode(text).unwrap();
         let model = ServedModel {
+            parsers: Default::default(),
             names: vec!["m".into()],
             root: "/models/m".into(),
             folder: None,

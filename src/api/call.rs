@@ -11,6 +11,7 @@ use super::constraints::{Asked, constrain, may_constrain};
 use super::error::{ApiError, ErrorKind};
 use super::fields::Fields;
 use super::metrics::Endpoint;
+use super::objectives;
 use super::options::CommonOptions;
 use super::request_label::{REQUEST_ID_HEADER, RequestLabel};
 
@@ -66,6 +67,7 @@ pub(super) async fn understand<T: Send + 'static>(
     };
     let label = RequestLabel::from_headers(headers).map_err(|error| refuse(None, error))?;
     let body = body.map_err(|rejection| refuse(label.clone(), rejection.into()))?;
+    let of_headers = objectives::from_headers(headers).map_err(|error| refuse(label.clone(), error))?;
     let (worker_state, named) = (state.clone(), label.clone());
     let n_bytes = match may_constrain(&body) {
         true => usize::MAX,
@@ -75,6 +77,7 @@ pub(super) async fn understand<T: Send + 'static>(
         let mut fields = Fields::parse(&body).map_err(|error| (named.clone(), error))?;
         let mut common =
             CommonOptions::take(&mut fields, worker_state.model()).map_err(|error| (named.clone(), error))?;
+        common.objectives = objectives::prefer(of_headers, common.objectives);
         let label = named.or(common.label.clone()).unwrap_or_else(RequestLabel::fresh);
         if let Some(Asked { field, constraint }) = common.constraint.take() {
             constrain(&worker_state, &mut common.sampling, field, constraint)

@@ -19,12 +19,15 @@ use super::encode::{SpecialTokens, encode};
 use super::error::ApiError;
 use super::fan_in::{Item, Outputs};
 use super::fields::Fields;
+use super::forced_calls;
 use super::logprobs::{ChatLogprobs, PromptLogprobsBody, TokenWriter, prompt_logprobs};
+use super::message::{CallPart, Message, MessageBody, MessageParser, MessagePart, MessageShape};
 use super::metrics::Endpoint;
 use super::model_limits::{check_prompt_ids, resolve_max_tokens};
 use super::neutral::refuse_unsupported;
 use super::options::{MAX_LOGPROBS, StreamOptions};
-use super::output::{ChoiceEnd, Job, Output, OutputToken, StopReason, timeline_from};
+use super::output::{ChoiceEnd, FinishReason, Job, Output, OutputToken, StopReason, timeline_from};
+use super::parsers::ToolCalls;
 use super::sse::{self, EventBuffer};
 use super::timeline_body::TimelineBody;
 use super::usage::UsageBody;
@@ -52,6 +55,7 @@ struct Shape {
     tokens_as_ids: bool,
     /// Report how long its parts took.
     has_timeline: bool,
+    message: MessageShape,
 }
 
 pub(super) async fn handle(
@@ -84,13 +88,23 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
     }
     let n_top = n_top(&mut fields)?;
     let prompt = ChatPrompt::take(&mut fields)?;
+    let shows_reasoning = fields.boolean("include_reasoning")?.unwrap_or(true);
     refuse_unsupported(&fields)?;
     let special_tokens = SpecialTokens::asked(common.add_special_tokens, SpecialTokens::AsWritten);
-    let prompt_ids = encode(model, "messages", &prompt.render(model)?, special_tokens)?;
+    let prompt_text = prompt.render(model)?;
+    if prompt.tools().is_some() && model.parsers.tool_calls == ToolCalls::Unknown {
+        let message = "tools is set, and it is not known how this model writes calls; start with --tool-call-parser";
+        return Err(ApiError::field("tools", message));
+    }
+    let message = MessageShape::new(&model.parsers, &prompt_text, prompt.tools(), shows_reasoning);
+    let prompt_ids = encode(model, "messages", &prompt_text, special_tokens)?;
     check_prompt_ids("messages", &prompt_ids, model)?;
     let mut sampling = common.sampling;
     sampling.max_tokens = resolve_max_tokens(max_tokens, None, prompt_ids.len(), model)?;
     check_min_tokens("min_tokens", &sampling)?;
+    if let Some(tools) = prompt.tools() {
+        forced_calls::apply(state, &mut sampling, tools, message.is_in_reasoning())?;
+    }
     sampling.logprobs = n_top;
     sampling.prompt_logprobs = common.prompt_logprobs;
     let shape = Shape {
@@ -102,16 +116,20 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         return_token_ids: common.return_token_ids,
         tokens_as_ids: common.tokens_as_ids,
         has_timeline: common.timeline,
+        message,
     };
+    let mut text = common.text;
+    text.shown_special_tokens = shape.message.shown_special_tokens(&model.parsers);
     let job = Job {
         endpoint: Endpoint::Chat,
         label,
         prompt_ids: prompt_ids.into(),
         sampling,
-        text: common.text,
+        text,
         cache_salt: common.cache_salt,
         priority: common.priority,
         deadline: None,
+        objectives: common.objectives,
         timeline: timeline_from(state, received),
     };
     Ok(ChatRequest {
@@ -146,6 +164,7 @@ async fn answer(state: &ApiState, request: ChatRequest) -> Result<Response, ApiE
         prompt_ids: shape.return_token_ids.then(|| prompt_ids.to_vec()),
         state: state.clone(),
         has_begun: vec![false; shape.n as usize],
+        parsers: (0..shape.n).map(|_| shape.message.parser()).collect(),
         shape,
         options,
         buffer: EventBuffer::default(),
@@ -176,7 +195,7 @@ struct ChatBody<'a> {
 #[derive(Serialize)]
 struct ChatChoice<'a> {
     index: u32,
-    message: ChatMessage<'a>,
+    message: MessageBody<'a>,
     logprobs: Option<&'a ChatLogprobs>,
     finish_reason: Option<&'static str>,
     stop_reason: Option<&'a StopReason>,
@@ -184,15 +203,10 @@ struct ChatChoice<'a> {
     token_ids: Option<&'a [TokenId]>,
 }
 
-#[derive(Serialize)]
-struct ChatMessage<'a> {
-    role: &'static str,
-    content: &'a str,
-}
-
 /// One answer as it grows.
 struct Answer {
-    text: String,
+    parser: MessageParser,
+    message: Message,
     token_ids: Option<Vec<TokenId>>,
     logprobs: Option<ChatLogprobs>,
     end: Option<ChoiceEnd>,
@@ -201,7 +215,8 @@ struct Answer {
 impl Answer {
     fn new(shape: &Shape) -> Answer {
         Answer {
-            text: String::new(),
+            parser: shape.message.parser(),
+            message: Message::default(),
             token_ids: shape.return_token_ids.then(Vec::new),
             logprobs: shape.n_top.map(|_| ChatLogprobs::default()),
             end: None,
@@ -210,7 +225,7 @@ impl Answer {
 
     fn token(&mut self, output: &OutputToken, writer: TokenWriter<'_>, shape: &Shape) {
         let token = &output.token;
-        self.text.push_str(&output.text);
+        self.message.add(self.parser.push(&output.text));
         if let Some(ids) = &mut self.token_ids {
             ids.push(token.id);
         }
@@ -220,15 +235,20 @@ impl Answer {
     fn body(&self, index: u32) -> ChatChoice<'_> {
         ChatChoice {
             index,
-            message: ChatMessage {
-                role: "assistant",
-                content: &self.text,
-            },
+            message: self.message.body(),
             logprobs: self.logprobs.as_ref(),
-            finish_reason: self.end.as_ref().map(|end| end.reason.as_str()),
+            finish_reason: self.end.as_ref().map(|end| finish_reason(end, &self.parser)),
             stop_reason: self.end.as_ref().and_then(|end| end.stop_reason.as_ref()),
             token_ids: self.token_ids.as_deref(),
         }
+    }
+}
+
+/// An answer that called tools and then stopped says so; one that was cut says that.
+fn finish_reason(end: &ChoiceEnd, parser: &MessageParser) -> &'static str {
+    match end.reason {
+        FinishReason::Stop if parser.n_calls() > 0 => "tool_calls",
+        reason => reason.as_str(),
     }
 }
 
@@ -248,7 +268,7 @@ async fn whole(
             Output::Token { choice, token } => answers[choice as usize].token(&token, writer, shape),
             Output::ChoiceEnded { choice, end } => {
                 let answer = &mut answers[choice as usize];
-                answer.text.push_str(&end.text);
+                answer.message.add(answer.parser.finish(&end.text));
                 answer.end = Some(end);
             }
             Output::Finished(usage) => break (usage, item.timeline),
@@ -316,6 +336,26 @@ struct Delta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    tool_calls: &'a [CallPart],
+}
+
+impl<'a> Delta<'a> {
+    /// `says_content` also where it is empty.
+    fn new(role: Option<&'static str>, part: &'a MessagePart, says_content: bool) -> Delta<'a> {
+        let reasoning = (!part.reasoning.is_empty()).then_some(part.reasoning.as_str());
+        Delta {
+            role,
+            content: (says_content || !part.content.is_empty()).then_some(part.content.as_str()),
+            reasoning_content: reasoning,
+            reasoning,
+            tool_calls: &part.calls,
+        }
+    }
 }
 
 /// Writes outputs as chunks.
@@ -328,6 +368,8 @@ struct ChatStream {
     prompt_ids: Option<Vec<TokenId>>,
     /// Of each choice: its first chunk, which names the role, has gone.
     has_begun: Vec<bool>,
+    /// Of each choice.
+    parsers: Vec<MessageParser>,
 }
 
 impl ChatStream {
@@ -366,12 +408,10 @@ impl ChatStream {
         let writer = TokenWriter::new(&self.state, self.shape.tokens_as_ids);
         let mut logprobs = self.shape.n_top.map(|_| ChatLogprobs::default());
         push_logprobs(&mut logprobs, writer, token.id, token.logprobs.as_ref(), &self.shape);
+        let part = self.parsers[choice as usize].push(&text);
         let choice = ChunkChoice {
             index: choice,
-            delta: Delta {
-                role,
-                content: Some(&text),
-            },
+            delta: Delta::new(role, &part, role.is_some() || !self.shape.message.is_parsed()),
             logprobs,
             finish_reason: None,
             stop_reason: None,
@@ -389,14 +429,13 @@ impl ChatStream {
     /// The reason of the end goes alone, with an empty delta unless text was still held back.
     fn choice_ended(&mut self, choice: u32, end: ChoiceEnd, so_far: UsageBody) {
         let role = self.role(choice);
+        let parser = &mut self.parsers[choice as usize];
+        let part = parser.finish(&end.text);
         let choice = ChunkChoice {
             index: choice,
-            delta: Delta {
-                role,
-                content: (role.is_some() || !end.text.is_empty()).then_some(end.text.as_str()),
-            },
+            delta: Delta::new(role, &part, role.is_some()),
             logprobs: None,
-            finish_reason: Some(end.reason.as_str()),
+            finish_reason: Some(finish_reason(&end, parser)),
             stop_reason: end.stop_reason,
             token_ids: None,
         };

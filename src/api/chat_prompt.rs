@@ -4,15 +4,29 @@ use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::fields::{Fields, kind_of, shown};
+use super::past_calls;
 use super::served_model::ServedModel;
+use super::tools::OfferedTools;
 
 /// What a chat request says about its prompt.
 #[derive(Clone, Debug)]
 pub struct ChatPrompt {
     /// Messages with text contents, as the template gets them.
     messages: Value,
-    add_generation_prompt: bool,
+    tools: Option<OfferedTools>,
+    ending: Ending,
     template_variables: Map<String, Value>,
+}
+
+/// What comes after the messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// The beginning of the next answer.
+    GenerationPrompt,
+    /// Nothing.
+    Closed,
+    /// Nothing, and the last message is not ended either: the answer goes on with it.
+    Open,
 }
 
 impl ChatPrompt {
@@ -24,22 +38,35 @@ impl ChatPrompt {
             return Err(ApiError::expected("messages", "an empty array", "at least one message"));
         }
         let messages = messages.into_iter().enumerate().map(|(idx, value)| message(idx, value));
-        let template_variables = fields
+        let mut template_variables = fields
             .object("chat_template_kwargs")?
             .map(Fields::into_inner)
             .unwrap_or_default();
-        if let Some(name) = ["messages", "tools"]
+        if let Some(name) = ["messages", "tools", "documents"]
             .into_iter()
             .find(|name| template_variables.contains_key(*name))
         {
             let message = format!("chat_template_kwargs.{name} is set, expected it in {name}");
             return Err(ApiError::field("chat_template_kwargs", message));
         }
+        let messages = messages.collect::<Result<_, _>>()?;
+        if let Some(documents) = fields
+            .array("documents", "an array of documents")?
+            .filter(|list| !list.is_empty())
+        {
+            template_variables.insert("documents".to_owned(), Value::Array(documents));
+        }
         Ok(ChatPrompt {
-            messages: Value::Array(messages.collect::<Result<_, _>>()?),
-            add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
+            messages: Value::Array(messages),
+            tools: OfferedTools::take(fields)?,
+            ending: ending(fields)?,
             template_variables,
         })
+    }
+
+    /// The tools that the prompt tells of.
+    pub fn tools(&self) -> Option<&OfferedTools> {
+        self.tools.as_ref()
     }
 
     /// The prompt text; what a template refuses is the client's to mend.
@@ -50,14 +77,53 @@ impl ChatPrompt {
                 "this model has no chat template; use /v1/completions",
             ));
         };
-        template
+        if self.tools.is_some() && !template.uses_tools() {
+            let message = "tools is set, and this model's chat template does not use tools; leave it out";
+            return Err(ApiError::field("tools", message));
+        }
+        let prompt = template
             .render(
                 &self.messages,
-                None,
-                self.add_generation_prompt,
+                self.tools.as_ref().map(|tools| &tools.definitions),
+                self.ending == Ending::GenerationPrompt,
                 &self.template_variables,
             )
-            .map_err(|error| ApiError::field("messages", error.to_string()))
+            .map_err(|error| ApiError::field("messages", error.to_string()))?;
+        match self.ending {
+            Ending::GenerationPrompt | Ending::Closed => Ok(prompt),
+            Ending::Open => self.cut_after_last_content(prompt),
+        }
+    }
+
+    /// The prompt up to the end of the last message's content, as transformers cuts it.
+    fn cut_after_last_content(&self, mut prompt: String) -> Result<String, ApiError> {
+        let last = self.messages.as_array().and_then(|messages| messages.last());
+        let content = last.and_then(|last| last["content"].as_str()).unwrap_or_default();
+        // Templates may trim a content or not.
+        let found = |content: &str| prompt.rfind(content).map(|start| start + content.len());
+        let end = match content.trim() {
+            "" => None,
+            trimmed => found(content).or_else(|| found(trimmed)),
+        };
+        let message = "continue_final_message is true, and the chat template does not show the last message's content";
+        prompt.truncate(end.ok_or_else(|| ApiError::field("continue_final_message", message))?);
+        Ok(prompt)
+    }
+}
+
+fn ending(fields: &mut Fields) -> Result<Ending, ApiError> {
+    let add_generation_prompt = fields.boolean("add_generation_prompt")?;
+    match (
+        fields.boolean("continue_final_message")?.unwrap_or(false),
+        add_generation_prompt,
+    ) {
+        (true, Some(true)) => {
+            let message = "continue_final_message and add_generation_prompt are true, expected one or the other";
+            Err(ApiError::field("continue_final_message", message))
+        }
+        (true, _) => Ok(Ending::Open),
+        (false, Some(false)) => Ok(Ending::Closed),
+        (false, _) => Ok(Ending::GenerationPrompt),
     }
 }
 
@@ -76,8 +142,23 @@ fn message(idx: usize, value: Value) -> Result<Value, ApiError> {
         Some(other) => return Err(wrong(".role", &shown(other), "a string")),
         None => return Err(wrong(".role", "missing", "a string")),
     }
-    for name in ["tool_calls", "function_call", "audio"] {
-        let is_empty = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+    let calls = message.get_mut("tool_calls").map(Value::take);
+    if let Some(calls) = calls.filter(|calls| !is_empty(calls)) {
+        message.insert("tool_calls".to_owned(), past_calls::normalise(calls, wrong)?);
+    } else {
+        message.shift_remove("tool_calls");
+    }
+    if let Some(id) = message
+        .get("tool_call_id")
+        .filter(|id| !id.is_string() && !id.is_null())
+    {
+        return Err(wrong(".tool_call_id", &shown(id), "a string"));
+    }
+    // The newer name of the field; templates know the older one.
+    if let (Some(Value::String(text)), None) = (message.get("reasoning"), message.get("reasoning_content")) {
+        message.insert("reasoning_content".to_owned(), Value::String(text.clone()));
+    }
+    for name in ["function_call", "audio"] {
         if let Some(value) = message.get(name).filter(|value| !is_empty(value)) {
             return Err(wrong(
                 &format!(".{name}"),
@@ -96,6 +177,10 @@ fn message(idx: usize, value: Value) -> Result<Value, ApiError> {
     };
     message.insert("content".to_owned(), Value::String(content));
     Ok(Value::Object(message))
+}
+
+fn is_empty(value: &Value) -> bool {
+    value.is_null() || value.as_array().is_some_and(Vec::is_empty)
 }
 
 /// The text of content parts, one after the other.
@@ -148,7 +233,32 @@ mod tests {
             {"role": "user", "content": ""},
         ]);
         assert_eq!(prompt.messages, expected);
-        assert!(prompt.add_generation_prompt);
+        assert_eq!((prompt.ending, prompt.tools), (Ending::GenerationPrompt, None));
+    }
+
+    #[test]
+    fn earlier_calls_have_objects_for_arguments() {
+        let call =
+            |arguments: &str| format!(r#"{{"id": "call_1", "function": {{"name": "f", "arguments": {arguments}}}}}"#);
+        let prompt = take(&format!(
+            r#"{{"messages": [{{"role": "assistant", "tool_calls": [{}, {}, {}], "reasoning": "r"}},
+                             {{"role": "tool", "tool_call_id": "call_1", "content": "12"}}]}}"#,
+            call(r#""{\"x\": 1}""#),
+            call(r#"{"y": 2}"#),
+            call(r#""""#),
+        ))
+        .unwrap();
+        let call = |arguments: Value| serde_json::json!({"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}});
+        let calls = [
+            serde_json::json!({"x": 1}),
+            serde_json::json!({"y": 2}),
+            serde_json::json!({}),
+        ];
+        let expected = serde_json::json!([
+            {"role": "assistant", "content": "", "tool_calls": calls.map(call), "reasoning": "r", "reasoning_content": "r"},
+            {"role": "tool", "tool_call_id": "call_1", "content": "12"},
+        ]);
+        assert_eq!(prompt.messages, expected);
     }
 
     #[test]
@@ -178,7 +288,31 @@ mod tests {
             ),
             (
                 r#"{"messages": [{"role": "assistant", "tool_calls": [{}]}]}"#,
-                "messages[0].tool_calls is an array",
+                "messages[0].tool_calls[0].function is missing",
+            ),
+            (
+                r#"{"messages": [{"role": "assistant", "tool_calls": {}}]}"#,
+                "messages[0].tool_calls is an object",
+            ),
+            (
+                r#"{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]}"#,
+                "messages[0].tool_calls[0].function.arguments is text that is no JSON object",
+            ),
+            (
+                r#"{"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}]}"#,
+                "messages[0].tool_calls[0].function.name is missing",
+            ),
+            (
+                r#"{"messages": [{"role": "tool", "tool_call_id": 5}]}"#,
+                "messages[0].tool_call_id is 5",
+            ),
+            (
+                r#"{"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}"#,
+                "messages[0].function_call is an object",
+            ),
+            (
+                r#"{"messages": [{"role": "user"}], "continue_final_message": true, "add_generation_prompt": true}"#,
+                "expected one or the other",
             ),
             (
                 r#"{"messages": [{"role": "user"}], "chat_template_kwargs": {"messages": []}}"#,

@@ -1,6 +1,8 @@
 //! The tokens of one choice on their way to text: detokenization, stop strings, the reason of the end. Other choices of the
 //! request, and what the engine does meanwhile, are not known here.
 
+use std::sync::Arc;
+
 use baton_engine::text::{DetokenizeStream, StopStrings, Tokenizer, TokenizerError};
 use baton_scheduler::ids::TokenId;
 use baton_scheduler::request::{Finish, Token};
@@ -16,6 +18,8 @@ pub struct TextOptions {
     pub include_stop_str_in_output: bool,
     /// Leave special tokens out of the text.
     pub skip_special_tokens: bool,
+    /// Special tokens that stay in the text in any case: something looks for them there.
+    pub shown_special_tokens: Arc<[TokenId]>,
 }
 
 impl Default for TextOptions {
@@ -24,6 +28,7 @@ impl Default for TextOptions {
             stop: Vec::new(),
             include_stop_str_in_output: false,
             skip_special_tokens: true,
+            shown_special_tokens: Arc::default(),
         }
     }
 }
@@ -166,7 +171,7 @@ impl ChoiceOutput {
         ChoiceOutput {
             text: TextSide {
                 detokenize: tokenizer.map(|tokenizer| match options.skip_special_tokens {
-                    true => tokenizer.stream(),
+                    true => tokenizer.stream().showing(options.shown_special_tokens.clone()),
                     false => tokenizer.stream_with_special_tokens(),
                 }),
                 stop: StopStrings::new(options.stop.clone(), options.include_stop_str_in_output),

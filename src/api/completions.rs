@@ -90,6 +90,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         text,
         cache_salt,
         priority,
+        objectives,
         stream,
         timeline: has_timeline,
         ..
@@ -136,6 +137,7 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
             cache_salt,
             priority,
             deadline: None,
+            objectives,
             timeline: timeline_from(state, received),
         });
     }

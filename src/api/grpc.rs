@@ -29,6 +29,7 @@ use super::health::HealthService;
 use super::kserve::InferenceService;
 use super::metrics::Endpoint;
 use super::model_limits::{check_prompt_ids, resolve_max_tokens};
+use super::objectives;
 use super::options::{
     DEFAULT_MAX_TOKENS, MAX_CHOICES, MAX_LOGPROBS, MAX_PENALTY, check_stop_strings, fresh_seed, parse_grpc_timeout,
     stop_token_ids,
@@ -94,6 +95,7 @@ impl BatonService {
     async fn job(&self, headers: &HeaderMap, request: wire::GenerateRequest) -> Result<Job, ApiError> {
         let received = self.state.generator().now();
         let deadline = deadline(headers)?;
+        let objectives = objectives::from_headers(headers)?;
         let label = match request.request_id.as_str() {
             "" => RequestLabel::from_headers(headers)?.unwrap_or_else(RequestLabel::fresh),
             text => RequestLabel::parse("request_id", text)?,
@@ -140,6 +142,7 @@ impl BatonService {
                 cache_salt: 0,
                 priority: 0,
                 deadline,
+                objectives,
                 timeline: timeline_from(&state, received),
             })
         };

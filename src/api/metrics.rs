@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 
 use baton_scheduler::ids::Nanos;
+use baton_scheduler::placement::RequestObjectives;
 use baton_scheduler::timeline::{Moment, Timeline};
 use parking_lot::RwLock;
 use prometheus_client::collector::Collector;
@@ -19,8 +20,9 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
 use super::ApiState;
-use super::error::ApiError;
+use super::error::{ApiError, ErrorKind};
 use super::metric_aliases::{Asked, MetricAliases};
+use super::objectives::{ChoicePace, Verdict};
 use super::output::{FinishReason, Job};
 use crate::door::{DoorLoad, Generator, Usage};
 use crate::metric_names as names;
@@ -139,6 +141,21 @@ struct PhaseLabels {
     phase: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ObjectiveLabels {
+    objective: &'static str,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SloLabels {
+    outcome: &'static str,
+}
+
+const fn met(is_met: bool) -> &'static str {
+    if is_met { "met" } else { "missed" }
+}
+
 /// Phases of a timeline and the moments they lie between.
 const PHASES: [(&str, Moment, Moment); 10] = [
     (names::phase::TOKENIZE, Moment::Received, Moment::Tokenized),
@@ -176,6 +193,8 @@ pub struct ApiMetrics {
     request_phase: PhaseFamily,
     request_prompt_tokens: Histogram,
     request_generation_tokens: Histogram,
+    slo_objectives: Family<ObjectiveLabels, Counter>,
+    slo_requests: Family<SloLabels, Counter>,
     /// Connections open on the port.
     pub(super) connections: Gauge,
     aliases: Option<MetricAliases>,
@@ -195,6 +214,8 @@ impl ApiMetrics {
             request_phase: Family::new_with_constructor(|| Histogram::new(PHASE_BUCKETS)),
             request_prompt_tokens: Histogram::new(LENGTH_BUCKETS),
             request_generation_tokens: Histogram::new(LENGTH_BUCKETS),
+            slo_objectives: Family::default(),
+            slo_requests: Family::default(),
             connections: Gauge::default(),
             aliases,
         };
@@ -238,6 +259,16 @@ impl ApiMetrics {
             all.request_generation_tokens,
         );
         registry.register(
+            names::SLO_OBJECTIVES,
+            "Latencies that requests asked for",
+            all.slo_objectives,
+        );
+        registry.register(
+            names::SLO_REQUESTS,
+            "Requests that asked for latencies",
+            all.slo_requests,
+        );
+        registry.register(
             names::CONNECTIONS,
             "Connections open on the front door's port",
             all.connections,
@@ -263,7 +294,8 @@ pub struct Recorder {
     label: Arc<str>,
     timeline: Timeline,
     /// Of each choice.
-    last_tokens: Vec<Option<Nanos>>,
+    paces: Vec<ChoicePace>,
+    objectives: RequestObjectives,
     n_prompt_tokens: u32,
     n_tokens: u32,
     asked: Asked,
@@ -278,7 +310,8 @@ impl Recorder {
             endpoint: job.endpoint,
             label: job.label.shared(),
             timeline: job.timeline.clone(),
-            last_tokens: vec![None; job.sampling.n as usize],
+            paces: vec![ChoicePace::default(); job.sampling.n as usize],
+            objectives: job.objectives,
             n_prompt_tokens: job.prompt_ids.len() as u32,
             n_tokens: 0,
             asked: Asked {
@@ -320,7 +353,7 @@ impl Recorder {
                 aliases.first_token(ttft_s, n_prompt_tokens);
             }
         }
-        let last = self.last_tokens[choice as usize].replace(now);
+        let last = self.paces[choice as usize].token(now);
         let since_last_s = last.map(|last| now.saturating_sub(last).as_secs_f64());
         if let Some(since_last_s) = since_last_s {
             metrics.inter_token_latency.observe(since_last_s);
@@ -353,11 +386,51 @@ impl Recorder {
         if let Some(aliases) = &metrics.aliases {
             aliases.finished(usage, self.n_tokens, reason, &self.timeline, self.asked);
         }
+        // One that its client aborted says nothing of the server.
+        if reason != FinishReason::Abort {
+            self.judge(false);
+        }
         self.count(reason.as_str());
+    }
+
+    /// Counts the latencies that were asked for. Of several choices the slowest counts.
+    fn judge(&self, has_failed: bool) {
+        let ttft = self.timeline.between(Moment::Received, Moment::FirstToken);
+        let tpot = self.paces.iter().filter_map(ChoicePace::time_per_token).max();
+        let verdict = Verdict::of(self.objectives, ttft, tpot, has_failed);
+        let metrics = self.state.metrics();
+        for (objective, is_met) in [("ttft", verdict.ttft), ("tpot", verdict.tpot)] {
+            if let Some(is_met) = is_met {
+                let outcome = met(is_met);
+                metrics
+                    .slo_objectives
+                    .get_or_create(&ObjectiveLabels { objective, outcome })
+                    .inc();
+            }
+        }
+        if let Some(is_met) = verdict.all() {
+            metrics
+                .slo_requests
+                .get_or_create(&SloLabels { outcome: met(is_met) })
+                .inc();
+        }
     }
 
     /// The request ended badly.
     pub fn failed(&mut self, error: &ApiError) {
+        // What a client did wrong says nothing of the server; what ran into its deadline was too slow.
+        let is_ours = match error.kind {
+            ErrorKind::OverCapacity | ErrorKind::Unavailable | ErrorKind::Deadline | ErrorKind::Internal => true,
+            ErrorKind::Invalid
+            | ErrorKind::Unauthorized
+            | ErrorKind::NotFound
+            | ErrorKind::MethodNotAllowed
+            | ErrorKind::TooLarge
+            | ErrorKind::Cancelled => false,
+        };
+        if is_ours && !self.is_counted {
+            self.judge(true);
+        }
         self.count(error.kind.codes().outcome);
     }
 

@@ -69,6 +69,7 @@ mod tests {
             max_model_len: 100,
             vocab_size: 64,
             dtype: "f32".into(),
+            parsers: super::super::OutputParsers::default(),
         }
     }
 

@@ -58,10 +58,7 @@ pub const UNSUPPORTED: &[Unsupported] = &[
     // Structure of the output.
     row("guided_decoding_backend", Neutral::OneOf(&["auto", "guidance"])),
     row("structural_tag", Neutral::Null),
-    // Tools.
-    row("tools", Neutral::Empty),
-    row("tool_choice", Neutral::OneOf(&["none", "auto"])),
-    row("parallel_tool_calls", Neutral::AnyBoolean),
+    // The older form of tools.
     row("functions", Neutral::Empty),
     row("function_call", Neutral::OneOf(&["none", "auto"])),
     // Other media, reasoning and services.
@@ -72,19 +69,22 @@ pub const UNSUPPORTED: &[Unsupported] = &[
     row("mm_processor_kwargs", Neutral::Empty),
     row("media_io_kwargs", Neutral::Empty),
     row("reasoning_effort", Neutral::OneOf(&["none"])),
-    row("include_reasoning", Neutral::AnyBoolean),
     row("web_search_options", Neutral::Null),
-    row("documents", Neutral::Empty),
     row("store", Neutral::False),
     // The prompt.
     row("suffix", Neutral::EmptyString),
     row("truncate_prompt_tokens", Neutral::Null),
     row("chat_template", Neutral::Null),
+    // The other endpoint's, or what is fixed here.
+    row("messages", Neutral::Null),
+    row("tools", Neutral::Empty),
+    row("tool_choice", Neutral::OneOf(&["none", "auto"])),
+    row("parallel_tool_calls", Neutral::AnyBoolean),
+    row("include_reasoning", Neutral::AnyBoolean),
+    row("documents", Neutral::Empty),
     row("chat_template_kwargs", Neutral::Empty),
     row("continue_final_message", Neutral::False),
     row("add_generation_prompt", Neutral::True),
-    // The other endpoint's, or what is fixed here.
-    row("messages", Neutral::Null),
     row("prompt", Neutral::Null),
     row("max_completion_tokens", Neutral::Null),
     row("echo", Neutral::False),

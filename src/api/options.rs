@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_scheduler::ids::TokenId;
+use baton_scheduler::placement::RequestObjectives;
 use baton_scheduler::request::SamplingParams;
 use serde_json::Value;
 use uuid::Uuid;
@@ -11,6 +12,7 @@ use super::adjustments::Adjustments;
 use super::constraints;
 use super::error::ApiError;
 use super::fields::{Fields, kind_of, shown};
+use super::objectives;
 use super::output::TextOptions;
 use super::request_label::RequestLabel;
 use super::served_model::ServedModel;
@@ -64,6 +66,8 @@ pub struct CommonOptions {
     pub priority: i32,
     /// Report how long each part of the request took.
     pub timeline: bool,
+    /// Latencies the request should have.
+    pub objectives: RequestObjectives,
     /// `prompt_logprobs`, as asked.
     pub prompt_logprobs: Option<u8>,
     /// Encode text prompts with the tokenizer's own special tokens; `None` means the endpoint's default.
@@ -137,6 +141,7 @@ impl CommonOptions {
                 stop,
                 include_stop_str_in_output: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
                 skip_special_tokens: fields.boolean("skip_special_tokens")?.unwrap_or(true),
+                ..TextOptions::default()
             },
             stream: stream_options(fields)?,
             return_token_ids: fields.boolean("return_token_ids")?.unwrap_or(false),
@@ -156,6 +161,7 @@ impl CommonOptions {
                 .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
                 .map_or(0, |priority| priority as i32),
             timeline: fields.boolean("timeline")?.unwrap_or(false),
+            objectives: objectives::take(fields)?,
             prompt_logprobs: fields
                 .integer("prompt_logprobs", 0..=i64::from(MAX_LOGPROBS))?
                 .map(|n| n as u8),
@@ -333,9 +339,11 @@ mod tests {
             max_model_len: 100,
             vocab_size: 64,
             dtype: "f32".into(),
+            parsers: OutputParsers::default(),
         }
     }
 
+    use super::super::parsers::OutputParsers;
     use super::super::served_model::DefaultSampling;
 
     fn take(json: &str) -> Result<CommonOptions, ApiError> {
@@ -383,6 +391,10 @@ mod tests {
             (r#"{"request_id": "a\nb"}"#, "request_id"),
             (r#"{"timeline": "yes"}"#, "timeline"),
             (r#"{"model": 5}"#, "model"),
+            (r#"{"slo": 5}"#, "slo"),
+            (r#"{"slo": {"ttft_ms": 0}}"#, "ttft_ms"),
+            (r#"{"slo": {"tpot_ms": "5"}}"#, "tpot_ms"),
+            (r#"{"slo": {"ttft": 5}}"#, "slo"),
             (r#"{"min_p": 1.1}"#, "min_p"),
             (r#"{"min_p": -0.1}"#, "min_p"),
             (r#"{"min_tokens": -1}"#, "min_tokens"),

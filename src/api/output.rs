@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_scheduler::ids::{RequestId, TokenId};
+use baton_scheduler::placement::RequestObjectives;
 use baton_scheduler::request::{Failure, Finish, Request, SamplingParams, Token, TokenLogprobs};
 use baton_scheduler::timeline::{Moment, Timeline};
 use tokio::time::{Duration, Instant};
@@ -38,6 +39,8 @@ pub struct Job {
     pub priority: i32,
     /// When the client gives up.
     pub deadline: Option<Instant>,
+    /// Latencies it should have.
+    pub objectives: RequestObjectives,
     /// Moments so far.
     pub timeline: Timeline,
 }
@@ -137,6 +140,7 @@ impl OutputStream {
             },
             priority: job.priority,
             deadline,
+            objectives: job.objectives,
             label: job.label.shared(),
             timeline: job.timeline,
         };

@@ -98,6 +98,7 @@ impl PlainRequest {
             text: common.text,
             cache_salt: common.cache_salt,
             priority: common.priority,
+            objectives: common.objectives,
             deadline,
             timeline: timeline_from(state, received),
         };

@@ -7,6 +7,8 @@ use baton_engine::model::ModelFolder;
 use baton_engine::text::{ChatTemplate, Tokenizer};
 use baton_scheduler::ids::TokenId;
 
+use super::parsers::OutputParsers;
+
 /// Sampling values for fields a client leaves out, as generation_config.json suggests them; absent means the API's own.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct DefaultSampling {
@@ -43,6 +45,8 @@ pub struct ServedModel {
     pub vocab_size: u32,
     /// Compute type (`bf16`), for information.
     pub dtype: String,
+    /// What its text may hold besides content.
+    pub parsers: OutputParsers,
 }
 
 impl ServedModel {

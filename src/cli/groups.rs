@@ -11,9 +11,10 @@ use clap::Args;
 
 use crate::config::{
     ByteSize, ComputeDtype, ConfigError, Device, InstructionSet, KvTransportKind, Layers, LoadFormat, LogFormat,
-    Machine, MetricsAliases, ModelSource, PolicyKind, RebalanceMode, Secret, Span, Switch, flag,
+    Machine, MetricsAliases, ModelSource, PolicyKind, ReasoningParserKind, RebalanceMode, Secret, Span, Switch,
+    ToolCallParserKind, flag,
 };
-use crate::engine_config::{EngineConfig, LinkConfig, ModelSelection};
+use crate::engine_config::{EngineConfig, LinkConfig, ModelSelection, ParserSelection};
 use crate::logging::LogConfig;
 use crate::scheduler_process::SchedulerConfig;
 
@@ -246,6 +247,12 @@ pub struct FrontDoorFlags {
     /// Key that clients must send as a bearer token; better given as BATON_API_KEY, which no process list shows
     #[arg(long, value_name = "KEY", value_parser = flag::<Secret>)]
     pub api_key: Option<Secret>,
+    /// How the model writes calls of tools, where its answers are parsed for them [default: auto, told by its chat template]
+    #[arg(long, value_enum)]
+    pub tool_call_parser: Option<ToolCallParserKind>,
+    /// Whether the model's reasoning is parted from its answers [default: auto, told by its chat template]
+    #[arg(long, value_enum)]
+    pub reasoning_parser: Option<ReasoningParserKind>,
     /// How instances are picked for a request [default: prefix-aware]
     #[arg(long, value_enum)]
     pub policy: Option<PolicyKind>,
@@ -296,6 +303,14 @@ impl FrontDoorFlags {
             model,
             max_model_len,
             dtype: None,
+            parsers: ParserSelection {
+                tool_calls: layers
+                    .pick("tool_call_parser", self.tool_call_parser)?
+                    .unwrap_or(ToolCallParserKind::Auto),
+                reasoning: layers
+                    .pick("reasoning_parser", self.reasoning_parser)?
+                    .unwrap_or(ReasoningParserKind::Auto),
+            },
             policy: layers.pick("policy", self.policy)?.unwrap_or(PolicyKind::PrefixAware),
             objectives: SloObjectives {
                 ttft: objective(layers.pick("ttft_objective", self.ttft_objective)?, objectives.ttft),

@@ -122,6 +122,32 @@ choice! {
 }
 
 choice! {
+    /// How calls of tools are found in a model's text.
+    ToolCallParserKind, "auto, hermes, llama3, mistral or none";
+    /// As the chat template tells.
+    Auto = "auto",
+    /// Between `<tool_call>` and `</tool_call>`.
+    Hermes = "hermes",
+    /// Objects with `parameters`.
+    Llama3 = "llama3",
+    /// After `[TOOL_CALLS]`.
+    Mistral = "mistral",
+    /// Not at all: they stay in the content.
+    None = "none",
+}
+
+choice! {
+    /// How reasoning is found in a model's text.
+    ReasoningParserKind, "auto, think or none";
+    /// As the chat template tells.
+    Auto = "auto",
+    /// Between `<think>` and `</think>`.
+    Think = "think",
+    /// Not at all: it stays in the content.
+    None = "none",
+}
+
+choice! {
     /// How instances are picked for a request.
     PolicyKind, "round-robin, least-loaded, llumnix, slo-aware or prefix-aware";
     /// Each in turn.
@@ -207,6 +233,8 @@ mod tests {
         check(Device::ALL);
         check(InstructionSet::ALL);
         check(PolicyKind::ALL);
+        check(ToolCallParserKind::ALL);
+        check(ReasoningParserKind::ALL);
         check(LogFormat::ALL);
         check(&[Role::Prefill, Role::Decode, Role::Mixed]);
     }

@@ -38,6 +38,8 @@ pub const KEYS: &[Key] = &[
     open("max_batch_tokens"),
     open("block_size"),
     open("threads"),
+    open("tool_call_parser"),
+    open("reasoning_parser"),
     open("policy"),
     open("disaggregation_threshold"),
     open("max_queue"),

@@ -17,7 +17,7 @@ mod setting;
 pub use address::{Address, Addresses, UNIX_PATH_LIMIT};
 pub use choice::{
     ComputeDtype, Device, InstructionSet, KvTransportKind, LoadFormat, LogFormat, MetricsAliases, PolicyKind,
-    RebalanceMode, Roles, Switch,
+    ReasoningParserKind, RebalanceMode, Roles, Switch, ToolCallParserKind,
 };
 pub use environment::{Environment, HubEnvironment, setting_variables};
 pub use error::ConfigError;

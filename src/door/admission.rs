@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::AcqRel};
 use std::time::Duration;
 
 use baton_scheduler::ids::{InstanceId, Nanos, TokenId};
+use baton_scheduler::placement::RequestObjectives;
 use baton_scheduler::prefix_cache::{PrefixHasher, PrefixKey};
 use baton_scheduler::rebalance::WaitingRequest;
 use baton_scheduler::request::{ChoiceState, Request};
@@ -142,18 +143,20 @@ pub(super) struct Wanted {
     tokens: Vec<TokenId>,
     /// Choices that have begun differ, so that no one prefill could serve them all.
     pub(super) may_hand_over: bool,
+    pub(super) objectives: RequestObjectives,
     /// Of these tokens, and for whom they are valid.
     keys: Option<(KeySpace, Vec<PrefixKey>)>,
 }
 
 impl Wanted {
-    pub(super) fn new(request: Request) -> Wanted {
+    pub(super) fn new(request: Request, objectives: RequestObjectives) -> Wanted {
         let tokens = request.prompt_ids.to_vec();
         Wanted {
             request,
             avoided: Vec::new(),
             tokens,
             may_hand_over: true,
+            objectives,
             keys: None,
         }
     }

@@ -364,6 +364,7 @@ impl Cluster {
             avoided,
             needs_version: min_protocol_version(&request.sampling),
             may_hand_over: wanted.may_hand_over,
+            objectives: wanted.objectives,
         };
         let placement = state.policy.place(self.now(), asked, &state.view)?;
         let computing = placement.prefill.as_ref().unwrap_or(&placement.decode);

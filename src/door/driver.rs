@@ -114,7 +114,7 @@ impl RequestDriver {
             listed,
             metrics,
             arbiter: Arbiter::new(n, move_deadline),
-            wanted: Wanted::new(submission.request.clone()),
+            wanted: Wanted::new(submission.request.clone(), submission.objectives),
             choices: vec![ChoiceState::default(); n as usize],
             placed: None,
             speaking: None,
@@ -170,9 +170,15 @@ impl RequestDriver {
         self.outbox
     }
 
+    /// The request as it came, to be placed.
+    fn wanted_anew(&self) -> Wanted {
+        Wanted::new(self.submission.request.clone(), self.submission.objectives)
+    }
+
     async fn place_first(&mut self, place: QueuePlace) -> ArbiterFact {
         let (admission, cluster) = (Arc::clone(&self.admission), Arc::clone(&self.cluster));
-        let mut wanted = std::mem::replace(&mut self.wanted, Wanted::new(self.submission.request.clone()));
+        let anew = self.wanted_anew();
+        let mut wanted = std::mem::replace(&mut self.wanted, anew);
         let placing = admission.place_in_turn(place, self.submission.priority, &cluster, &mut wanted);
         match self.placed(placing).await {
             Ok((placed, admitted_at)) => {
@@ -186,7 +192,8 @@ impl RequestDriver {
 
     async fn place_again(&mut self) -> ArbiterFact {
         let cluster = Arc::clone(&self.cluster);
-        let mut wanted = std::mem::replace(&mut self.wanted, Wanted::new(self.submission.request.clone()));
+        let anew = self.wanted_anew();
+        let mut wanted = std::mem::replace(&mut self.wanted, anew);
         wanted.go_on_after(&self.choices, self.arbiter.avoided());
         // Twice refused or lost in a row: whoever died may not have been missed yet.
         let pause = if self.arbiter.n_attempts() > 1 {

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_scheduler::ids::{InstanceId, Nanos, Role};
+use baton_scheduler::placement::RequestObjectives;
 use baton_scheduler::request::{Failure, Finish, Request, Token, TokenLogprobs};
 use baton_scheduler::timeline::Timeline;
 use futures::future::BoxFuture;
@@ -37,6 +38,8 @@ pub struct Submission {
     pub priority: i32,
     /// Time left for the whole request, from now.
     pub deadline: Option<Duration>,
+    /// Latencies it should have; the slo-aware policy aims at them.
+    pub objectives: RequestObjectives,
     /// The client's name for it (`x-request-id`), for logs.
     pub label: Arc<str>,
     /// Moments so far: received and tokenized.

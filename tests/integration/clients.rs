@@ -1,5 +1,6 @@
 //! Clients that we did not write, against the demo model on a prefill and a decode process.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use super::cluster::{Cluster, repository};
@@ -25,8 +26,12 @@ fn python() -> Option<String> {
 }
 
 async fn run(script: &'static str) {
+    run_with(script, &[]).await;
+}
+
+async fn run_with(script: &'static str, flags: &[&str]) {
     let Some(python) = python() else { return };
-    let cluster = Cluster::serve(&["--disaggregation-threshold", "0"]).await;
+    let cluster = Cluster::serve(&[&["--disaggregation-threshold", "0"], flags].concat()).await;
     let url = cluster.door_url.clone();
     let output = tokio::task::spawn_blocking(move || {
         Command::new(python)
@@ -55,6 +60,29 @@ async fn run(script: &'static str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn openai_package() {
     run("openai_chat.py").await;
+}
+
+/// The demo model with a template that shows tools; which parsers its answers go through is told by that.
+#[tokio::test(flavor = "multi_thread")]
+async fn openai_package_with_tools() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let demo = repository("models/demo");
+    for file in [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "model.safetensors",
+    ] {
+        std::fs::copy(demo.join(file), folder.path().join(file)).expect("the demo model's files");
+    }
+    let read = |path: PathBuf| std::fs::read_to_string(path).expect("a file of the repository");
+    let config = read(demo.join("tokenizer_config.json"));
+    let mut config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    config["chat_template"] = read(repository("tests/clients/tool_template.jinja")).into();
+    let path = folder.path().join("tokenizer_config.json");
+    std::fs::write(path, config.to_string()).expect("a file");
+    let folder = folder.path().to_str().expect("a path in UTF-8");
+    run_with("openai_tools.py", &["--model", folder]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,6 +29,7 @@ pub enum ChatTemplateError {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     has_tool_use: bool,
+    uses_tools: bool,
     bos_token: Option<String>,
     eos_token: Option<String>,
 }
@@ -53,12 +54,28 @@ impl ChatTemplate {
         if !has(DEFAULT) {
             return Err(ChatTemplateError::Syntax("no template is named `default`".to_owned()));
         }
+        let has_tool_use = has(TOOL_USE);
+        let uses_tools = environment
+            .get_template(if has_tool_use { TOOL_USE } else { DEFAULT })
+            .is_ok_and(|template| template.undeclared_variables(false).contains("tools"));
         Ok(ChatTemplate {
             environment,
-            has_tool_use: has(TOOL_USE),
+            has_tool_use,
+            uses_tools,
             bos_token: bos_token.map(str::to_owned),
             eos_token: eos_token.map(str::to_owned),
         })
+    }
+
+    /// Whether chats that offer tools are rendered with them.
+    pub fn uses_tools(&self) -> bool {
+        self.uses_tools
+    }
+
+    /// Whether the source of a template holds `text`.
+    pub fn mentions(&self, text: &str) -> bool {
+        let mut templates = self.environment.templates();
+        templates.any(|(_, template)| template.source().contains(text))
     }
 
     /// The prompt of `messages` (a list of objects), ready to be encoded without adding special tokens.
@@ -287,6 +304,14 @@ mod tests {
                 .unwrap(),
             r#"[{"a": 1}]"#
         );
+        assert!(template.uses_tools() && template.mentions("tools|tojson"));
+        let plain = ChatTemplate::new(&templates[..1], None, None).unwrap();
+        assert!(!plain.uses_tools() && !plain.mentions("tools"));
+        // As Llama 3.1's template begins: the name is also assigned to.
+        let source = "{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}\
+                      {%- if not tools is defined %}{%- set tools = none %}{%- endif %}{{ tools }}";
+        let llama = ChatTemplate::new(&[("default".to_owned(), source.to_owned())], None, None).unwrap();
+        assert!(llama.uses_tools());
         assert!(ChatTemplate::new(&templates[1..], None, None).is_err());
     }
 }

@@ -1,6 +1,8 @@
 //! Ids one by one -> pieces of text whose concatenation is the text of all ids. No piece holds part of a character.
 //! No stop strings: those work on the pieces.
 
+use std::sync::Arc;
+
 use baton_scheduler::ids::TokenId;
 
 use super::tokenizer::{Tokenizer, TokenizerError};
@@ -13,6 +15,8 @@ use super::tokenizer::{Tokenizer, TokenizerError};
 pub struct DetokenizeStream {
     tokenizer: Tokenizer,
     skip_special_tokens: bool,
+    /// Special tokens that are not skipped.
+    shown: Arc<[TokenId]>,
     /// The ids of the last piece, then those not yet in a piece.
     window: Vec<TokenId>,
     /// How many ids of `window` are in pieces already.
@@ -26,16 +30,24 @@ impl DetokenizeStream {
         DetokenizeStream {
             tokenizer,
             skip_special_tokens,
+            shown: Arc::default(),
             window: Vec::new(),
             n_emitted: 0,
             emitted_text: String::new(),
         }
     }
 
+    /// Shows the special tokens of `ids` even where others are skipped: marks that something looks for in the text.
+    pub fn showing(mut self, ids: Arc<[TokenId]>) -> DetokenizeStream {
+        self.shown = ids;
+        self
+    }
+
     /// The text that `id` completes; empty while a character is incomplete.
     pub fn push(&mut self, id: TokenId) -> Result<String, TokenizerError> {
         // Such ids are nothing to the decoder; kept out, a run of them cannot make the window long.
-        if !self.tokenizer.knows(id) || (self.skip_special_tokens && self.tokenizer.is_special(id)) {
+        let is_skipped = self.skip_special_tokens && self.tokenizer.is_special(id) && !self.shown.contains(&id);
+        if is_skipped || !self.tokenizer.knows(id) {
             return Ok(String::new());
         }
         self.window.push(id);
@@ -72,11 +84,8 @@ impl DetokenizeStream {
         }
     }
 
+    /// What is skipped never enters the window.
     fn decode(&self, ids: &[TokenId]) -> Result<String, TokenizerError> {
-        if self.skip_special_tokens {
-            self.tokenizer.decode(ids)
-        } else {
-            self.tokenizer.decode_with_special_tokens(ids)
-        }
+        self.tokenizer.decode_with_special_tokens(ids)
     }
 }

@@ -19,7 +19,7 @@ pub use least_loaded::LeastLoaded;
 pub use llumnix::Llumnix;
 pub use prefix_aware::PrefixAware;
 pub use round_robin::RoundRobin;
-pub use slo_aware::{SloAware, SloObjectives};
+pub use slo_aware::{RequestObjectives, SloAware, SloObjectives};
 pub use view::{ClusterView, InstanceInfo, InstanceLoad, InstanceState, OpenPlacement, ViewEvent};
 
 /// Where a request runs.
@@ -47,6 +47,8 @@ pub struct PlacementRequest<'a> {
     /// Whether its KV may come from a prefill instance. Not when several choices each have tokens of their own already: a
     /// handoff carries one prompt.
     pub may_hand_over: bool,
+    /// Its own objectives.
+    pub objectives: RequestObjectives,
 }
 
 impl PlacementRequest<'_> {

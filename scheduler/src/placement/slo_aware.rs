@@ -31,6 +31,15 @@ impl Default for SloObjectives {
     }
 }
 
+/// What one request asks for itself; absent is what the policy aims at for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RequestObjectives {
+    /// Time to the first token.
+    pub ttft: Option<Nanos>,
+    /// Time of each further token.
+    pub tpot: Option<Nanos>,
+}
+
 /// Meets objectives where it can.
 #[derive(Debug)]
 pub struct SloAware {
@@ -39,7 +48,7 @@ pub struct SloAware {
 }
 
 impl SloAware {
-    /// The policy for `objectives`.
+    /// The policy for `objectives`, which hold for requests that name none.
     pub fn new(disaggregation: Disaggregation, objectives: SloObjectives) -> SloAware {
         SloAware {
             disaggregation,
@@ -49,8 +58,12 @@ impl SloAware {
 
     /// The larger of predicted TTFT and TPOT, each over its objective.
     fn worst_ratio(&self, request: &PlacementRequest<'_>, placement: &Placement, view: &ClusterView) -> f64 {
-        let ttft = predicted_ttft(request, placement, view).0 as f64 / self.objectives.ttft.0.max(1) as f64;
-        let tpot = predicted_tpot(request, placement, view).0 as f64 / self.objectives.tpot.0.max(1) as f64;
+        let objectives = SloObjectives {
+            ttft: request.objectives.ttft.unwrap_or(self.objectives.ttft),
+            tpot: request.objectives.tpot.unwrap_or(self.objectives.tpot),
+        };
+        let ttft = predicted_ttft(request, placement, view).0 as f64 / objectives.ttft.0.max(1) as f64;
+        let tpot = predicted_tpot(request, placement, view).0 as f64 / objectives.tpot.0.max(1) as f64;
         ttft.max(tpot)
     }
 }

@@ -48,6 +48,16 @@ fn request(id: u128, n_tokens: u32) -> (Request, Vec<PrefixKey>) {
 }
 
 fn place(policy: &mut dyn Policy, view: &ClusterView, n_tokens: u32, avoided: &[InstanceId]) -> Option<Placement> {
+    place_with(policy, view, n_tokens, avoided, RequestObjectives::default())
+}
+
+fn place_with(
+    policy: &mut dyn Policy,
+    view: &ClusterView,
+    n_tokens: u32,
+    avoided: &[InstanceId],
+    objectives: RequestObjectives,
+) -> Option<Placement> {
     let (request, keys) = request(1, n_tokens);
     policy.place(
         Nanos::ZERO,
@@ -58,6 +68,7 @@ fn place(policy: &mut dyn Policy, view: &ClusterView, n_tokens: u32, avoided: &[
             avoided,
             needs_version: 1,
             may_hand_over: true,
+            objectives,
         },
         view,
     )
@@ -328,6 +339,7 @@ fn a_draining_or_older_instance_is_neither_chosen_nor_moved_to() {
             avoided: &[],
             needs_version: min_protocol_version(&request.sampling),
             may_hand_over: true,
+            objectives: RequestObjectives::default(),
         };
         let chosen = policy.place(Nanos::ZERO, asked, &view).unwrap();
         assert_eq!(chosen.decode, d("d2"), "{name}");
@@ -357,6 +369,7 @@ fn choices_with_tokens_of_their_own_are_not_handed_over_and_need_more_blocks() {
         avoided: &[],
         needs_version: 2,
         may_hand_over,
+        objectives: RequestObjectives::default(),
     };
     assert_eq!(asked(40, true).n_blocks(16), 3 + 3);
     assert_eq!(
@@ -435,6 +448,29 @@ fn llumnix_takes_the_freest_and_slo_aware_what_keeps_the_objectives() {
     assert_eq!(decode(1000, 100), "d1", "d0 takes 120 ms a token");
     assert_eq!(decode(100, 200), "d0", "d1 takes 400 ms to the first");
     assert_eq!(decode(10, 10), "d0", "none keeps both: 12 times too slow against 40");
+
+    // A request's own objectives come before those for all, one by one.
+    let of_all = SloObjectives {
+        ttft: Nanos::from_millis(1000),
+        tpot: Nanos::from_millis(100),
+    };
+    let mut policy = policy_with_objectives("slo-aware", Disaggregation::Auto, of_all).unwrap();
+    let mut decode = |ttft: Option<u64>, tpot: Option<u64>| {
+        let objectives = RequestObjectives {
+            ttft: ttft.map(Nanos::from_millis),
+            tpot: tpot.map(Nanos::from_millis),
+        };
+        let placement = place_with(policy.as_mut(), &view, 400, &[], objectives);
+        placement.unwrap().decode.to_string()
+    };
+    assert_eq!(decode(None, None), "d1");
+    assert_eq!(
+        decode(None, Some(200)),
+        "d0",
+        "both keep them, and d0 computes prompts quicker"
+    );
+    assert_eq!(decode(Some(100), None), "d0", "1.2 times too slow against 4");
+    assert_eq!(decode(Some(10), Some(5)), "d0", "24 times too slow against 40");
 }
 
 proptest! {

@@ -8,8 +8,8 @@ use super::{Outcome, Simulation};
 use crate::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
 use crate::ids::{Epoch, InstanceId, Nanos, Role};
 use crate::placement::{
-    ClusterView, MOVE_PROTOCOL_VERSION, OpenPlacement, Placement, PlacementRequest, Policy, ViewEvent,
-    choose_destination, min_protocol_version,
+    ClusterView, MOVE_PROTOCOL_VERSION, OpenPlacement, Placement, PlacementRequest, Policy, RequestObjectives,
+    ViewEvent, choose_destination, min_protocol_version,
 };
 use crate::prefix_cache::PrefixHasher;
 use crate::rebalance::{MoveProposal, Rebalancer, RunningRequest};
@@ -178,6 +178,7 @@ impl Simulation<'_> {
             avoided: driver.arbiter.avoided(),
             needs_version: min_protocol_version(&planned.sampling),
             may_hand_over: driver.choices.len() == 1 || is_fresh,
+            objectives: RequestObjectives::default(),
         };
         let Some(placement) = door.policy.place(self.now, asked, &door.view) else {
             return false;

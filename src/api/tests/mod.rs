@@ -11,6 +11,7 @@ mod operations;
 mod sampling;
 mod stop_strings;
 mod timelines;
+mod tools;
 mod vllm_engine;
 
 use std::net::SocketAddr;
@@ -31,7 +32,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::metrics::MetricsRegistry;
-use super::{ApiOptions, ApiState, DefaultSampling, ServeOptions, ServedModel, router, serve};
+use super::{ApiOptions, ApiState, DefaultSampling, OutputParsers, ServeOptions, ServedModel, router, serve};
 use crate::door::{DoorEvent, DoorLoad, Generator, Rejection, RequestStream, Submission, Usage};
 use crate::null_generator::{NullGenerator, NullOptions};
 
@@ -90,6 +91,7 @@ pub(super) fn byte_model() -> ServedModel {
         max_model_len: 1000,
         vocab_size: 260,
         dtype: "f32".to_owned(),
+        parsers: OutputParsers::default(),
     }
 }
 

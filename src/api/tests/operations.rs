@@ -34,6 +34,54 @@ async fn models_version_and_health() {
 }
 
 #[tokio::test]
+async fn latencies_asked_for_reach_placement_and_are_counted() {
+    use baton_scheduler::placement::RequestObjectives;
+
+    let script = Script::of(Script::ids(5, &says("abc"), Finish::Stop(EOS)));
+    let server = start(script.clone()).await;
+    let mut body = ask("hi");
+    body["slo"] = json!({"ttft_ms": 50_000, "tpot_ms": 40_000});
+    let request = server
+        .client
+        .post(server.url(CHAT))
+        .header("x-slo-tpot-ms", "30000")
+        .json(&body);
+    assert_eq!(request.send().await.unwrap().status(), 200);
+    let expected = RequestObjectives {
+        ttft: Some(Nanos::from_secs(50)),
+        tpot: Some(Nanos::from_secs(30)),
+    };
+    assert_eq!(script.last().objectives, expected);
+    // A request without objectives is not counted, one that fails misses its own.
+    server.ask(COMPLETIONS, json!({"prompt": [1]})).await;
+    let failing = Script::of(vec![DoorEvent::Failed(
+        baton_scheduler::request::Failure::InstanceLost("gone".to_owned()),
+    )]);
+    let failed = start(failing).await;
+    failed
+        .post(COMPLETIONS, &json!({"prompt": [1], "slo": {"ttft_ms": 1}}))
+        .await;
+    let counted = |outcome| format!("baton_slo_requests_total{{outcome=\"{outcome}\"}}");
+    let objective = |name, outcome| format!("baton_slo_objectives_total{{objective=\"{name}\",outcome=\"{outcome}\"}}");
+    for sample in [counted("met"), objective("ttft", "met"), objective("tpot", "met")] {
+        assert_eq!(server.metric(&sample).await, Some(1.0), "{sample}");
+        assert_eq!(failed.metric(&sample).await, None, "{sample}");
+    }
+    for sample in [counted("missed"), objective("ttft", "missed")] {
+        assert_eq!(failed.metric(&sample).await, Some(1.0), "{sample}");
+        assert_eq!(server.metric(&sample).await, None, "{sample}");
+    }
+    assert_eq!(failed.metric(&objective("tpot", "missed")).await, None);
+    let request = server
+        .client
+        .post(server.url(CHAT))
+        .header("x-slo-ttft-ms", "soon")
+        .json(&body);
+    let answer: Value = request.send().await.unwrap().json().await.unwrap();
+    assert_eq!(answer["error"]["param"], "x-slo-ttft-ms");
+}
+
+#[tokio::test]
 async fn requests_and_tokens_are_counted_once() {
     let server = start(null("abc")).await;
     server.ask(CHAT, ask("hi")).await;

@@ -67,11 +67,12 @@ fn job(stop: Vec<String>, include_stop: bool, max_tokens: u32) -> Job {
         text: TextOptions {
             stop,
             include_stop_str_in_output: include_stop,
-            skip_special_tokens: true,
+            ..TextOptions::default()
         },
         cache_salt: 0,
         priority: 0,
         deadline: None,
+        objectives: Default::default(),
         timeline: Timeline::default(),
     }
 }

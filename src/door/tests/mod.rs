@@ -12,7 +12,7 @@ use std::time::Duration;
 use baton_proto::cluster;
 use baton_proto::link::LinkOptions;
 use baton_scheduler::ids::{InstanceId, RequestId};
-use baton_scheduler::placement::{Disaggregation, policy};
+use baton_scheduler::placement::{Disaggregation, RequestObjectives, policy};
 use baton_scheduler::request::{Request, SamplingParams};
 use baton_scheduler::timeline::Timeline;
 use fake_worker::{Answer, Call, FakeWorker, ResumeCall, Words};
@@ -156,6 +156,7 @@ fn submission(id: u128, deadline: Option<Duration>) -> Submission {
         },
         priority: 0,
         deadline,
+        objectives: RequestObjectives::default(),
         label: Arc::from("test"),
         timeline: Timeline::default(),
     }
