@@ -3,6 +3,8 @@
 
 use serde_json::{Value, json};
 
+use super::adjustments::{LONGEST_BAD_WORD, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES};
+use super::constraints::MAX_CHOICE_TEXTS;
 use super::options::{
     LONGEST_STOP_STRING, MAX_CHOICES, MAX_LOGPROBS, MAX_PENALTY, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS,
 };
@@ -245,6 +247,170 @@ pub const FIELDS: &[FieldRow] = &[
         "Only requests with the same salt share cached prefixes.",
         || json!({"type": "string", "minLength": 1}),
     ),
+    row(
+        "best_of",
+        On::Completions,
+        "Generate this many choices and show the n most likely ones; not more than n in a stream. Default: n.",
+        || integer(1, i64::from(MAX_CHOICES)),
+    ),
+    row(
+        "min_p",
+        On::Both,
+        "Keep tokens at least this many times as probable as the most probable one. Default: 0.",
+        || json!({"type": "number", "minimum": 0, "maximum": 1}),
+    ),
+    row(
+        "min_tokens",
+        On::Both,
+        "No end before this many tokens; at most max_tokens. Default: 0.",
+        || integer(0, i64::from(u32::MAX)),
+    ),
+    row(
+        "logit_bias",
+        On::Both,
+        "Added to the logits of these token ids.",
+        || {
+            let bias = json!({"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS});
+            json!({
+                "type": "object", "maxProperties": MAX_LOGIT_BIASES, "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+                "additionalProperties": bias,
+            })
+        },
+    ),
+    row(
+        "allowed_token_ids",
+        On::Both,
+        "The only token ids that may be generated.",
+        || token_ids(1),
+    ),
+    row("bad_words", On::Both, "Texts that are not generated.", || {
+        let word = json!({"type": "string", "minLength": 1, "maxLength": LONGEST_BAD_WORD});
+        json!({"type": "array", "maxItems": MAX_BAD_WORDS, "items": word})
+    }),
+    row(
+        "response_format",
+        On::Both,
+        "What the text must be: any, a JSON object, or a document valid against a JSON Schema.",
+        || {
+            json!({
+                "type": "object",
+                "required": ["type"],
+                "properties": {
+                    "type": {"enum": ["text", "json_object", "json_schema"]},
+                    "json_schema": {"type": "object", "properties": {"schema": {"type": "object"}}},
+                },
+            })
+        },
+    ),
+    row(
+        "structured_outputs",
+        On::Both,
+        "What the text must be, in one of vLLM's forms.",
+        || {
+            json!({
+                "type": "object",
+                "properties": {
+                    "json": {"type": ["object", "string"]},
+                    "json_object": boolean(),
+                    "regex": {"type": "string"},
+                    "choice": texts(),
+                    "grammar": {"type": "string"},
+                    "disable_any_whitespace": boolean(),
+                    "whitespace_pattern": {"type": "string"},
+                },
+            })
+        },
+    ),
+    row(
+        "guided_json",
+        On::Both,
+        "As structured_outputs.json.",
+        || json!({"type": ["object", "string"]}),
+    ),
+    row(
+        "guided_json_object",
+        On::Both,
+        "As structured_outputs.json_object.",
+        boolean,
+    ),
+    row("guided_regex", On::Both, "As structured_outputs.regex.", text),
+    row("guided_choice", On::Both, "As structured_outputs.choice.", texts),
+    row("guided_grammar", On::Both, "As structured_outputs.grammar.", text),
+    row(
+        "guided_whitespace_pattern",
+        On::Both,
+        "As structured_outputs.whitespace_pattern, for the guided fields.",
+        text,
+    ),
+    row("tools", On::Chat, "Functions that the model may call.", || {
+        json!({"type": "array", "items": {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string", "minLength": 1},
+                        "description": {"type": "string"},
+                        "parameters": {"type": ["object", "null"]},
+                    },
+                },
+            },
+        }})
+    }),
+    row(
+        "tool_choice",
+        On::Chat,
+        "Whether the model may, must or must not call a tool, or which one it must. Default: auto.",
+        || {
+            json!({"anyOf": [
+                {"enum": ["none", "auto", "required"]},
+                {"type": "object", "required": ["type", "function"], "properties": {
+                    "type": {"const": "function"},
+                    "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+                }},
+            ]})
+        },
+    ),
+    row(
+        "parallel_tool_calls",
+        On::Chat,
+        "Show more than the first call. Default: true.",
+        boolean,
+    ),
+    row(
+        "include_reasoning",
+        On::Chat,
+        "Show the model's reasoning, in a field of its own. Default: true.",
+        boolean,
+    ),
+    row(
+        "documents",
+        On::Chat,
+        "For the template.",
+        || json!({"type": "array", "items": {"type": "object"}}),
+    ),
+    row(
+        "continue_final_message",
+        On::Chat,
+        "Go on with the last message instead of beginning another. Default: false.",
+        boolean,
+    ),
+    row(
+        "slo",
+        On::Both,
+        "Latencies that placement aims at; the headers x-slo-ttft-ms and x-slo-tpot-ms win.",
+        || {
+            let milliseconds = json!({"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 86_400_000});
+            json!({
+                "type": "object",
+                "properties": {"ttft_ms": milliseconds, "tpot_ms": milliseconds},
+                "additionalProperties": false,
+            })
+        },
+    ),
     row("priority", On::Both, "Lower is more urgent. Default: 0.", || {
         integer(i64::from(i32::MIN), i64::from(i32::MAX))
     }),
@@ -286,6 +452,14 @@ fn boolean() -> Value {
 
 fn integer(minimum: i64, maximum: i64) -> Value {
     json!({"type": "integer", "minimum": minimum, "maximum": maximum})
+}
+
+fn text() -> Value {
+    json!({"type": "string"})
+}
+
+fn texts() -> Value {
+    json!({"type": "array", "minItems": 1, "maxItems": MAX_CHOICE_TEXTS, "items": {"type": "string", "minLength": 1}})
 }
 
 fn penalty() -> Value {

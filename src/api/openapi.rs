@@ -178,6 +178,19 @@ fn schemas() -> Value {
                         "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
                     }},
                 ]},
+                "tool_calls": {"type": ["array", "null"], "items": {
+                    "type": "object",
+                    "required": ["function"],
+                    "properties": {
+                        "id": {"type": "string"},
+                        "type": {"const": "function"},
+                        "function": {"type": "object", "required": ["name"], "properties": {
+                            "name": {"type": "string", "minLength": 1},
+                            "arguments": {"type": "string"},
+                        }},
+                    },
+                }},
+                "tool_call_id": {"type": ["string", "null"]},
             },
         },
         "Model": {"type": "string", "description": "A name of the served model."},
