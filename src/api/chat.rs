@@ -223,9 +223,9 @@ impl Answer {
         }
     }
 
-    fn token(&mut self, output: &OutputToken, writer: TokenWriter<'_>, shape: &Shape) {
-        let token = &output.token;
-        self.message.add(self.parser.push(&output.text));
+    fn token(&mut self, output: OutputToken, writer: TokenWriter<'_>, shape: &Shape) {
+        let token = output.token;
+        self.message.add(self.parser.push(output.text));
         if let Some(ids) = &mut self.token_ids {
             ids.push(token.id);
         }
@@ -265,10 +265,10 @@ async fn whole(
         let item = outputs.required().await?;
         match item.output? {
             Output::PromptLogprobs(logprobs) => prompt = logprobs,
-            Output::Token { choice, token } => answers[choice as usize].token(&token, writer, shape),
-            Output::ChoiceEnded { choice, end } => {
+            Output::Token { choice, token } => answers[choice as usize].token(token, writer, shape),
+            Output::ChoiceEnded { choice, mut end } => {
                 let answer = &mut answers[choice as usize];
-                answer.message.add(answer.parser.finish(&end.text));
+                answer.message.add(answer.parser.finish(std::mem::take(&mut end.text)));
                 answer.end = Some(end);
             }
             Output::Finished(usage) => break (usage, item.timeline),
@@ -408,7 +408,7 @@ impl ChatStream {
         let writer = TokenWriter::new(&self.state, self.shape.tokens_as_ids);
         let mut logprobs = self.shape.n_top.map(|_| ChatLogprobs::default());
         push_logprobs(&mut logprobs, writer, token.id, token.logprobs.as_ref(), &self.shape);
-        let part = self.parsers[choice as usize].push(&text);
+        let part = self.parsers[choice as usize].push(text);
         let choice = ChunkChoice {
             index: choice,
             delta: Delta::new(role, &part, role.is_some() || !self.shape.message.is_parsed()),
@@ -427,10 +427,10 @@ impl ChatStream {
     }
 
     /// The reason of the end goes alone, with an empty delta unless text was still held back.
-    fn choice_ended(&mut self, choice: u32, end: ChoiceEnd, so_far: UsageBody) {
+    fn choice_ended(&mut self, choice: u32, mut end: ChoiceEnd, so_far: UsageBody) {
         let role = self.role(choice);
         let parser = &mut self.parsers[choice as usize];
-        let part = parser.finish(&end.text);
+        let part = parser.finish(std::mem::take(&mut end.text));
         let choice = ChunkChoice {
             index: choice,
             delta: Delta::new(role, &part, role.is_some()),

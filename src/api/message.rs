@@ -124,19 +124,19 @@ struct Calls {
 
 impl MessageParser {
     /// Takes the next text.
-    pub fn push(&mut self, text: &str) -> MessagePart {
+    pub fn push(&mut self, text: String) -> MessagePart {
         let reasoned = match &mut self.reasoning {
-            Some(parser) => parser.push(text),
+            Some(parser) => parser.push(&text),
             None => Reasoned {
                 reasoning: String::new(),
-                text: text.to_owned(),
+                text,
             },
         };
         self.answer(reasoned)
     }
 
     /// Takes the last text.
-    pub fn finish(&mut self, text: &str) -> MessagePart {
+    pub fn finish(&mut self, text: String) -> MessagePart {
         let mut part = self.push(text);
         if let Some(parser) = &mut self.reasoning {
             let reasoned = parser.finish();
