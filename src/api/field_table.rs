@@ -325,7 +325,7 @@ pub const FIELDS: &[FieldRow] = &[
         "guided_json",
         On::Both,
         "As structured_outputs.json.",
-        || json!({"type": ["object", "string"]}),
+        || json!({"anyOf": [{"type": "object"}, {"type": "string"}]}),
     ),
     row(
         "guided_json_object",

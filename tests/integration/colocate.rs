@@ -106,7 +106,8 @@ async fn instances_of_a_process_leave_together_and_lose_nothing() {
     let prompts: Vec<Vec<u32>> = (0..6).map(|seed| prompt(40 + seed, 200)).collect();
     let all = async |salt: &str| {
         let asked = prompts.iter().map(|ids| {
-            let options = options(200, salt);
+            // Long enough that none has ended before all have been handed over, however busy the machine is.
+            let options = options(800, salt);
             let cluster = &cluster;
             async move { cluster.complete(ids, &options).await }
         });

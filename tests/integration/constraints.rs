@@ -29,12 +29,12 @@ async fn choices(cluster: &Cluster, seed: u64) -> Vec<(String, bool)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn constrained_outputs_are_valid_documents() {
-    // 40 blocks of 16 KiB; one request alone fits.
-    let tight = ["--dtype", "bf16", "--kv-memory", "640KiB", "--max-model-len", "400"];
+    // 26 blocks of 16 KiB; one request alone fits.
+    let tight = ["--dtype", "bf16", "--kv-memory", "416KiB", "--max-model-len", "400"];
     let pools = ["--prefill", "1", "--decode", "1", "--disaggregation-threshold", "0"];
     let cluster = Cluster::serve(&[&tight[..], &pools].concat()).await;
     let answers = futures::stream::iter(0..N_SCHEMAS).map(|seed| choices(&cluster, seed));
-    let answers: Vec<Vec<(String, bool)>> = answers.buffered(16).collect().await;
+    let answers: Vec<Vec<(String, bool)>> = answers.buffered(32).collect().await;
     let (mut n_choices, mut n_whole) = (0, 0);
     for (seed, answer) in (0..).zip(&answers) {
         let validator = jsonschema::validator_for(&schema(seed)).expect("a schema");
