@@ -61,7 +61,7 @@ pub fn gated(gate_up: &[f32], ffn: usize, activation: Activation) -> Vec<f32> {
     gate_up.chunks_exact(2 * ffn).flat_map(row).collect()
 }
 
-/// One expert of [`moe`]: `gate_up: [2 * ffn, hidden]`, `down: [hidden, ffn]` and their biases.
+/// One expert of [`moe_row`]: `gate_up: [2 * ffn, hidden]`, `down: [hidden, ffn]` and their biases.
 pub struct Expert<'a> {
     /// `[2 * ffn, hidden]`, gate first.
     pub gate_up: &'a [f32],

@@ -236,3 +236,28 @@ impl PortableState {
             .all(|choice| choice.output.is_empty() && choice.finish.is_none())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rotary_table_follows_from_what_a_request_may_grow_to_and_separates_prefixes() {
+        let request = |n_prompt: usize, max_tokens: u32| Request {
+            id: RequestId(1),
+            prompt_ids: Arc::from(vec![5; n_prompt]),
+            sampling: SamplingParams {
+                max_tokens,
+                ..SamplingParams::default()
+            },
+            cache_salt: 9,
+        };
+        let (short, long) = (request(100, 28), request(100, 29));
+        assert_eq!(short.rope_variant(Some(128)), SHORT_ROPE);
+        assert_eq!(long.rope_variant(Some(128)), LONG_ROPE);
+        assert_eq!(long.rope_variant(None), SHORT_ROPE, "a model with one table");
+        assert_eq!(short.prefix_salt(Some(128)), 9);
+        assert_ne!(long.prefix_salt(Some(128)), short.prefix_salt(Some(128)));
+        assert_eq!(request(1, u32::MAX).rope_variant(Some(128)), LONG_ROPE);
+    }
+}
