@@ -84,8 +84,8 @@ async fn a_colocated_pair_answers_as_two_processes_do() {
 async fn a_request_moves_within_its_process() {
     let cluster = serve(&["--mixed", "2", "--colocate"]).await;
     let ids = prompt(11, 400);
-    let undisturbed = cluster.complete(&ids, &options(120, "undisturbed")).await;
-    let options = options(120, "moved");
+    let undisturbed = cluster.complete(&ids, &options(600, "undisturbed")).await;
+    let options = options(600, "moved");
     let asked = cluster.complete(&ids, &options);
     let (moved, (from, to)) = tokio::join!(asked, move_the_running(&cluster, 5));
     assert_eq!(moved, undisturbed);

@@ -1,6 +1,8 @@
 //! Constrained outputs over real processes: 200 random schemas, handed over, through so little memory that sequences are
 //! preempted, alone and in groups of four. What ends by itself is a valid document, and the same as on one instance alone.
 
+use std::time::Duration;
+
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 
@@ -16,8 +18,17 @@ async fn choices(cluster: &Cluster, seed: u64) -> Vec<(String, bool)> {
         "max_tokens": 300, "temperature": 1.0, "seed": seed, "n": if seed.is_multiple_of(2) { 4 } else { 1 },
         "response_format": { "type": "json_schema", "json_schema": { "name": "any", "schema": schema(seed) } },
     });
-    let (status, answer) = cluster.post("/v1/completions", &body).await;
-    assert_eq!(status, 200, "{answer}");
+    // A pool this small may refuse a request three times in a row, which its client hears as 429 and asks again.
+    let mut n_refused = 0;
+    let answer = loop {
+        let (status, answer) = cluster.post("/v1/completions", &body).await;
+        if status == 200 {
+            break answer;
+        }
+        n_refused += 1;
+        assert!(status == 429 && n_refused < 50, "{status} {answer}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
     let choices = answer["choices"].as_array().expect("choices").iter();
     choices
         .map(|choice| {
@@ -29,12 +40,12 @@ async fn choices(cluster: &Cluster, seed: u64) -> Vec<(String, bool)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn constrained_outputs_are_valid_documents() {
-    // 26 blocks of 16 KiB; one request alone fits.
-    let tight = ["--dtype", "bf16", "--kv-memory", "416KiB", "--max-model-len", "400"];
+    // 40 blocks of 16 KiB; one request alone fits.
+    let tight = ["--dtype", "bf16", "--kv-memory", "640KiB", "--max-model-len", "400"];
     let pools = ["--prefill", "1", "--decode", "1", "--disaggregation-threshold", "0"];
     let cluster = Cluster::serve(&[&tight[..], &pools].concat()).await;
     let answers = futures::stream::iter(0..N_SCHEMAS).map(|seed| choices(&cluster, seed));
-    let answers: Vec<Vec<(String, bool)>> = answers.buffered(32).collect().await;
+    let answers: Vec<Vec<(String, bool)>> = answers.buffered(16).collect().await;
     let (mut n_choices, mut n_whole) = (0, 0);
     for (seed, answer) in (0..).zip(&answers) {
         let validator = jsonschema::validator_for(&schema(seed)).expect("a schema");
@@ -57,9 +68,17 @@ async fn constrained_outputs_are_valid_documents() {
         "only {n_whole} of {n_choices} ended by themselves"
     );
     cluster
-        .until_counter("decode-0", "handoffs_received_total", |n| n == N_SCHEMAS)
+        .until_counter("decode-0", "handoffs_received_total", |n| n >= N_SCHEMAS)
         .await;
-    cluster.until_counter("decode-0", "preemptions_total", |n| n > 0).await;
+    // How many run at a time is the machine's affair; where none had to give way, some are asked again, and answered alike.
+    let mut n_rounds = 0;
+    while cluster.counter("decode-0", "preemptions_total").await == 0 {
+        n_rounds += 1;
+        assert!(n_rounds <= 20, "nothing was preempted");
+        let again = futures::stream::iter(0..32).map(|seed| choices(&cluster, seed));
+        let again: Vec<Vec<(String, bool)>> = again.buffered(16).collect().await;
+        assert_eq!(again, answers[..32]);
+    }
     cluster.until_idle_and_whole().await;
     drop(cluster);
 
