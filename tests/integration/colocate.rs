@@ -49,9 +49,14 @@ async fn move_the_running(cluster: &Cluster, n_tokens: u32) -> (String, String) 
         };
         let to = String::new();
         let request_id = request.request_id;
-        let moved = operator.move_one(MoveOneRequest { request_id, to }).await;
-        let moved = moved.expect("it moves").into_inner();
-        return (moved.from, moved.to);
+        match operator.move_one(MoveOneRequest { request_id, to }).await {
+            Ok(moved) => {
+                let moved = moved.into_inner();
+                return (moved.from, moved.to);
+            }
+            // On a busy machine a request may outgrow what was reserved for it; it goes on where it is.
+            Err(status) => assert_eq!(status.code(), tonic::Code::Aborted, "{status}"),
+        }
     }
 }
 
