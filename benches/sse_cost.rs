@@ -19,29 +19,30 @@ const N_TOKENS: usize = 128;
 /// How the null model speaks, and to how many streams.
 struct Case {
     name: &'static str,
-    token_every: &'static str,
+    /// At once, where absent.
+    token_every: Option<&'static str>,
     n_streams: usize,
 }
 
 const CASES: [Case; 4] = [
     Case {
         name: "at once, 1 stream",
-        token_every: "0s",
+        token_every: None,
         n_streams: 1,
     },
     Case {
         name: "at once, 64 streams",
-        token_every: "0s",
+        token_every: None,
         n_streams: 64,
     },
     Case {
         name: "every 20 ms, 64 streams",
-        token_every: "20ms",
+        token_every: Some("20ms"),
         n_streams: 64,
     },
     Case {
         name: "every 20 ms, 512 streams",
-        token_every: "20ms",
+        token_every: Some("20ms"),
         n_streams: 512,
     },
 ];
@@ -53,10 +54,11 @@ struct Server {
 }
 
 impl Server {
-    fn start(token_every: &str) -> anyhow::Result<Server> {
+    fn start(token_every: Option<&str>) -> anyhow::Result<Server> {
         let program = std::env::var_os("BATON").unwrap_or_else(|| env!("CARGO_BIN_EXE_baton").into());
         let mut process = Command::new(program)
-            .args(["null", "--log-level", "error", "--token-every", token_every])
+            .args(["null", "--log-level", "error"])
+            .args(token_every.iter().flat_map(|every| ["--token-every", every]))
             .stdout(Stdio::piped())
             .spawn()
             .context("starting baton null")?;

@@ -4,7 +4,7 @@
 mod arrivals;
 mod lengths;
 mod prompt;
-pub mod trace;
+mod trace;
 
 use std::sync::Arc;
 use std::time::Duration;
