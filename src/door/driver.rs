@@ -11,6 +11,7 @@ use baton_scheduler::arbiter::{Arbiter, ArbiterAction, ArbiterFact};
 use baton_scheduler::ids::{Epoch, InstanceId, Nanos};
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token, TokenLogprobs};
 use baton_scheduler::timeline::{Moment, Timeline};
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -147,7 +148,10 @@ impl RequestDriver {
             match self.wait().await {
                 Woken::Fact(fact) => self.facts.push_back(fact),
                 Woken::Speaking(said) => self.hear(Stream::Speaking, said).await,
-                Woken::Attached(said) => self.hear(Stream::Attached, said).await,
+                Woken::Attached(said) => {
+                    self.hear_what_the_source_has_said().await;
+                    self.hear(Stream::Attached, said).await;
+                }
                 Woken::Attach(epoch, opened) => {
                     self.attaching = None;
                     match *opened {
@@ -237,6 +241,20 @@ impl RequestDriver {
             Some(order) = self.listed.orders.recv() => Woken::Ordered(order),
             () = tokio::time::sleep(tick_in.unwrap_or_default()), if tick_in.is_some() => {
                 Woken::Fact(ArbiterFact::Tick)
+            }
+        }
+    }
+
+    /// A busy front door may read the destination's first word before the source's word of the pause, which was sent before it.
+    async fn hear_what_the_source_has_said(&mut self) {
+        while self.order.as_ref().is_some_and(|order| order.pauses_at.is_none()) && self.speaking.is_some() {
+            let Some(said) = next(&mut self.speaking).now_or_never() else {
+                return;
+            };
+            let is_last = said.is_err();
+            self.hear(Stream::Speaking, said).await;
+            if is_last {
+                return;
             }
         }
     }

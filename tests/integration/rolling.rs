@@ -91,8 +91,6 @@ async fn a_rolling_restart_of_every_worker_loses_and_repeats_nothing() {
     );
     assert!(settled > 0, "nothing was handed over");
     assert_eq!(replays, 0, "what was handed over is not computed again");
-    // A request whose last token came before its pause did not pause.
-    let paused = metric(&cluster, "baton_move_pause_seconds_count").await;
-    assert!(paused > 0 && paused <= settled, "{paused} of {settled} moves paused");
+    assert_eq!(metric(&cluster, "baton_move_pause_seconds_count").await, settled);
     assert_eq!(metric(&cluster, "baton_move_seconds_count").await, settled);
 }
