@@ -145,6 +145,10 @@ pub struct Arbiter {
     stage: Stage,
     choices: Vec<Choice>,
     n_attempts: u32,
+    /// Whether an instance ever did more, or worse, than say that it is full.
+    was_taken: bool,
+    /// Whether the last that was asked said so.
+    was_refused: bool,
     n_moves: u32,
     moving: Option<Move>,
     move_deadline: Nanos,
@@ -162,6 +166,8 @@ impl Arbiter {
             stage: Stage::Placing,
             choices: vec![Choice::default(); n as usize],
             n_attempts: 0,
+            was_taken: false,
+            was_refused: false,
             n_moves: 0,
             moving: None,
             move_deadline,
@@ -184,9 +190,15 @@ impl Arbiter {
         self.choices.iter().map(|choice| choice.next_index)
     }
 
-    /// Placements in a row that brought no token.
+    /// Placements in a row that brought no token and were not refused for want of room. Refusals are bounded by time, as the
+    /// wait in the queue is: whoever places says [`ArbiterFact::NoRoom`] when it has lasted too long.
     pub fn n_attempts(&self) -> u32 {
         self.n_attempts
+    }
+
+    /// Whether the request is placed again because the last instance was full: it still waits for the same place.
+    pub fn was_refused(&self) -> bool {
+        self.was_refused
     }
 
     /// Moves that have settled.
@@ -249,7 +261,7 @@ impl Arbiter {
                 self.n_attempts += 1;
                 vec![ArbiterAction::Open(self.speaking)]
             }
-            ArbiterFact::NoRoom if self.newest == Epoch(0) => self.end(ArbiterAction::Fail(Failure::Busy(
+            ArbiterFact::NoRoom if !self.was_taken => self.end(ArbiterAction::Fail(Failure::Busy(
                 "no instance had room in time".into(),
             ))),
             ArbiterFact::NoRoom => self.end(ArbiterAction::Fail(Failure::InstanceLost(
@@ -416,6 +428,7 @@ impl Arbiter {
         }
         state.next_index += 1;
         self.n_attempts = 0;
+        self.was_taken = true;
         self.avoided.clear();
         vec![ArbiterAction::Deliver]
     }
@@ -461,7 +474,7 @@ impl Arbiter {
 
     /// The stream that speaks is lost, and no move is under way that could save it.
     fn lose(&mut self, failure: Failure, blamed: Option<InstanceId>) -> Vec<ArbiterAction> {
-        if !is_retried(&failure) || self.n_attempts >= MAX_ATTEMPTS {
+        if !is_retried(&failure) || self.was_last_attempt(&failure) {
             return self.end(ArbiterAction::Fail(failure));
         }
         let mut actions = vec![ArbiterAction::Close];
@@ -471,15 +484,25 @@ impl Arbiter {
 
     /// Places the request again; its stream is closed already.
     fn replay(&mut self, failure: Failure, blamed: Option<InstanceId>) -> Vec<ArbiterAction> {
-        if self.n_attempts >= MAX_ATTEMPTS {
+        if self.was_last_attempt(&failure) {
             self.stage = Stage::Ended;
             return vec![ArbiterAction::Fail(failure)];
+        }
+        self.was_refused = is_refusal(&failure);
+        if self.was_refused {
+            self.n_attempts = self.n_attempts.saturating_sub(1);
+        } else {
+            self.was_taken = true;
         }
         if let Some(instance) = blamed.filter(|instance| !self.avoided.contains(instance)) {
             self.avoided.push(instance);
         }
         self.stage = Stage::Placing;
         vec![ArbiterAction::Place]
+    }
+
+    fn was_last_attempt(&self, failure: &Failure) -> bool {
+        self.n_attempts >= MAX_ATTEMPTS && !is_refusal(failure)
     }
 
     fn end(&mut self, terminal: ArbiterAction) -> Vec<ArbiterAction> {
@@ -500,6 +523,11 @@ impl Arbiter {
 /// Another pair may agree where this one did not, so an incompatible peer is worth another placement.
 fn is_retried(failure: &Failure) -> bool {
     failure.is_retryable() || matches!(failure, Failure::Incompatible(_))
+}
+
+/// An instance that was full when it was asked has begun nothing.
+fn is_refusal(failure: &Failure) -> bool {
+    matches!(failure, Failure::Busy(_))
 }
 
 #[cfg(test)]
@@ -563,6 +591,27 @@ mod tests {
             }
         }
         assert!(arbiter.is_ended());
+    }
+
+    #[test]
+    fn refusals_are_not_counted_and_their_end_is_that_nobody_had_room() {
+        let mut arbiter = arbiter();
+        for epoch in 1..=10 * MAX_ATTEMPTS {
+            arbiter.apply(Nanos::ZERO, ArbiterFact::Placed);
+            let full = ArbiterFact::Failed {
+                epoch: Epoch(epoch),
+                failure: Failure::Busy("full".into()),
+                blamed: Some(InstanceId::new("decode-0")),
+            };
+            let actions = arbiter.apply(Nanos::ZERO, full);
+            assert_eq!(actions, [ArbiterAction::Close, ArbiterAction::Place]);
+            assert_eq!(arbiter.n_attempts(), 0);
+        }
+        let actions = arbiter.apply(Nanos::ZERO, ArbiterFact::NoRoom);
+        assert!(
+            matches!(&actions[..], [ArbiterAction::Fail(Failure::Busy(_))]),
+            "{actions:?}"
+        );
     }
 
     #[test]

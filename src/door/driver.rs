@@ -41,6 +41,8 @@ pub(super) struct RequestDriver {
     wanted: Wanted,
     /// What was delivered.
     choices: Vec<ChoiceState>,
+    /// When the wait for a place is over, refusals of instances that were full included.
+    place_by: Option<Instant>,
     placed: Option<Reachable>,
     speaking: Option<OpenStream>,
     attached: Option<OpenStream>,
@@ -117,6 +119,7 @@ impl RequestDriver {
             arbiter: Arbiter::new(n, move_deadline),
             wanted: Wanted::new(submission.request.clone(), submission.objectives),
             choices: vec![ChoiceState::default(); n as usize],
+            place_by: None,
             placed: None,
             speaking: None,
             attached: None,
@@ -199,6 +202,9 @@ impl RequestDriver {
         let anew = self.wanted_anew();
         let mut wanted = std::mem::replace(&mut self.wanted, anew);
         wanted.go_on_after(&self.choices, self.arbiter.avoided());
+        if !self.arbiter.was_refused() {
+            self.place_by = None;
+        }
         // Twice refused or lost in a row: whoever died may not have been missed yet.
         let pause = if self.arbiter.n_attempts() > 1 {
             PAUSE_BEFORE_LAST_ATTEMPTS
@@ -220,10 +226,14 @@ impl RequestDriver {
 
     /// A placement, unless the client, the deadline or the bound of the wait comes first.
     async fn placed<T>(&mut self, placing: impl Future<Output = T>) -> Result<T, ArbiterFact> {
+        let max_queue_wait = self.options.max_queue_wait;
+        let place_by = *self.place_by.get_or_insert_with(|| Instant::now() + max_queue_wait);
         tokio::select! {
-            placed = placing => Ok(placed),
+            // The bound first: refusals that come at once must not outrun it.
+            biased;
+            () = tokio::time::sleep_until(place_by) => Err(ArbiterFact::NoRoom),
             fact = interrupted(&mut self.outbox, self.deadline) => Err(fact),
-            () = tokio::time::sleep(self.options.max_queue_wait) => Err(ArbiterFact::NoRoom),
+            placed = placing => Ok(placed),
         }
     }
 

@@ -551,3 +551,22 @@ fn only_what_version_1_can_say_is_given_to_it() {
         assert_eq!(min_protocol_version(&asked), 2, "{asked:?}");
     }
 }
+
+#[test]
+fn room_leaves_a_block_for_each_running_sequence_to_grow_into() {
+    let mut view = cluster(&[("d0", Role::Decode)]);
+    let mut has_room = |n_running| {
+        let load = InstanceLoad {
+            n_running,
+            n_blocks_free: 20,
+            n_blocks_cached: 10,
+            healthy: true,
+            ..InstanceLoad::default()
+        };
+        let d0 = InstanceId::new("d0");
+        view.apply(ViewEvent::Load(d0.clone(), Incarnation(1), load));
+        [28, 29, 30, 31].map(|n_blocks| view.instances()[&d0].has_room(n_blocks, 1))
+    };
+    assert_eq!(has_room(0), [true, true, true, false]);
+    assert_eq!(has_room(2), [true, false, false, false]);
+}

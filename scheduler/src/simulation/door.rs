@@ -41,6 +41,8 @@ pub(super) struct Driver {
     /// Which placement is wanted, while one is.
     placing: Option<u32>,
     n_placings: u32,
+    /// When the wait for a place is over, refusals included.
+    place_by: Nanos,
     may_place_at: Nanos,
     placed: Option<Placement>,
     opening: Option<usize>,
@@ -103,6 +105,7 @@ impl Simulation<'_> {
             choices: vec![ChoiceState::default(); n as usize],
             placing: None,
             n_placings: 0,
+            place_by: self.now,
             may_place_at: self.now,
             placed: None,
             opening: None,
@@ -127,11 +130,12 @@ impl Simulation<'_> {
         driver.n_placings += 1;
         driver.placing = Some(driver.n_placings);
         driver.may_place_at = may_place_at;
-        let placing = driver.n_placings;
-        self.queue.push(
-            self.now.saturating_add(self.settings.queue_wait),
-            Event::Door(life, AtDoor::QueueWait { request, placing }),
-        );
+        if !driver.arbiter.was_refused() {
+            driver.place_by = self.now.saturating_add(self.settings.queue_wait);
+        }
+        let (placing, place_by) = (driver.n_placings, driver.place_by.max(self.now));
+        self.queue
+            .push(place_by, Event::Door(life, AtDoor::QueueWait { request, placing }));
         if may_place_at > self.now {
             self.queue
                 .push(may_place_at, Event::Door(life, AtDoor::TryAgain { request, placing }));

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_proto::cluster;
+use baton_scheduler::arbiter::MAX_ATTEMPTS;
 use baton_scheduler::ids::Nanos;
 use baton_scheduler::request::{Failure, Finish};
 
@@ -60,7 +61,7 @@ async fn a_skipped_token_is_an_error_and_never_a_success() {
 }
 
 #[tokio::test]
-async fn three_refusals_end_it_and_what_is_invalid_ends_it_at_once() {
+async fn three_losses_end_it_and_what_is_invalid_ends_it_at_once() {
     let lost = Failure::InstanceLost("gone".into());
     let bench_lost = Bench::scripted(vec![(vec![failed(&lost)], false); 3], FrontDoorOptions::default()).await;
     let (_, last) = outcome(&bench_lost, submission(1, None)).await;
@@ -73,20 +74,8 @@ async fn three_refusals_end_it_and_what_is_invalid_ends_it_at_once() {
     assert_eq!(last, DoorEvent::Failed(invalid));
 }
 
-#[tokio::test]
-async fn a_busy_instance_is_asked_again_only_after_it_reports() {
-    let busy = failed(&Failure::Busy("full".into()));
-    let bench = Bench::scripted(
-        vec![(vec![busy], false), (vec![token(0), finished()], false)],
-        FrontDoorOptions::default(),
-    )
-    .await;
-    let mut stream = bench.door.submit(submission(1, None)).await.expect("admitted");
-    let mut changes = bench.cluster.changes();
-    // The refusal closes the placement, which is a change; nothing may be placed until the instance reports.
-    while bench.worker().calls.lock().is_empty() || bench.door.load().n_queued > 0 {
-        changes.changed().await.expect("the cluster is there");
-    }
+/// The first event of a request to an instance that reports on and on that it has room.
+async fn first_event_beside_reports(bench: &Bench, stream: &mut RequestStream) -> Option<DoorEvent> {
     let load = cluster::WorkerLoad {
         healthy: true,
         n_blocks_free: 64,
@@ -97,21 +86,48 @@ async fn a_busy_instance_is_asked_again_only_after_it_reports() {
         ..cluster::WorkerReport::default()
     };
     let id = InstanceId::new("decode-0");
-    let mut n_reports = 0;
-    let first = loop {
+    loop {
         tokio::select! {
-            event = stream.next() => break event,
+            event = stream.next() => return event,
             () = tokio::task::yield_now() => {
-                n_reports += 1;
                 bench.cluster.report(&id, baton_scheduler::ids::Incarnation(3), report.clone()).expect("a report");
             }
         }
+    }
+}
+
+#[tokio::test]
+async fn a_busy_instance_is_asked_again_only_after_it_reports_and_as_often_as_it_takes() {
+    let busy = failed(&Failure::Busy("full".into()));
+    let mut answers = vec![(vec![busy], false); 2 * MAX_ATTEMPTS as usize];
+    answers.push((vec![token(0), finished()], false));
+    let n_answers = answers.len();
+    let bench = Bench::scripted(answers, FrontDoorOptions::default()).await;
+    let mut stream = bench.door.submit(submission(1, None)).await.expect("admitted");
+    let mut changes = bench.cluster.changes();
+    // The refusal closes the placement, which is a change; nothing may be placed until the instance reports.
+    while bench.worker().calls.lock().is_empty() || bench.door.load().n_queued > 0 {
+        changes.changed().await.expect("the cluster is there");
+    }
+    assert_eq!(bench.worker().calls.lock().len(), 1);
+    let first = first_event_beside_reports(&bench, &mut stream).await;
+    assert!(matches!(first, Some(DoorEvent::Token { .. })), "{first:?}");
+    assert_eq!(bench.worker().calls.lock().len(), n_answers);
+}
+
+#[tokio::test]
+async fn refusals_without_end_end_with_the_wait_for_a_place() {
+    let busy = failed(&Failure::Busy("full".into()));
+    let options = FrontDoorOptions {
+        max_queue_wait: Duration::from_millis(50),
+        ..FrontDoorOptions::default()
     };
-    assert!(
-        matches!(first, Some(DoorEvent::Token { .. })),
-        "{first:?} after {n_reports} reports"
-    );
-    assert_eq!(bench.worker().calls.lock().len(), 2);
+    let bench = Bench::scripted(vec![(vec![busy], false); 100_000], options).await;
+    let mut stream = bench.door.submit(submission(1, None)).await.expect("admitted");
+    let first = first_event_beside_reports(&bench, &mut stream).await;
+    assert!(matches!(first, Some(DoorEvent::Failed(Failure::Busy(_)))), "{first:?}");
+    assert!(bench.worker().calls.lock().len() > MAX_ATTEMPTS as usize);
+    bench.assert_idle();
 }
 
 #[tokio::test]
