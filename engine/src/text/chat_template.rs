@@ -213,17 +213,20 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else { break };
-        let tag = &rest[start + 2..start + length];
+        let Some(length) = rest[start + 2..].find("%}") else {
+            break;
+        };
+        let tag = &rest[start + 2..start + 2 + length];
+        let end = start + length + 4;
         out.push_str(&rest[..start]);
         match tag.trim_matches(['-', '+']).trim() {
             "generation" | "endgeneration" => {
                 out.push_str(if tag.starts_with('-') { "{#-" } else { "{#" });
                 out.push_str(if tag.ends_with('-') { "-#}" } else { "#}" });
             }
-            _ => out.push_str(&rest[start..start + length + 2]),
+            _ => out.push_str(&rest[start..end]),
         }
-        rest = &rest[start + length + 2..];
+        rest = &rest[end..];
     }
     out.push_str(rest);
     out
@@ -237,6 +240,16 @@ mod tests {
     fn render(source: &str, messages: serde_json::Value) -> Result<String, ChatTemplateError> {
         let templates = [("default".to_owned(), source.to_owned())];
         ChatTemplate::new(&templates, Some("<s>"), None)?.render(&messages, None, true, &Map::new())
+    }
+
+    #[test]
+    fn a_tag_of_one_sign_is_an_error_and_no_panic() {
+        for source in ["{%}", "{%}{% generation %}", "{%", "{%-%}"] {
+            assert!(
+                matches!(render(source, json!([])), Err(ChatTemplateError::Syntax(_))),
+                "{source}"
+            );
+        }
     }
 
     #[test]

@@ -203,3 +203,16 @@ fn chat_cases() {
         }
     }
 }
+
+/// Found by the fuzzer: the library unwraps what it has not checked.
+#[test]
+fn a_file_that_the_library_panics_at_is_an_error() {
+    let bytes = br#"{"version": "1.0", "decoder": {"type": "ByteLevel", "add_prefix_space": "no"}, "model":
+        {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
+    let mut bytes = bytes.to_vec();
+    bytes.retain(|byte| *byte != b'\n');
+    let at = bytes.windows(4).position(|word| word == b"\"no\"").expect("the value");
+    bytes[at] = 0x17;
+    let error = Tokenizer::from_bytes(&bytes).expect_err("not JSON");
+    assert!(error.to_string().contains("the tokenizer library panicked"), "{error}");
+}

@@ -1,5 +1,6 @@
 //! tokenizer.json: text to ids and back. Knows nothing of chats, and never truncates or pads.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use baton_scheduler::ids::TokenId;
@@ -38,10 +39,24 @@ impl From<tokenizers::Error> for TokenizerError {
     }
 }
 
+/// The library panics at some files that a fuzzer finds; to whoever uses it that is an error as any other.
+fn guarded<T>(use_library: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
+    match catch_unwind(AssertUnwindSafe(use_library)) {
+        Ok(result) => Ok(result?),
+        Err(panic) => {
+            let said = panic.downcast_ref::<String>().map(String::as_str);
+            let said = said
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("no reason");
+            Err(TokenizerError(format!("the tokenizer library panicked: {said}")))
+        }
+    }
+}
+
 impl Tokenizer {
     /// Reads the bytes of tokenizer.json.
     pub fn from_bytes(bytes: &[u8]) -> Result<Tokenizer, TokenizerError> {
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)?;
+        let mut tokenizer = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))?;
         // A saved tokenizer may ask for the truncation or padding of its training.
         tokenizer.with_truncation(None)?;
         tokenizer.with_padding(None);
@@ -75,22 +90,26 @@ impl Tokenizer {
 
     /// Ids of `text` with what the tokenizer itself adds (a beginning-of-text id, say).
     pub fn encode_with_special_tokens(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
-        Ok(self.inner.tokenizer.encode_fast(text, true)?.get_ids().to_vec())
+        Ok(guarded(|| self.inner.tokenizer.encode_fast(text, true))?
+            .get_ids()
+            .to_vec())
     }
 
     /// Ids of `text` alone: for rendered chats and continuations. Special tokens written in the text are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
-        Ok(self.inner.tokenizer.encode_fast(text, false)?.get_ids().to_vec())
+        Ok(guarded(|| self.inner.tokenizer.encode_fast(text, false))?
+            .get_ids()
+            .to_vec())
     }
 
     /// Text of `ids`, special tokens included. Ids past the vocabulary are nothing.
     pub fn decode_with_special_tokens(&self, ids: &[TokenId]) -> Result<String, TokenizerError> {
-        Ok(self.inner.tokenizer.decode(ids, false)?)
+        guarded(|| self.inner.tokenizer.decode(ids, false))
     }
 
     /// Text of `ids` without special tokens. Ids past the vocabulary are nothing.
     pub fn decode(&self, ids: &[TokenId]) -> Result<String, TokenizerError> {
-        Ok(self.inner.tokenizer.decode(ids, true)?)
+        guarded(|| self.inner.tokenizer.decode(ids, true))
     }
 
     /// A decoder of ids that come one by one; it skips special tokens.
