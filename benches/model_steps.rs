@@ -181,7 +181,7 @@ impl Bench {
                     let chunk = StepSequence {
                         tokens: &self.prompt[start_pos..end],
                         start_pos,
-                        block_table: &tables.long,
+                        block_tables: &tables.long,
                         rope_variant: 0,
                         logits: if end == n_tokens {
                             LogitsWanted::Last
@@ -202,7 +202,7 @@ impl Bench {
                         .map(|i| StepSequence {
                             tokens: &self.prompt[i..=i],
                             start_pos: context + step,
-                            block_table: &tables.short[i],
+                            block_tables: &tables.short[i],
                             rope_variant: 0,
                             logits: LogitsWanted::Last,
                         })
@@ -258,18 +258,19 @@ impl Bench {
 
 /// Blocks of the cases; scattered, as after some hours of serving (7919 is prime).
 struct BlockTables {
-    long: Vec<u32>,
+    /// Of one layer group: the models measured have layers of one kind.
+    long: [Vec<u32>; 1],
     /// One for each sequence of a batch.
-    short: Vec<Vec<u32>>,
+    short: Vec<[Vec<u32>; 1]>,
 }
 
 fn block_tables() -> BlockTables {
     let scattered = |i: usize| (i * 7919 % N_BLOCKS) as u32;
     let per_sequence = N_BLOCKS / MAX_BATCH;
     BlockTables {
-        long: (0..MAX_CONTEXT / BLOCK_SIZE).map(scattered).collect(),
+        long: [(0..MAX_CONTEXT / BLOCK_SIZE).map(scattered).collect()],
         short: (0..MAX_BATCH)
-            .map(|i| (i * per_sequence..(i + 1) * per_sequence).map(scattered).collect())
+            .map(|i| [(i * per_sequence..(i + 1) * per_sequence).map(scattered).collect()])
             .collect(),
     }
 }

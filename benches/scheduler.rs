@@ -147,6 +147,7 @@ fn cluster(n_instances: usize) -> ClusterView {
             max_model_len: 131_072,
             short_context: None,
             kv_bytes_per_token: 32_768,
+            most_blocks: vec![None],
         };
         let (id, incarnation) = (info.id.clone(), info.incarnation);
         view.apply(ViewEvent::Joined(info));
@@ -186,8 +187,9 @@ fn placement(criterion: &mut Criterion) {
 /// A whole handoff of 2,048 tokens and 16 layers at 4 blocks a frame, both ends, without its bytes.
 fn transfer(criterion: &mut Criterion) {
     const N_BLOCKS: u32 = 128;
-    let plan = TransferPlan::handoff(16, 0, N_BLOCKS);
-    let n_frames = u64::from(plan.n_layers * N_BLOCKS / 4);
+    const N_LAYERS: u32 = 16;
+    let plan = TransferPlan::handoff(vec![0; N_LAYERS as usize], vec![0], N_BLOCKS);
+    let n_frames = u64::from(N_LAYERS * N_BLOCKS / 4);
     let mut group = criterion.benchmark_group("transfer");
     group.throughput(Throughput::Elements(n_frames));
     group.bench_function("handoff_of_512_frames", |bencher| {
@@ -201,7 +203,7 @@ fn transfer(criterion: &mut Criterion) {
                     ends_by: EndsBy::Source,
                 },
             );
-            for layer in 0..plan.n_layers {
+            for layer in 0..N_LAYERS {
                 let whole = KvRange {
                     choice: 0,
                     layer,

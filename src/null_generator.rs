@@ -162,6 +162,7 @@ impl Generator for NullGenerator {
                 n_blocks_free: 0,
                 n_blocks_cached: 0,
                 block_size: 0,
+                n_layer_groups: 1,
                 ready: true,
             }],
         }

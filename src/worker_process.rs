@@ -14,7 +14,7 @@ use baton_engine::worker::{
 };
 use baton_engine::{Cpu, DType, KvPrefault, keep_freed_memory};
 use baton_scheduler::batch::{BatchConfig, PrefixCaching};
-use baton_scheduler::ids::{Incarnation, InstanceId, Role};
+use baton_scheduler::ids::{Fingerprint, Incarnation, InstanceId, Role};
 use futures::future::{join_all, try_join_all};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinHandle;
@@ -285,15 +285,25 @@ fn load(folder: &ModelFolder, selection: &ModelSelection, limits: &Limits) -> an
     let block_size = limits.block_size as usize;
     let block_bytes = folder.config.kv_layout(block_size, dtype).block_bytes();
     let n_kv_blocks = limits.kv_memory.0 as usize / block_bytes;
-    let n_tokens = n_kv_blocks * block_size;
-    if n_kv_blocks < 2 {
+    let windows = folder.config.sliding_windows();
+    // Of each layer group one with the tokens computed, and one to grow into.
+    let least = 2 * windows.len();
+    if n_kv_blocks < least {
         let message = format!(
-            "kv_memory: {} holds {n_kv_blocks} blocks of {block_bytes} bytes, expected at least 2",
+            "kv_memory: {} holds {n_kv_blocks} blocks of {block_bytes} bytes, expected at least {least}",
             limits.kv_memory
         );
         return Err(ConfigError::Impossible(message).into());
     }
     let longest = folder.config.max_position_embeddings;
+    // Of which only the room for one sequence is asked: which model it is of does not matter.
+    let batch = BatchConfig {
+        max_batch_tokens: limits.max_batch_tokens as usize,
+        windows,
+        ..BatchConfig::new(n_kv_blocks, block_size, Fingerprint([0; 32]))
+    };
+    let wanted = limits.max_model_len.map_or(longest, |wanted| wanted as usize);
+    let n_tokens = batch.longest_sequence(wanted);
     let max_model_len = match limits.max_model_len {
         Some(wanted) if wanted as usize > n_tokens => {
             let message = format!(
@@ -302,8 +312,7 @@ fn load(folder: &ModelFolder, selection: &ModelSelection, limits: &Limits) -> an
             );
             return Err(ConfigError::Impossible(message).into());
         }
-        Some(wanted) => wanted as usize,
-        None => longest.min(n_tokens),
+        Some(_) | None => n_tokens,
     };
     let options = CpuLoadOptions {
         dtype,
@@ -329,7 +338,9 @@ fn load(folder: &ModelFolder, selection: &ModelSelection, limits: &Limits) -> an
         model = %selection.source,
         numerics = decoder.numerics_class(),
         n_kv_blocks,
+        n_layer_groups = batch.n_groups(),
         max_model_len,
+        kv_bytes_of_longest = batch.n_blocks_to_run(max_model_len) * block_bytes,
         n_threads = limits.n_threads,
         "model loaded"
     );
@@ -365,7 +376,7 @@ fn batch_config(limits: &Limits, decoder: &mut Decoder<Cpu>) -> BatchConfig {
             .config()
             .short_context()
             .and_then(|tokens| u32::try_from(tokens).ok()),
-        window: decoder.sliding_window(),
+        windows: decoder.config().sliding_windows(),
         prefix_caching: match limits.prefix_caching {
             Switch::On => PrefixCaching::On,
             Switch::Off => PrefixCaching::Off,

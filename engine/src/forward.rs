@@ -2,6 +2,7 @@
 
 use baton_kernels::{KernelError, KvCache, KvLayout};
 use baton_scheduler::ids::TokenId;
+use baton_scheduler::layer_groups::LayerGroups;
 
 /// Which of a sequence's new rows need logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +22,8 @@ pub struct StepSequence<'a> {
     pub tokens: &'a [TokenId],
     /// Position of the first new token: tokens whose KV is already in the cache.
     pub start_pos: usize,
-    /// The sequence's blocks in order, covering `start_pos + tokens.len()` tokens.
-    pub block_table: &'a [u32],
+    /// The sequence's blocks in order, covering `start_pos + tokens.len()` tokens: a table for each layer group.
+    pub block_tables: &'a [Vec<u32>],
     /// Which of the model's rotary tables turns it: 0, or 1 for a sequence that may outgrow the short context of a model
     /// with two. The same in every step of a sequence.
     pub rope_variant: usize,
@@ -38,13 +39,18 @@ pub trait ForwardPass: Send + 'static {
     /// Device kind, instruction set and dtypes; equal classes give equal bits.
     fn numerics_class(&self) -> String;
 
-    /// Shape of the KV cache.
+    /// Shape of the KV cache: its layers are the slots of a block.
     fn layout(&self) -> KvLayout;
+
+    /// Which layers of the model share blocks. All of them, unless it says otherwise.
+    fn layer_groups(&self) -> LayerGroups {
+        LayerGroups::one(self.layout().n_layers)
+    }
 
     /// The KV memory, for pins and writes between steps.
     fn kv_cache(&mut self) -> &mut KvCache;
 
-    /// Computes one step. `on_layer(layer, kv)` is called as soon as that layer's K and V of every new token are in memory,
+    /// Computes one step. `on_layer(layer, kv)`, with the number of the model's layer, is called as soon as that layer's K and V of every new token are in memory,
     /// so that their transfer can start; it must return quickly and must not write the cache.
     ///
     /// Returns the wanted logits, `[n_wanted_rows, vocab_size]` row major, sequences in order, rows in order.

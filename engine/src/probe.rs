@@ -412,7 +412,7 @@ impl Prober {
                     let (Some(receiver), Some(writers)) = (receiver.as_mut(), writers) else {
                         return Err(ProbeError::Peer(format!("a frame of block {first} out of turn")));
                     };
-                    n_bytes += receiver.land(&frame, writers)?;
+                    n_bytes += receiver.land(&frame, frame.layer as usize, writers)?;
                 }
                 Some(Frame::Ended(_)) => break,
                 other => return Err(ProbeError::Peer(format!("unexpected frame {other:?}"))),

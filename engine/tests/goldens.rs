@@ -7,6 +7,7 @@ use baton_engine::forward::{ForwardPass, LogitsWanted, StepSequence};
 use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, LoadFormat, ModelFolder, load_cpu};
 use baton_engine::sampler::Sampler;
 use baton_kernels::{Cpu, DType, Isa};
+use baton_scheduler::batch::RELEASED_BLOCK;
 use baton_scheduler::request::SamplingParams;
 
 use golden_model::{Golden, Prompt, models_folder};
@@ -32,13 +33,15 @@ const MODELS: [&str; 16] = [
 ];
 const BLOCK_SIZE: usize = 16;
 const MAX_LEN: usize = 512;
+/// A power of two: every odd step scatters.
+const N_KV_BLOCKS: usize = 256;
 
 fn options(dtype: DType, isa: Option<Isa>) -> CpuLoadOptions {
     CpuLoadOptions {
         dtype,
         n_threads: 2,
         isa,
-        n_kv_blocks: 64,
+        n_kv_blocks: N_KV_BLOCKS,
         block_size: BLOCK_SIZE,
         limits: DecoderLimits {
             max_batch_tokens: MAX_LEN,
@@ -61,19 +64,28 @@ fn load(model: &str, dtype: DType, isa: Option<Isa>) -> Decoder<Cpu> {
 
 /// Logits of every position of `tokens`, computed in steps of at most `chunk` tokens over scattered blocks.
 fn logits_of(decoder: &mut Decoder<Cpu>, tokens: &[u32], chunk: usize) -> Vec<Vec<f32>> {
-    // Neither in order nor starting at block 0.
-    let block_table: Vec<u32> = (0..tokens.len().div_ceil(BLOCK_SIZE) as u32)
-        .map(|i| (i * 7 + 3) % 64)
-        .collect();
+    // Neither in order nor starting at block 0; those of the layer groups alternate.
+    let windows = decoder.config().sliding_windows();
+    let scattered = |i: usize| ((i * 7 + 3) % N_KV_BLOCKS) as u32;
+    let n_blocks = tokens.len().div_ceil(BLOCK_SIZE);
+    let table = |group: usize| (0..n_blocks).map(|i| scattered(i * windows.len() + group)).collect();
+    let mut block_tables: Vec<Vec<u32>> = (0..windows.len()).map(table).collect();
     let mut rows = Vec::new();
     let n_layers = decoder.config().n_layers;
     let short_context = decoder.config().short_context();
     let rope_variant = usize::from(short_context.is_some_and(|short_context| tokens.len() > short_context));
     for (chunk_idx, chunk_tokens) in tokens.chunks(chunk).enumerate() {
+        // What no query of the step sees is not there.
+        for (table, window) in block_tables.iter_mut().zip(&windows) {
+            let first_seen = window.map_or(0, |window| {
+                (chunk_idx * chunk + 1).saturating_sub(window.n_tokens) / window.grain * window.grain
+            });
+            table[..first_seen / BLOCK_SIZE].fill(RELEASED_BLOCK);
+        }
         let sequence = StepSequence {
             tokens: chunk_tokens,
             start_pos: chunk_idx * chunk,
-            block_table: &block_table,
+            block_tables: &block_tables,
             rope_variant,
             logits: LogitsWanted::All,
         };
@@ -237,12 +249,13 @@ fn a_mixed_batch_does_not_change_a_bit() {
         let alone_a = logits_of(&mut decoder, a, MAX_LEN);
         let alone_b = logits_of(&mut decoder, b, MAX_LEN);
         let vocab_size = decoder.vocab_size();
-        let (table_a, table_b): (Vec<u32>, Vec<u32>) = ((0..8).collect(), (8..40).collect());
+        let (table_a, table_b): ([Vec<u32>; 1], [Vec<u32>; 1]) = ([(0..8).collect()], [(8..40).collect()]);
+        let table_c = [vec![50]];
         let (before_last, last) = b.split_at(b.len() - 1);
-        let sequence = |tokens, start_pos, block_table, logits| StepSequence {
+        let sequence = |tokens, start_pos, block_tables, logits| StepSequence {
             tokens,
             start_pos,
-            block_table,
+            block_tables,
             rope_variant: 0,
             logits,
         };
@@ -255,7 +268,7 @@ fn a_mixed_batch_does_not_change_a_bit() {
         assert!(none.is_empty());
         let step = [
             sequence(a, 0, &table_a, LogitsWanted::All),
-            sequence(&b[..3], 0, &[50], LogitsWanted::None),
+            sequence(&b[..3], 0, &table_c, LogitsWanted::None),
             sequence(last, before_last.len(), &table_b, LogitsWanted::Last),
         ];
         let rows: Vec<Vec<f32>> = decoder

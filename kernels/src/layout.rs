@@ -58,7 +58,7 @@ impl FromStr for DType {
 /// Of one (layer, block) the K part is `n_kv_heads * block_size * head_dim` elements, contiguous, and so is V's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct KvLayout {
-    /// Layers of the model.
+    /// Layers of a block: those of the model, or of each group where its layers are in groups.
     pub n_layers: usize,
     /// KV heads of one layer.
     pub n_kv_heads: usize,
@@ -86,7 +86,7 @@ impl KvLayout {
         2 * self.part_bytes()
     }
 
-    /// Bytes of one block over all layers: the unit that is allocated.
+    /// Bytes of one block over all its layers: the unit that is allocated.
     pub const fn block_bytes(&self) -> usize {
         self.n_layers * self.layer_block_bytes()
     }

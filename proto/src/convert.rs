@@ -293,6 +293,22 @@ pub fn prefix_events_from_wire(wire: &cluster::PrefixEvents) -> Result<Vec<Prefi
     Ok(events)
 }
 
+/// The first block wanted of each layer group: where there is one, as all versions say it.
+pub fn first_blocks_from_wire(first_block: u32, first_blocks: Vec<u32>) -> Vec<u32> {
+    match first_blocks.is_empty() {
+        true => vec![first_block],
+        false => first_blocks,
+    }
+}
+
+/// `first_block` and `first_blocks`, of which the second is empty where there is one layer group.
+pub fn first_blocks_to_wire(first_blocks: &[u32]) -> (u32, Vec<u32>) {
+    match first_blocks {
+        [only] => (*only, Vec::new()),
+        groups => (groups[0], groups.to_vec()),
+    }
+}
+
 /// What a worker says of itself when it joins.
 pub fn instance_info_from_wire(wire: &cluster::WorkerJoin) -> Result<InstanceInfo, WireError> {
     if wire.instance_id.is_empty() {
@@ -314,6 +330,10 @@ pub fn instance_info_from_wire(wire: &cluster::WorkerJoin) -> Result<InstanceInf
         max_model_len: wire.max_model_len,
         short_context: (wire.short_context > 0).then_some(wire.short_context),
         kv_bytes_per_token: wire.kv_bytes_per_token,
+        most_blocks: match wire.most_blocks.as_slice() {
+            [] => vec![None],
+            groups => groups.iter().map(|&most| (most > 0).then_some(most)).collect(),
+        },
     })
 }
 

@@ -25,7 +25,7 @@ pub use config::{BatchConfig, BatchConfigError, PrefixCaching, SlidingWindow};
 pub use counters::{BatchCounters, BatchLoad};
 pub use group::{BlockCopy, Committed, Continued, GroupId, Member};
 pub use moving::Resumed;
-pub use reservation::{Grant, Numerics, ReserveOutcome};
+pub use reservation::{Grant, LayerGroupGrant, Numerics, ReserveOutcome};
 pub use sequence::{Phase, SequenceKind};
 
 use sequence::Sequence;
@@ -74,7 +74,7 @@ pub struct Started {
     pub n_hit_tokens: usize,
 }
 
-/// Blocks of a sequence that contain KV.
+/// Blocks of a sequence that contain KV of one layer group.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ComputedBlocks {
     /// Position of the first that is here: those before it were given up.
@@ -142,7 +142,7 @@ impl BatchScheduler {
         Ok(BatchScheduler {
             hasher: PrefixHasher::new(config.fingerprint, config.block_size),
             pool: BlockPool::new(config.n_blocks),
-            cache: PrefixCache::new(config.max_prefix_events),
+            cache: PrefixCache::new(config.max_prefix_events, config.n_groups()),
             sequences: BTreeMap::new(),
             running: BTreeSet::new(),
             paused: BTreeSet::new(),
@@ -191,11 +191,12 @@ impl BatchScheduler {
         let mut budget = self.config.max_batch_tokens;
         let mut n_logit_rows = self.config.max_prompt_logprob_rows;
         self.schedule_decodes(&mut budget, is_pinned, &mut batch);
-        let has_more = |id: &&SequenceId| self.sequences[id].n_left() > 1;
-        for id in Vec::from_iter(self.running.iter().filter(has_more).copied()) {
-            self.schedule_chunk(id, &mut budget, &mut n_logit_rows, &mut batch);
+        self.left_out = None;
+        self.schedule_chunks(&mut budget, &mut n_logit_rows, is_pinned, &mut batch);
+        // Whoever began has a right to go on before others begin.
+        if self.left_out.is_none() {
+            self.admit_waiting(now, &mut budget, &mut n_logit_rows, is_pinned, &mut batch);
         }
-        self.admit_waiting(now, &mut budget, &mut n_logit_rows, is_pinned, &mut batch);
         self.give_up_when_stalled(now, is_pinned, &mut batch);
         batch
     }
@@ -287,9 +288,10 @@ impl BatchScheduler {
         self.sequences[&id].wants_prompt_logits()
     }
 
-    /// The ids of the sequence's blocks, in order; [`RELEASED_BLOCK`] for those that no query sees any more.
-    pub fn block_table(&self, id: SequenceId) -> &[u32] {
-        self.sequences[&id].table.ids()
+    /// The ids of the sequence's blocks, in order, one table for each layer group; [`RELEASED_BLOCK`] for those that no query
+    /// sees any more.
+    pub fn block_tables(&self, id: SequenceId) -> &[Vec<u32>] {
+        self.sequences[&id].tables.ids()
     }
 
     /// Which of the model's rotary tables turns the sequence.
@@ -307,12 +309,12 @@ impl BatchScheduler {
         self.sequences[&id].n_computed
     }
 
-    /// The sequence's blocks that contain KV, in order, with their generations.
-    pub fn computed_blocks(&self, id: SequenceId) -> ComputedBlocks {
+    /// The sequence's blocks of a layer group that contain KV, in order, with their generations.
+    pub fn computed_blocks(&self, id: SequenceId, layer_group: usize) -> ComputedBlocks {
         let sequence = &self.sequences[&id];
-        let first = sequence.table.n_released();
+        let first = sequence.tables.n_released(layer_group);
         let end = self.config.blocks_for(sequence.n_computed).max(first);
-        let blocks = sequence.table.range(first..end).iter();
+        let blocks = sequence.tables.range(layer_group, first..end).iter();
         ComputedBlocks {
             first,
             blocks: blocks.map(|block| (block.id(), block.generation())).collect(),
@@ -406,14 +408,10 @@ impl BatchScheduler {
         }
     }
 
-    /// Makes the table cover all tokens, preempting the youngest as long as no block is left. False when `id` itself
-    /// was preempted.
+    /// Makes the tables cover all tokens, preempting the youngest as long as no block is left. False when `id` itself was
+    /// preempted.
     fn grow(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) -> bool {
-        while self.sequences[&id].table.len() < self.config.blocks_for(self.sequences[&id].tokens.len()) {
-            if let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) {
-                self.sequences.get_mut(&id).expect("checked above").table.push(block);
-                continue;
-            }
+        while !self.extend_tables(id, self.sequences[&id].tokens.len(), is_pinned) {
             // Ids grow with age and items are made in their order, so the victim has no item in this batch.
             let victim = *self.running.last().expect("the growing sequence runs");
             self.preempt(victim, is_pinned, batch);
@@ -422,6 +420,47 @@ impl BatchScheduler {
             }
         }
         true
+    }
+
+    /// Adds blocks until every table covers `n_tokens`. False when none was left; what was added stays.
+    fn extend_tables(&mut self, id: SequenceId, n_tokens: usize, is_pinned: IsPinned<'_>) -> bool {
+        let n_blocks = self.config.blocks_for(n_tokens);
+        let tables = &mut self.sequences.get_mut(&id).expect("a running sequence exists").tables;
+        for layer_group in 0..self.config.n_groups() {
+            while tables.len(layer_group) < n_blocks {
+                let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) else {
+                    return false;
+                };
+                tables.push(layer_group, block);
+            }
+        }
+        true
+    }
+
+    /// Chunks of the running sequences that have more than one token left, the oldest first. One whose windowed layers find no
+    /// blocks takes those of younger ones that have no item yet; when there are none left, nobody else begins before it has them.
+    fn schedule_chunks(
+        &mut self,
+        budget: &mut usize,
+        n_logit_rows: &mut usize,
+        is_pinned: IsPinned<'_>,
+        batch: &mut Batch,
+    ) {
+        let has_more = |id: &&SequenceId| self.sequences[id].n_left() > 1;
+        let mut computing = Vec::from_iter(self.running.iter().filter(has_more).copied());
+        computing.reverse();
+        while let Some(id) = computing.pop() {
+            let sequence = &self.sequences[&id];
+            let end = sequence.n_computed + sequence.n_left().min(*budget);
+            while !self.extend_tables(id, end, is_pinned) {
+                if computing.is_empty() {
+                    self.left_out.get_or_insert(id);
+                    break;
+                }
+                self.preempt(computing.remove(0), is_pinned, batch);
+            }
+            self.schedule_chunk(id, budget, n_logit_rows, batch);
+        }
     }
 
     fn preempt(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) {
@@ -440,11 +479,13 @@ impl BatchScheduler {
         self.counters.n_preemptions += 1;
     }
 
-    /// A chunk of a running sequence that has no item yet, as far as the budget allows.
+    /// A chunk of a running sequence that has no item yet, as far as its tables and the budget allow.
     fn schedule_chunk(&mut self, id: SequenceId, budget: &mut usize, n_logit_rows: &mut usize, batch: &mut Batch) {
         let sequence = &self.sequences[&id];
         let n_left = sequence.n_left();
-        let mut n_tokens = n_left.min(*budget);
+        let n_covered = sequence.tables.n_covered() * self.config.block_size;
+        let n_room = n_covered - sequence.n_computed;
+        let mut n_tokens = n_left.min(*budget).min(n_room);
         if sequence.wants_prompt_logits() {
             n_tokens = n_tokens.min(*n_logit_rows);
             *n_logit_rows -= n_tokens;
@@ -478,15 +519,20 @@ impl BatchScheduler {
         for block_idx in sequence.n_registered..sequence.n_computed / block_size {
             let tokens = &sequence.tokens[block_idx * block_size..(block_idx + 1) * block_size];
             let key = sequence.keys[block_idx];
-            let block = sequence
-                .table
-                .get(block_idx)
-                .expect("a block is offered before it is given up");
-            match self.cache.register(&mut self.pool, key, tokens, block) {
-                Registered::New | Registered::Collision => {}
-                Registered::Duplicate(other) => {
-                    let own = sequence.table.replace(block_idx, self.pool.hold(other));
-                    self.pool.release(own, is_pinned);
+            for layer_group in 0..self.config.n_groups() {
+                // What came from elsewhere came without the blocks that nobody sees here.
+                if block_idx < sequence.tables.n_released(layer_group) {
+                    continue;
+                }
+                let block = sequence.tables.get(layer_group, block_idx);
+                let block = block.expect("a block is offered before it is given up");
+                match self.cache.register(&mut self.pool, key, tokens, layer_group, block) {
+                    Registered::New | Registered::Collision => {}
+                    Registered::Duplicate(other) => {
+                        let other = self.pool.hold(other);
+                        let own = sequence.tables.replace(layer_group, block_idx, other);
+                        self.pool.release(own, is_pinned);
+                    }
                 }
             }
             self.cache.disclaim(key, id);
@@ -494,14 +540,21 @@ impl BatchScheduler {
         }
     }
 
-    /// Gives up the leading blocks that no choice of the group sees any more: they move as one, and share the prompt's.
+    /// Gives up the leading blocks that no choice of the group sees any more: they move as one, and share the prompt's. Those
+    /// that wait have no blocks, and will compute what they need.
     fn release_unseen(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) {
-        let Some(window) = self.config.window else { return };
+        if self.config.windows.iter().all(Option::is_none) {
+            return;
+        }
         let members = self.members(self.sequences[&id].group);
-        let least = members.iter().map(|id| self.sequences[id].n_computed).min();
-        let n_unseen = self.config.n_unseen_blocks(least.unwrap_or(0), window.slack);
-        let sequence = self.sequences.get_mut(&id).expect("a computing sequence exists");
-        sequence.table.release_head(n_unseen, &mut self.pool, is_pinned);
+        let is_here = |id: &SequenceId| self.running.contains(id) || self.paused.contains(id);
+        let least = members.iter().filter(|id| is_here(id));
+        let least = least.map(|id| self.sequences[id].n_computed).min().unwrap_or(0);
+        let tables = &mut self.sequences.get_mut(&id).expect("a computing sequence exists").tables;
+        for layer_group in 0..self.config.n_groups() {
+            let n_released = self.config.n_released_blocks(layer_group, least);
+            tables.release_head(layer_group, n_released, &mut self.pool, is_pinned);
+        }
     }
 
     fn abandon_claims(&mut self, id: SequenceId) {

@@ -5,6 +5,7 @@ pub mod batch;
 pub mod block_pool;
 pub mod cost;
 pub mod ids;
+pub mod layer_groups;
 pub mod pacer;
 pub mod placement;
 pub mod prefix_cache;

@@ -1,4 +1,4 @@
-//! Which block contains the KV of which tokens, so that equal beginnings are computed or received once.
+//! Which block contains the KV of which tokens in which layer group, so that equal beginnings are computed or received once.
 //! Owns no blocks: the pool keeps what this names, and tells it what was evicted. Full blocks only.
 
 use std::collections::BTreeMap;
@@ -69,7 +69,8 @@ fn truncate(hasher: &blake3::Hasher) -> PrefixKey {
     PrefixKey(u128::from_le_bytes(*head))
 }
 
-/// A change of the cache, for whoever mirrors it. Applied in order.
+/// A change of the cache, for whoever mirrors it. Applied in order. Of several layer groups, those of the first are told: it
+/// is the one that sees furthest, and what its windowed neighbours lack is known to the instance alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PrefixEvent {
     /// The block of this key can be hit.
@@ -79,6 +80,9 @@ pub enum PrefixEvent {
     /// Nothing can be hit but what is stored after this.
     Cleared,
 }
+
+/// The layer group whose blocks [`PrefixEvent`]s are of.
+const TOLD_GROUP: usize = 0;
 
 /// How the KV behind a key in flight comes to be here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,9 +104,11 @@ pub enum Registered {
     Collision,
 }
 
+/// At least one of its blocks is there.
 #[derive(Debug)]
 struct Entry {
-    block: BlockId,
+    /// Of each layer group.
+    blocks: Box<[Option<BlockId>]>,
     tokens: Box<[TokenId]>,
 }
 
@@ -115,8 +121,9 @@ struct InFlight {
 /// The cache of one instance and one numerics class.
 #[derive(Debug)]
 pub struct PrefixCache {
+    n_groups: usize,
     entries: BTreeMap<PrefixKey, Entry>,
-    key_of_block: BTreeMap<BlockId, PrefixKey>,
+    key_of_block: BTreeMap<BlockId, (PrefixKey, usize)>,
     in_flight: BTreeMap<PrefixKey, InFlight>,
     events: Vec<PrefixEvent>,
     max_events: usize,
@@ -125,9 +132,10 @@ pub struct PrefixCache {
 }
 
 impl PrefixCache {
-    /// An empty cache that buffers at most `max_events` events.
-    pub fn new(max_events: usize) -> PrefixCache {
+    /// An empty cache of the blocks of `n_groups` layer groups, that buffers at most `max_events` events.
+    pub fn new(max_events: usize, n_groups: usize) -> PrefixCache {
         PrefixCache {
+            n_groups,
             entries: BTreeMap::new(),
             key_of_block: BTreeMap::new(),
             in_flight: BTreeMap::new(),
@@ -137,45 +145,77 @@ impl PrefixCache {
         }
     }
 
-    /// Blocks that can be hit.
+    /// Blocks that can be hit, over all layer groups.
     pub fn n_entries(&self) -> usize {
-        self.entries.len()
+        self.key_of_block.len()
     }
 
-    /// The cached blocks for the longest prefix of `keys`, whose tokens are compared with `tokens`.
-    pub fn lookup(&self, keys: &[PrefixKey], tokens: &[TokenId], block_size: usize) -> Vec<BlockId> {
-        keys.iter()
-            .zip(tokens.chunks_exact(block_size))
-            .map_while(|(key, block)| {
-                let entry = self.entries.get(key)?;
-                (*entry.tokens == *block).then_some(entry.block)
-            })
-            .collect()
+    /// How many of the first blocks of `keys` need not be computed or received: the largest `n` for which each layer group has
+    /// its blocks from `first_needed(layer_group, n)` up to `n`, whose tokens are compared with `tokens`. Where nothing before
+    /// some block is needed, what is cached before it does not matter.
+    ///
+    /// `first_needed` may not fall as `n` grows. Every key is looked at once at most.
+    pub fn lookup(
+        &self,
+        keys: &[PrefixKey],
+        tokens: &[TokenId],
+        block_size: usize,
+        first_needed: impl Fn(usize, usize) -> usize,
+    ) -> usize {
+        let mut n_hit = 0;
+        // Where the blocks of each group begin that are there without a gap.
+        let mut run_starts = vec![0; self.n_groups];
+        for (block_idx, (key, block_tokens)) in keys.iter().zip(tokens.chunks_exact(block_size)).enumerate() {
+            let entry = self.entries.get(key).filter(|entry| *entry.tokens == *block_tokens);
+            let n = block_idx + 1;
+            let mut is_hit = true;
+            for (layer_group, run_start) in run_starts.iter_mut().enumerate() {
+                if entry.is_none_or(|entry| entry.blocks[layer_group].is_none()) {
+                    *run_start = n;
+                }
+                is_hit &= *run_start <= first_needed(layer_group, n);
+            }
+            if is_hit {
+                n_hit = n;
+            }
+            // A group that needs its first block forever has a gap now, and no longer beginning is of use.
+            if (0..self.n_groups).any(|layer_group| run_starts[layer_group] > first_needed(layer_group, keys.len())) {
+                break;
+            }
+        }
+        n_hit
     }
 
-    /// Offers a held, full block whose KV is complete.
+    /// The cached block of a key in a layer group.
+    pub fn block(&self, key: PrefixKey, layer_group: usize) -> Option<BlockId> {
+        self.entries.get(&key)?.blocks[layer_group]
+    }
+
+    /// Offers a held, full block of a layer group whose KV is complete.
     pub fn register(
         &mut self,
         pool: &mut BlockPool,
         key: PrefixKey,
         tokens: &[TokenId],
+        layer_group: usize,
         block: &HeldBlock,
     ) -> Registered {
-        match self.entries.get(&key) {
-            Some(entry) if *entry.tokens != *tokens => Registered::Collision,
-            Some(entry) if entry.block != block.id() => Registered::Duplicate(entry.block),
+        let n_groups = self.n_groups;
+        let entry = self.entries.entry(key).or_insert_with(|| Entry {
+            blocks: vec![None; n_groups].into(),
+            tokens: tokens.into(),
+        });
+        if *entry.tokens != *tokens {
+            return Registered::Collision;
+        }
+        match entry.blocks[layer_group] {
+            Some(cached) if cached != block.id() => Registered::Duplicate(cached),
             Some(_) => Registered::New,
             None => {
+                entry.blocks[layer_group] = Some(block.id());
                 pool.keep_cached(block);
-                self.entries.insert(
-                    key,
-                    Entry {
-                        block: block.id(),
-                        tokens: tokens.into(),
-                    },
-                );
-                self.key_of_block.insert(block.id(), key);
-                self.record(PrefixEvent::Stored(key));
+                self.key_of_block.insert(block.id(), (key, layer_group));
+                self.record(layer_group, PrefixEvent::Stored(key));
                 Registered::New
             }
         }
@@ -187,15 +227,21 @@ impl PrefixCache {
             return Some(block);
         }
         let evicted = pool.evict(is_pinned)?;
-        let key = self.key_of_block.remove(&evicted).expect("an evicted block has a key");
-        self.entries.remove(&key);
-        self.record(PrefixEvent::Removed(key));
+        let (key, layer_group) = self.key_of_block.remove(&evicted).expect("an evicted block has a key");
+        let entry = self.entries.get_mut(&key).expect("a cached block has an entry");
+        entry.blocks[layer_group] = None;
+        if entry.blocks.iter().all(Option::is_none) {
+            self.entries.remove(&key);
+        }
+        self.record(layer_group, PrefixEvent::Removed(key));
         pool.allocate()
     }
 
-    /// Says that `owner` will bring the KV of `key`, unless someone already does or has. Says whether it does now.
+    /// Says that `owner` will bring the KV of `key`, unless someone already does or all of it is here. Says whether it does now.
     pub fn claim(&mut self, key: PrefixKey, owner: SequenceId, arrival: Arrival) -> bool {
-        if self.entries.contains_key(&key) || self.in_flight.contains_key(&key) {
+        let entry = self.entries.get(&key);
+        let is_here = entry.is_some_and(|entry| entry.blocks.iter().all(Option::is_some));
+        if is_here || self.in_flight.contains_key(&key) {
             return false;
         }
         self.in_flight.insert(key, InFlight { owner, arrival });
@@ -230,11 +276,18 @@ impl PrefixCache {
 
     /// [`PrefixEvent::Cleared`] and the whole contents.
     pub fn snapshot(&self) -> Vec<PrefixEvent> {
-        let stored = self.entries.keys().map(|&key| PrefixEvent::Stored(key));
+        let told = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| entry.blocks[TOLD_GROUP].is_some());
+        let stored = told.map(|(&key, _)| PrefixEvent::Stored(key));
         std::iter::once(PrefixEvent::Cleared).chain(stored).collect()
     }
 
-    fn record(&mut self, event: PrefixEvent) {
+    fn record(&mut self, layer_group: usize, event: PrefixEvent) {
+        if layer_group != TOLD_GROUP {
+            return;
+        }
         if self.events.len() < self.max_events {
             self.events.push(event);
         } else {
@@ -266,10 +319,16 @@ mod tests {
             .zip(tokens.chunks_exact(BLOCK_SIZE))
             .map(|(&key, block_tokens)| {
                 let block = cache.allocate(pool, &unpinned).unwrap();
-                cache.register(pool, key, block_tokens, &block);
+                cache.register(pool, key, block_tokens, 0, &block);
                 block
             });
         blocks.collect()
+    }
+
+    /// The cached blocks of a beginning, with one layer group that sees everything.
+    fn lookup(cache: &PrefixCache, keys: &[PrefixKey], tokens: &[TokenId]) -> Vec<BlockId> {
+        let n_hit = cache.lookup(keys, tokens, BLOCK_SIZE, |_, _| 0);
+        keys[..n_hit].iter().map(|&key| cache.block(key, 0).unwrap()).collect()
     }
 
     fn apply(mirror: &mut std::collections::BTreeSet<PrefixKey>, events: Vec<PrefixEvent>) {
@@ -299,26 +358,29 @@ mod tests {
 
     #[test]
     fn tokens_are_compared_on_a_hit() {
-        let (mut cache, mut pool) = (PrefixCache::new(16), BlockPool::new(4));
+        let (mut cache, mut pool) = (PrefixCache::new(16, 1), BlockPool::new(4));
         let key = hasher().keys(0, &[1, 2, 3, 4])[0];
         let block = cache.allocate(&mut pool, &unpinned).unwrap();
-        assert_eq!(cache.register(&mut pool, key, &[1, 2, 3, 4], &block), Registered::New);
-        assert_eq!(cache.lookup(&[key], &[1, 2, 3, 4], BLOCK_SIZE), [block.id()]);
-        assert!(cache.lookup(&[key], &[1, 2, 3, 5], BLOCK_SIZE).is_empty());
+        assert_eq!(
+            cache.register(&mut pool, key, &[1, 2, 3, 4], 0, &block),
+            Registered::New
+        );
+        assert_eq!(lookup(&cache, &[key], &[1, 2, 3, 4]), [block.id()]);
+        assert!(lookup(&cache, &[key], &[1, 2, 3, 5]).is_empty());
         let other = cache.allocate(&mut pool, &unpinned).unwrap();
         assert_eq!(
-            cache.register(&mut pool, key, &[1, 2, 3, 5], &other),
+            cache.register(&mut pool, key, &[1, 2, 3, 5], 0, &other),
             Registered::Collision
         );
         assert_eq!(
-            cache.register(&mut pool, key, &[1, 2, 3, 4], &other),
+            cache.register(&mut pool, key, &[1, 2, 3, 4], 0, &other),
             Registered::Duplicate(block.id())
         );
     }
 
     #[test]
     fn leaves_are_evicted_before_their_parents() {
-        let (mut cache, mut pool) = (PrefixCache::new(16), BlockPool::new(3));
+        let (mut cache, mut pool) = (PrefixCache::new(16, 1), BlockPool::new(3));
         let tokens: Vec<TokenId> = (0..12).collect();
         let blocks = store(&mut cache, &mut pool, 0, &tokens);
         blocks
@@ -328,14 +390,14 @@ mod tests {
         let keys = hasher().keys(0, &tokens);
         for n_left in (0..3).rev() {
             let _new = cache.allocate(&mut pool, &unpinned).unwrap();
-            assert_eq!(cache.lookup(&keys, &tokens, BLOCK_SIZE).len(), n_left);
+            assert_eq!(lookup(&cache, &keys, &tokens).len(), n_left);
         }
         assert!(cache.allocate(&mut pool, &unpinned).is_none());
     }
 
     #[test]
     fn a_key_is_claimed_once() {
-        let mut cache = PrefixCache::new(16);
+        let mut cache = PrefixCache::new(16, 1);
         let key = PrefixKey(1);
         assert!(cache.claim(key, SequenceId(1), Arrival::Computed));
         assert!(!cache.claim(key, SequenceId(2), Arrival::Received));
@@ -353,15 +415,15 @@ mod tests {
             max_events in 1..12usize,
             prompts in prop::collection::vec((prop::collection::vec(0..3u32, 4..20), any::<bool>()), 1..40),
         ) {
-            let (mut cache, mut pool) = (PrefixCache::new(max_events), BlockPool::new(5));
+            let (mut cache, mut pool) = (PrefixCache::new(max_events, 1), BlockPool::new(5));
             let mut mirror = std::collections::BTreeSet::new();
             for (tokens, is_taken) in prompts {
                 let keys = hasher().keys(0, &tokens);
                 let mut held: Vec<HeldBlock> =
-                    cache.lookup(&keys, &tokens, BLOCK_SIZE).into_iter().map(|id| pool.hold(id)).collect();
+                    lookup(&cache, &keys, &tokens).into_iter().map(|id| pool.hold(id)).collect();
                 for (key, block_tokens) in keys.iter().zip(tokens.chunks_exact(BLOCK_SIZE)).skip(held.len()) {
                     let Some(block) = cache.allocate(&mut pool, &unpinned) else { break };
-                    prop_assert_eq!(cache.register(&mut pool, *key, block_tokens, &block), Registered::New);
+                    prop_assert_eq!(cache.register(&mut pool, *key, block_tokens, 0, &block), Registered::New);
                     held.push(block);
                 }
                 held.into_iter().rev().for_each(|block| pool.release(block, &unpinned));
@@ -374,6 +436,40 @@ mod tests {
             }
             apply(&mut mirror, cache.take_events());
             prop_assert!(mirror.iter().eq(cache.entries.keys()));
+        }
+
+        /// With windowed groups beside full ones and holes anywhere, a hit is the longest beginning of which no group lacks a
+        /// block that it needs, found by trying them all.
+        #[test]
+        fn a_hit_is_the_longest_of_which_nothing_needed_is_missing(
+            windows in prop::collection::vec(prop::option::of(0..5usize), 1..4),
+            n_blocks in 0..12usize,
+            holes in prop::collection::vec((0..12usize, 0..4usize), 0..12),
+            end in prop::option::of(0..14usize),
+        ) {
+            let tokens: Vec<TokenId> = (0..(n_blocks * BLOCK_SIZE) as TokenId).collect();
+            let keys = hasher().keys(0, &tokens);
+            let n_groups = windows.len();
+            let (mut cache, mut pool) = (PrefixCache::new(64, n_groups), BlockPool::new(64));
+            let is_hole = |block_idx: usize, layer_group: usize| holes.contains(&(block_idx, layer_group));
+            for (block_idx, block_tokens) in tokens.chunks_exact(BLOCK_SIZE).enumerate() {
+                for layer_group in (0..n_groups).filter(|&layer_group| !is_hole(block_idx, layer_group)) {
+                    let block = cache.allocate(&mut pool, &unpinned).unwrap();
+                    let registered = cache.register(&mut pool, keys[block_idx], block_tokens, layer_group, &block);
+                    prop_assert_eq!(registered, Registered::New);
+                }
+            }
+            // What is behind the hit, or, for a context that is computed elsewhere, behind its end.
+            let first_needed = |layer_group: usize, n: usize| {
+                windows[layer_group].map_or(0, |window| end.unwrap_or(n).saturating_sub(window))
+            };
+            let is_hit = |n: &usize| {
+                (0..n_groups).all(|group| (first_needed(group, *n)..*n).all(|block_idx| !is_hole(block_idx, group)))
+            };
+            let expected = (0..=n_blocks).rev().find(is_hit);
+            prop_assert_eq!(Some(cache.lookup(&keys, &tokens, BLOCK_SIZE, first_needed)), expected);
+            let n_told = cache.snapshot().len() - 1;
+            prop_assert_eq!(n_told, (0..n_blocks).filter(|&block_idx| !is_hole(block_idx, 0)).count());
         }
     }
 }

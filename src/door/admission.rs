@@ -215,7 +215,7 @@ pub(super) async fn place_when_possible(cluster: &Cluster, wanted: &mut Wanted) 
                 return reachable;
             }
             let n_choices = wanted.request.sampling.n;
-            let n_blocks = wanted.n_tokens().div_ceil(space.block_size) + n_choices;
+            let n_blocks = cluster.n_blocks_wanted(wanted.n_tokens(), n_choices);
             cluster.set_waiting(Some(WaitingRequest { n_blocks, n_choices }));
             waits.0 = Some(cluster);
         }

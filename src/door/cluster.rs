@@ -296,6 +296,7 @@ impl Cluster {
                 n_blocks_free: instance.load.n_blocks_free,
                 n_blocks_cached: instance.load.n_blocks_cached,
                 block_size: instance.info.block_size,
+                n_layer_groups: instance.info.n_groups(),
                 ready: instance.load.healthy,
             })
             .collect()
@@ -328,11 +329,7 @@ impl Cluster {
             .instances()
             .values()
             .filter(|instance| instance.info.role != Role::Prefill);
-        let longest = generating.map(|instance| {
-            let info = &instance.info;
-            let n_held = u64::from(info.n_blocks_total) * u64::from(info.block_size);
-            n_held.min(u64::from(info.max_model_len))
-        });
+        let longest = generating.map(|instance| u64::from(instance.info.longest_sequence()));
         match longest.max() {
             Some(longest) if n_prompt >= longest => Err(Rejection::Invalid(format!(
                 "the prompt has {n_prompt} tokens, expected fewer than the {longest} that the largest instance holds"
@@ -370,7 +367,7 @@ impl Cluster {
         let computing = placement.prefill.as_ref().unwrap_or(&placement.decode);
         let n_cached = state.view.n_cached_tokens(computing, &prefix_keys, n_tokens);
         let member = state.members.get(&placement.decode)?;
-        let block_size = member.join.block_size;
+        let n_blocks = asked.n_blocks(&state.view.instances().get(&placement.decode)?.info);
         let prefill = match &placement.prefill {
             Some(prefill) => Some(state.members.get(prefill)?.peer()),
             None => None,
@@ -382,7 +379,7 @@ impl Cluster {
         };
         let open = OpenPlacement {
             placement,
-            n_blocks: asked.n_blocks(block_size),
+            n_blocks,
             n_choices: asked.n_choices(),
             n_prefill_tokens: n_tokens - n_cached,
             prefix_keys,
@@ -426,7 +423,7 @@ impl Cluster {
         let source = source.ok_or_else(|| refused(format!("its instance, {from}, is not a member any more")))?;
         let needs_version = min_protocol_version(&request.sampling).max(MOVE_PROTOCOL_VERSION);
         // Blocks of each choice, and room for it to grow while it moves.
-        let n_blocks = n_choices * (n_tokens.div_ceil(source.info.block_size) + 1);
+        let n_blocks = n_choices * (source.info.n_blocks_for(n_tokens) + source.info.n_groups());
         let to = match to {
             Some(to) => {
                 let Some(destination) = state.view.instances().get(to) else {
@@ -574,6 +571,15 @@ impl Cluster {
     /// Says which request waits for room, or that none does any more.
     pub(super) fn set_waiting(&self, waiting: Option<WaitingRequest>) {
         *self.waiting.lock() = waiting;
+    }
+
+    /// Blocks that `n_choices` sequences of one context take, and grow into.
+    pub(super) fn n_blocks_wanted(&self, n_tokens: u32, n_choices: u32) -> u32 {
+        let state = self.state.lock();
+        let any = state.view.instances().values().next();
+        any.map_or(0, |any| {
+            any.info.n_blocks_for(n_tokens) + n_choices * any.info.n_groups()
+        })
     }
 
     /// Runs `look` on the view.

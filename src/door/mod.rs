@@ -148,6 +148,8 @@ pub struct InstanceView {
     pub n_blocks_cached: u32,
     /// Tokens of a block.
     pub block_size: u32,
+    /// Layer groups of its model: a token is in a block of each.
+    pub n_layer_groups: u32,
     /// Whether it can take requests.
     pub ready: bool,
 }
@@ -170,6 +172,11 @@ impl InstanceView {
     pub fn n_blocks_held(&self) -> u32 {
         let rest = self.n_blocks_free.saturating_add(self.n_blocks_cached);
         self.n_blocks_total.saturating_sub(rest)
+    }
+
+    /// Tokens for which so many blocks are enough, if none are given up.
+    pub fn n_tokens_of(&self, n_blocks: u32) -> u64 {
+        u64::from(n_blocks) * u64::from(self.block_size) / u64::from(self.n_layer_groups.max(1))
     }
 }
 

@@ -86,12 +86,12 @@ pub async fn keep_balanced(
 fn running(view: &ClusterView, request: &OpenRequest) -> Option<RunningRequest> {
     let progress = request.progress();
     let instance = progress.decode.filter(|_| progress.stage == RequestStage::Decode)?;
-    let block_size = view.instances().get(&instance)?.info.block_size;
+    let info = &view.instances().get(&instance)?.info;
     let n_tokens = request.n_prompt_tokens + progress.n_output_tokens / request.n_choices;
     Some(RunningRequest {
         id: request.id,
+        n_blocks: info.n_blocks_for(n_tokens) * request.n_choices,
         instance,
-        n_blocks: n_tokens.div_ceil(block_size) * request.n_choices,
         n_choices: request.n_choices,
         needs_version: request.needs_version,
         priority: request.priority,

@@ -1,10 +1,12 @@
 //! Disaggregated == mixed == alone, bit for bit: the same ids and exactly the same log-probabilities, with each event that
 //! could disturb them shown to have happened.
 
+use std::path::PathBuf;
+
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-use super::cluster::{Answer, Cluster, dummy_model, prompt};
+use super::cluster::{Answer, Cluster, dummy_model, dummy_model_with, prompt};
 
 /// Tokens of each answer: enough to outgrow what was reserved at first, several times.
 const N_OUTPUT: usize = 64;
@@ -62,9 +64,41 @@ async fn together(cluster: &Cluster, expected: &[Answer], what: &str) {
     cluster.until_idle_and_whole().await;
 }
 
-async fn equal_everywhere(dtype: &str) {
-    let model = dummy_model("equality", 4, 256);
-    let model = model.to_str().expect("UTF-8");
+/// What is served, and how few of its blocks make sequences lose theirs, although each fits alone.
+struct Served {
+    model: PathBuf,
+    n_tight_blocks: usize,
+    /// K and V of 16 tokens in the layers of a block.
+    block_elements: usize,
+}
+
+impl Served {
+    /// 26 blocks of 4 layers.
+    fn full() -> Served {
+        Served {
+            model: dummy_model("equality", 4, 256),
+            n_tight_blocks: 26,
+            block_elements: 16 * 4 * 2 * 2 * 64,
+        }
+    }
+
+    /// Two full layers and four with a window, in blocks of two: 400 tokens need 25 blocks of the full group, and of each of
+    /// the others the 20 that lie in a window of 64, the 128 kept beside it, the grain of 64, a chunk of 48 and one block.
+    fn windowed() -> Served {
+        let config = json!({
+            "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 64,
+            "sliding_window_pattern": 3, "query_pre_attn_scalar": 64, "hidden_activation": "gelu_pytorch_tanh"
+        });
+        Served {
+            model: dummy_model_with("equality-windows", 6, 256, &config),
+            n_tight_blocks: 66,
+            block_elements: 16 * 2 * 2 * 2 * 64,
+        }
+    }
+}
+
+async fn equal_everywhere(dtype: &str, served: &Served) {
+    let model = served.model.to_str().expect("UTF-8");
     let expected = alone(model, dtype).await;
     assert!(expected.iter().all(|answer| answer.len() == N_OUTPUT));
     let base = ["--model", model, "--load-format", "dummy", "--dtype", dtype];
@@ -95,9 +129,8 @@ async fn equal_everywhere(dtype: &str) {
     drop(cluster);
 
     // The same with so little memory at the decode instance that sequences lose their blocks and recompute.
-    // 26 blocks of 16 tokens; alone, each request fits.
-    let block_bytes = 16 * 4 * 2 * 2 * 64 * if dtype == "f32" { 4 } else { 2 };
-    let memory = format!("{}KiB", 26 * block_bytes / 1024);
+    let block_bytes = served.block_elements * if dtype == "f32" { 4 } else { 2 };
+    let memory = format!("{}KiB", served.n_tight_blocks * block_bytes / 1024);
     let tight = ["--kv-memory", memory.as_str(), "--max-model-len", "400"];
     for (mode, what) in [(&more[..], "disaggregated"), (&["--mixed", "1"][..], "mixed")] {
         let cluster = Cluster::serve(&[&base[..], mode, &chunks, &tight].concat()).await;
@@ -116,12 +149,17 @@ async fn equal_everywhere(dtype: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn same_bits_in_f32() {
-    equal_everywhere("f32").await;
+    equal_everywhere("f32", &Served::full()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn same_bits_in_bf16() {
-    equal_everywhere("bf16").await;
+    equal_everywhere("bf16", &Served::full()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn same_bits_where_windowed_layers_give_blocks_up_beside_full_ones() {
+    equal_everywhere("f32", &Served::windowed()).await;
 }
 
 /// Prompts that arrive together and share a new prefix: it is computed once and moved once.

@@ -57,7 +57,7 @@ pub(super) enum Command {
     },
     Prefill {
         state: Box<Prepared>,
-        first_block: usize,
+        first_blocks: Vec<usize>,
         events: mpsc::Sender<Timed<PrefillEvent>>,
         permit: OpenPermit,
     },
@@ -82,13 +82,13 @@ pub(super) enum Command {
     PinFull {
         group: GroupId,
         mover: Weak<()>,
-        from: Vec<u32>,
+        from: Vec<Vec<u32>>,
         reply: oneshot::Sender<Result<MoveStage, Failure>>,
     },
     Pause {
         group: GroupId,
         mover: Weak<()>,
-        from: Vec<u32>,
+        from: Vec<Vec<u32>>,
         reply: oneshot::Sender<Result<PausedMove, Failure>>,
     },
     Resume {

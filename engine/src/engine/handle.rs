@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use baton_kernels::KvLayout;
 use baton_scheduler::batch::{BatchConfig, BatchConfigError, BatchScheduler};
 use baton_scheduler::ids::{Nanos, RequestId, TokenId};
+use baton_scheduler::layer_groups::LayerGroups;
 use baton_scheduler::prefix_cache::PrefixEvent;
 use baton_scheduler::request::{Failure, PortableState, SamplingParams};
 use crossbeam::channel::{self, Sender};
@@ -87,6 +88,7 @@ pub(super) struct Shared {
     stuck_after: Nanos,
     batch: BatchConfig,
     layout: KvLayout,
+    layer_groups: LayerGroups,
     vocab_size: usize,
     numerics_class: String,
 }
@@ -117,7 +119,9 @@ pub struct EngineHandle {
 pub fn start<F: ForwardPass>(mut forward: F, config: EngineConfig) -> Result<EngineHandle, EngineError> {
     let layout = forward.layout();
     let n_blocks = forward.kv_cache().n_blocks();
+    let layer_groups = forward.layer_groups();
     for (field, configured, actual) in [
+        ("windows", config.batch.n_groups(), layer_groups.n_groups()),
         ("block_size", config.batch.block_size, layout.block_size),
         ("n_blocks", config.batch.n_blocks, n_blocks),
     ] {
@@ -147,6 +151,7 @@ pub fn start<F: ForwardPass>(mut forward: F, config: EngineConfig) -> Result<Eng
         stuck_after,
         batch: config.batch,
         layout,
+        layer_groups,
         vocab_size: forward.vocab_size(),
         numerics_class: forward.numerics_class(),
     });
@@ -219,25 +224,21 @@ impl EngineHandle {
     }
 
     /// Computes a request's context and samples the next token of each choice, for another instance to go on with. Blocks
-    /// before `first_block` are there already and are not made ready.
+    /// before `first_blocks`, one for each layer group, are there already or not seen there, and are not made ready.
     ///
     /// # Errors
     /// As [`EngineHandle::generate`].
-    pub fn prefill(&self, request: impl Into<Prepared>, first_block: usize) -> Result<PrefillJob, Failure> {
+    pub fn prefill(&self, request: impl Into<Prepared>, first_blocks: &[usize]) -> Result<PrefillJob, Failure> {
         let prepared = self.check(request.into())?;
         let state = &prepared.state;
         self.shared.batch.check_handoff(state)?;
         let n_blocks = self.shared.batch.blocks_for(n_context(state));
-        if first_block > n_blocks {
-            return Err(Failure::Invalid(format!(
-                "first_block is {first_block}, expected at most {n_blocks}"
-            )));
-        }
+        self.check_first_blocks(state, first_blocks)?;
         let permit = acquire(&self.in_line, state)?;
-        let (events, receiver) = mpsc::channel(self.shared.layout.n_layers * n_blocks + N_EXTRA_EVENTS);
+        let (events, receiver) = mpsc::channel(self.shared.layer_groups.n_layers() * n_blocks + N_EXTRA_EVENTS);
         self.send(Command::Prefill {
             state: Box::new(prepared),
-            first_block,
+            first_blocks: first_blocks.to_vec(),
             events,
             permit,
         })?;
@@ -247,6 +248,34 @@ impl EngineHandle {
             has_ended: false,
             n_blocks,
         })
+    }
+
+    /// Refuses first blocks that are not one for each layer group, that the context does not have, or that are given up here
+    /// before all of it is computed: who goes on after the context sees none of those.
+    fn check_first_blocks(&self, state: &PortableState, first_blocks: &[usize]) -> Result<(), Failure> {
+        let batch = &self.shared.batch;
+        let n_context = n_context(state);
+        let n_groups = batch.n_groups();
+        if first_blocks.len() != n_groups {
+            let found = first_blocks.len();
+            return Err(Failure::Invalid(format!(
+                "first_blocks has {found} entries, expected {n_groups}"
+            )));
+        }
+        for (layer_group, &first) in first_blocks.iter().enumerate() {
+            let (least, most) = (
+                batch.n_unseen_blocks(layer_group, n_context),
+                batch.blocks_for(n_context),
+            );
+            if first < least || first > most {
+                let expected = match least {
+                    0 => format!("at most {most}"),
+                    _ => format!("{least} to {most}"),
+                };
+                return Err(Failure::Invalid(format!("first_block is {first}, expected {expected}")));
+            }
+        }
+        Ok(())
     }
 
     /// Whether nothing is left to generate, although perhaps only the tokens say so: [`EngineHandle::generate`] tells the
@@ -374,6 +403,11 @@ impl EngineHandle {
     /// Shape of the KV cache.
     pub fn layout(&self) -> KvLayout {
         self.shared.layout
+    }
+
+    /// Which layers of the model share blocks.
+    pub fn layer_groups(&self) -> &LayerGroups {
+        &self.shared.layer_groups
     }
 
     /// Entries of the vocabulary.

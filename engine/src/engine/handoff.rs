@@ -19,12 +19,18 @@ use super::events::{EngineEvent, Generation, Timed, silence};
 
 /// What is reserved for one choice, or for the one context of a handoff.
 pub struct ReservedChoice {
-    /// Leading blocks that need not be sent: this instance has them, or an earlier choice receives them. Of a choice that
-    /// has ended, the prompt's full blocks.
-    pub n_blocks_held: usize,
     /// Handoff: blocks of the context. Move: blocks there is room for, slack included.
     pub n_blocks_total: usize,
-    /// The blocks to be written, in order: `n_blocks_held..n_blocks_total`.
+    /// What of them is to be written, in each layer group.
+    pub layer_groups: Vec<ReservedBlocks>,
+}
+
+/// What is reserved for one choice in the layers of one group.
+pub struct ReservedBlocks {
+    /// Leading blocks that need not be sent: this instance has them, an earlier choice receives them, or no query will see them.
+    /// Of a choice that has ended, the prompt's full blocks.
+    pub n_blocks_held: usize,
+    /// The blocks to be written, in order: those from `n_blocks_held` on.
     pub grant: Vec<(BlockId, BlockGeneration)>,
     /// Their writers, in the same order. Take them; all must be sealed or dropped before the join.
     pub writers: Vec<KvWrite>,
@@ -70,8 +76,8 @@ impl Reservation {
             wake,
             commands,
         } = self;
-        let writers = choices.into_iter().flat_map(|choice| choice.writers);
-        writers.for_each(KvWrite::seal);
+        let groups = choices.into_iter().flat_map(|choice| choice.layer_groups);
+        groups.flat_map(|group| group.writers).for_each(KvWrite::seal);
         commands
             .try_send(Command::Join {
                 group,

@@ -73,7 +73,7 @@ impl HashModel {
         let part_bytes = self.kv.layout().part_bytes();
         for (i, &token) in sequence.tokens.iter().enumerate() {
             let pos = sequence.start_pos + i;
-            let block = sequence.block_table[pos / block_size];
+            let block = sequence.block_tables[0][pos / block_size];
             let slot = pos % block_size * TOKEN_BYTES;
             for layer in 0..N_LAYERS {
                 let mut bytes = vec![0; 2 * part_bytes];
@@ -171,7 +171,7 @@ impl ForwardPass for HashModel {
                 LogitsWanted::All => sequence.start_pos..end,
             };
             for (i, hash) in self
-                .hash_from_memory(sequence.block_table, positions.clone())
+                .hash_from_memory(&sequence.block_tables[0], positions.clone())
                 .into_iter()
                 .enumerate()
             {

@@ -26,9 +26,9 @@ mod watchdog;
 
 pub use events::{EngineEvent, Generation, Timed};
 pub use handle::{EngineConfig, EngineError, EngineHandle, start};
-pub use handoff::{PrefillEvent, PrefillJob, Reservation, ReservedChoice};
+pub use handoff::{PrefillEvent, PrefillJob, Reservation, ReservedBlocks, ReservedChoice};
 pub use load::{EngineCounters, LoadReport};
-pub use moving::{MoveStage, PausedMove, RunningMove, StageBlocks};
+pub use moving::{GroupBlocks, MoveStage, PausedMove, RunningMove, StageBlocks};
 pub use prepared::Prepared;
 pub use watchdog::Health;
 

@@ -18,12 +18,21 @@ use super::handoff::refused;
 /// Blocks of one choice, pinned in every layer.
 #[derive(Default)]
 pub struct StageBlocks {
+    /// One past the last block, in every layer group that has come so far.
+    pub end: usize,
+    /// Of each layer group.
+    pub layer_groups: Vec<GroupBlocks>,
+    /// Their contents, of each layer those of its group, as they are as long as any clone lives.
+    pub reads: Vec<Vec<KvRead>>,
+}
+
+/// Blocks of one choice in one layer group.
+#[derive(Default)]
+pub struct GroupBlocks {
     /// Places of the blocks in the choice's table.
     pub blocks: Range<usize>,
     /// Which blocks they are here, one for each place.
     pub ids: Vec<(BlockId, BlockGeneration)>,
-    /// Their contents, `[n_layers][blocks.len()]`, as they are as long as any clone lives.
-    pub reads: Vec<Vec<KvRead>>,
 }
 
 /// What one look at a moving request gave.
@@ -59,13 +68,13 @@ impl RunningMove {
         self.n_choices
     }
 
-    /// Pins of each choice the blocks from `from` on that are full and whose KV is complete. The request goes on; should it
+    /// Pins of each choice, in each layer group, the blocks from `from` on that are full and whose KV is complete. The request goes on; should it
     /// be preempted, what is pinned stays as it is.
     ///
     /// # Errors
     /// `Busy` when a choice has been preempted or all have ended, `Invalid` when `from` cannot be meant for it,
     /// `InstanceLost` or `Internal` when the engine has ended.
-    pub async fn pin_full(&mut self, from: &[u32]) -> Result<MoveStage, Failure> {
+    pub async fn pin_full(&mut self, from: &[Vec<u32>]) -> Result<MoveStage, Failure> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::PinFull {
             group: self.group,
@@ -81,7 +90,7 @@ impl RunningMove {
     ///
     /// # Errors
     /// As [`RunningMove::pin_full`]; it is not paused then.
-    pub async fn pause(&mut self, from: &[u32]) -> Result<PausedMove, Failure> {
+    pub async fn pause(&mut self, from: &[Vec<u32>]) -> Result<PausedMove, Failure> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Pause {
             group: self.group,

@@ -8,6 +8,7 @@ use std::time::Instant;
 use baton_kernels::KvCache;
 use baton_scheduler::batch::BatchConfig;
 use baton_scheduler::ids::RequestId;
+use baton_scheduler::layer_groups::{LayerGroups, LayerPlace};
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, SamplingParams, Token, TokenLogprobs};
 use tokio::sync::{mpsc, oneshot};
 
@@ -23,8 +24,8 @@ pub(super) enum Outlet {
     Generation(mpsc::Sender<Timed<EngineEvent>>),
     Prefill {
         events: mpsc::Sender<Timed<PrefillEvent>>,
-        /// Leading blocks made ready, or not wanted.
-        n_ready: usize,
+        /// Of each layer group, leading blocks made ready, or not wanted.
+        n_ready: Vec<usize>,
     },
 }
 
@@ -63,24 +64,60 @@ pub(super) struct OpenGroup {
 
 /// KV blocks that a step completes for a request that will be handed over.
 pub(super) struct ReadyBlocks<'a> {
-    pub(super) events: &'a mpsc::Sender<Timed<PrefillEvent>>,
-    pub(super) blocks: Range<usize>,
-    pub(super) block_table: &'a [u32],
+    events: &'a mpsc::Sender<Timed<PrefillEvent>>,
+    layer_groups: &'a LayerGroups,
+    /// Of each layer group.
+    blocks: Vec<Range<usize>>,
+    block_tables: &'a [Vec<u32>],
 }
 
-impl ReadyBlocks<'_> {
+impl<'a> ReadyBlocks<'a> {
+    /// The blocks before `end` that a prefill has not been told of; `None` of a request that nobody fetches, or when there are
+    /// none.
+    pub(super) fn until(
+        end: usize,
+        outlet: &'a Outlet,
+        layer_groups: &'a LayerGroups,
+        block_tables: &'a [Vec<u32>],
+    ) -> Option<ReadyBlocks<'a>> {
+        let Outlet::Prefill { events, n_ready } = outlet else {
+            return None;
+        };
+        let blocks: Vec<Range<usize>> = n_ready.iter().map(|&n_ready| n_ready..end.max(n_ready)).collect();
+        let has_any = blocks.iter().any(|blocks| !blocks.is_empty());
+        has_any.then_some(ReadyBlocks {
+            events,
+            layer_groups,
+            blocks,
+            block_tables,
+        })
+    }
+
     /// Pins the blocks in one layer and tells of them.
     pub(super) fn tell(&self, layer: usize, kv: &mut KvCache) {
-        let reads = self.block_table[self.blocks.clone()]
-            .iter()
-            .map(|&block| kv.pin(layer, block))
-            .collect();
-        let event = PrefillEvent::LayerReady {
-            layer,
-            blocks: self.blocks.clone(),
-            reads,
+        let LayerPlace { layer_group, slot } = self.layer_groups.place(layer);
+        let blocks = self.blocks[layer_group].clone();
+        if blocks.is_empty() {
+            return;
+        }
+        let reads = self.block_tables[layer_group][blocks.clone()].iter();
+        let reads = reads.map(|&block| kv.pin(slot, block)).collect();
+        send(self.events, PrefillEvent::LayerReady { layer, blocks, reads });
+    }
+}
+
+impl Outlet {
+    /// A prefill's blocks before `end` are ready in every layer. Returns the blocks of layers that are so for the first time.
+    pub(super) fn note_ready(&mut self, end: usize, layer_groups: &LayerGroups) -> u64 {
+        let Outlet::Prefill { n_ready, .. } = self else {
+            return 0;
         };
-        send(self.events, event);
+        let newly = layer_groups.places().iter();
+        let newly = newly
+            .map(|place| end.saturating_sub(n_ready[place.layer_group]) as u64)
+            .sum();
+        n_ready.iter_mut().for_each(|n_ready| *n_ready = end.max(*n_ready));
+        newly
     }
 }
 

@@ -26,16 +26,9 @@ impl<F: ForwardPass> StepLoop<F> {
             .iter()
             .filter_map(|item| {
                 let group = self.scheduler.member(item.sequence).group;
-                let Outlet::Prefill { events, n_ready } = &self.open[&group].outlet else {
-                    return None;
-                };
-                let blocks = *n_ready..n_complete_blocks(item, block_size);
-                let block_table = self.scheduler.block_table(item.sequence);
-                (!blocks.is_empty()).then_some(ReadyBlocks {
-                    events,
-                    blocks,
-                    block_table,
-                })
+                let end = n_complete_blocks(item, block_size);
+                let block_tables = self.scheduler.block_tables(item.sequence);
+                ReadyBlocks::until(end, &self.open[&group].outlet, &self.layer_groups, block_tables)
             })
             .collect();
         let vocab_size = self.forward.vocab_size();
@@ -93,14 +86,10 @@ impl<F: ForwardPass> StepLoop<F> {
 
     fn finish_step(&mut self, batch: &Batch, outcomes: Vec<(Member, Result<Vec<Token>, NoToken>)>) {
         let block_size = self.scheduler.config().block_size;
-        let n_layers = self.forward.layout().n_layers;
         for (item, (member, _)) in batch.items.iter().zip(&outcomes) {
             let open = self.open.get_mut(&member.group).expect("a computed request is open");
-            if let Outlet::Prefill { n_ready, .. } = &mut open.outlet {
-                let n_complete = n_complete_blocks(item, block_size).max(*n_ready);
-                self.counters.n_layer_blocks_ready += ((n_complete - *n_ready) * n_layers) as u64;
-                *n_ready = n_complete;
-            }
+            let end = n_complete_blocks(item, block_size);
+            self.counters.n_layer_blocks_ready += open.outlet.note_ready(end, &self.layer_groups);
         }
         let mut tokens: BTreeMap<SequenceId, Token> = BTreeMap::new();
         let mut sampled: Vec<Vec<TokenId>> = Vec::with_capacity(outcomes.len());
@@ -169,7 +158,7 @@ fn view<'a>(scheduler: &'a BatchScheduler, item: &BatchItem) -> StepSequence<'a>
     StepSequence {
         tokens: &scheduler.tokens(item.sequence)[item.start_pos..item.start_pos + item.n_tokens],
         start_pos: item.start_pos,
-        block_table: scheduler.block_table(item.sequence),
+        block_tables: scheduler.block_tables(item.sequence),
         rope_variant: scheduler.rope_variant(item.sequence),
         logits,
     }

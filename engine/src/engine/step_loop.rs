@@ -10,15 +10,17 @@ use std::time::{Duration, Instant};
 
 use baton_kernels::{KernelError, KvCache};
 use baton_scheduler::batch::{
-    Batch, BatchScheduler, Committed, GroupId, Numerics, Phase, RELEASED_BLOCK, ReserveOutcome, SequenceKind,
+    Batch, BatchScheduler, Committed, GroupId, LayerGroupGrant, Numerics, Phase, RELEASED_BLOCK, ReserveOutcome,
+    SequenceKind,
 };
 use baton_scheduler::ids::{BlockId, TokenId};
+use baton_scheduler::layer_groups::LayerGroups;
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token};
 use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use super::command::{Arrived, Command, Granted, PrefixQuery, Purpose};
 use super::handle::Shared;
-use super::handoff::ReservedChoice;
+use super::handoff::{ReservedBlocks, ReservedChoice};
 use super::load::{EngineCounters, LoadReport};
 use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told, Waiter};
 use crate::forward::ForwardPass;
@@ -30,6 +32,7 @@ const BUSY_TICK: Duration = Duration::from_millis(5);
 pub(super) struct StepLoop<F> {
     pub(super) forward: F,
     pub(super) scheduler: BatchScheduler,
+    pub(super) layer_groups: LayerGroups,
     pub(super) sampler: Sampler,
     pub(super) open: BTreeMap<GroupId, OpenGroup>,
     pub(super) counters: EngineCounters,
@@ -46,6 +49,7 @@ pub(super) fn run<F: ForwardPass>(
     tick: Duration,
 ) {
     let mut step_loop = StepLoop {
+        layer_groups: forward.layer_groups(),
         forward,
         scheduler,
         sampler: Sampler::new(),
@@ -158,13 +162,13 @@ impl<F: ForwardPass> StepLoop<F> {
             }
             Command::Prefill {
                 state,
-                first_block,
+                first_blocks,
                 events,
                 permit,
             } => {
                 let outlet = Outlet::Prefill {
                     events,
-                    n_ready: first_block,
+                    n_ready: first_blocks,
                 };
                 let (state, open) = OpenGroup::new(*state, outlet, permit);
                 self.submit(&state, SequenceKind::PrefillForHandoff, open);
@@ -275,13 +279,19 @@ impl<F: ForwardPass> StepLoop<F> {
             Purpose::Move { .. } => self.scheduler.grants_moved(group, n_choices),
         };
         let kv = self.forward.kv_cache();
-        let choices = grants.into_iter().map(|grant| {
-            let blocks: Vec<u32> = grant.blocks.iter().map(|(block, _)| block.0).collect();
-            Ok(ReservedChoice {
-                n_blocks_held: grant.n_blocks_held,
-                n_blocks_total: grant.n_blocks_total,
+        let mut reserve = |group: LayerGroupGrant| {
+            let blocks: Vec<u32> = group.blocks.iter().map(|(block, _)| block.0).collect();
+            Ok(ReservedBlocks {
+                n_blocks_held: group.n_blocks_held,
                 writers: kv.reserve_write(&blocks)?,
-                grant: grant.blocks,
+                grant: group.blocks,
+            })
+        };
+        let choices = grants.into_iter().map(|grant| {
+            let layer_groups = grant.layer_groups.into_iter().map(&mut reserve);
+            Ok(ReservedChoice {
+                n_blocks_total: grant.n_blocks_total,
+                layer_groups: layer_groups.collect::<Result<_, KernelError>>()?,
             })
         });
         match choices.collect::<Result<Vec<_>, KernelError>>() {
@@ -313,7 +323,7 @@ impl<F: ForwardPass> StepLoop<F> {
             return self.fail(group, Failure::Internal(message));
         }
         let kv = self.forward.kv_cache();
-        let mut blocks = members.iter().flat_map(|&id| self.scheduler.block_table(id));
+        let mut blocks = members.iter().flat_map(|&id| self.scheduler.block_tables(id)).flatten();
         if let Some(block) = blocks.find(|&&block| block != RELEASED_BLOCK && kv.is_writing(block)) {
             let message = format!("block {block} is still being written at the join");
             return self.fail(group, Failure::Internal(message));
@@ -453,19 +463,11 @@ impl<F: ForwardPass> StepLoop<F> {
             let open = self.open.get_mut(&group).expect("a started request is open");
             open.tell_started(started.n_hit_tokens);
             let n_hit_blocks = started.n_hit_tokens / layout.block_size;
-            if let Outlet::Prefill { events, n_ready } = &mut open.outlet
-                && n_hit_blocks > *n_ready
-            {
-                let block_table = self.scheduler.block_table(started.sequence);
-                let ready = ReadyBlocks {
-                    events,
-                    blocks: *n_ready..n_hit_blocks,
-                    block_table,
-                };
-                (0..layout.n_layers).for_each(|layer| ready.tell(layer, self.forward.kv_cache()));
-                self.counters.n_layer_blocks_ready += ((n_hit_blocks - *n_ready) * layout.n_layers) as u64;
-                *n_ready = n_hit_blocks;
+            let block_tables = self.scheduler.block_tables(started.sequence);
+            if let Some(ready) = ReadyBlocks::until(n_hit_blocks, &open.outlet, &self.layer_groups, block_tables) {
+                (0..self.layer_groups.n_layers()).for_each(|layer| ready.tell(layer, self.forward.kv_cache()));
             }
+            self.counters.n_layer_blocks_ready += open.outlet.note_ready(n_hit_blocks, &self.layer_groups);
         }
     }
 

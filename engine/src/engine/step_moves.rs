@@ -4,11 +4,11 @@ use std::sync::Weak;
 
 use baton_kernels::KvRead;
 use baton_scheduler::batch::{Committed, GroupId, Resumed};
-use baton_scheduler::ids::{BlockId, Generation, RequestId};
+use baton_scheduler::ids::RequestId;
 use baton_scheduler::request::Failure;
 
 use super::command::StartedMove;
-use super::moving::{MoveStage, PausedMove, StageBlocks};
+use super::moving::{GroupBlocks, MoveStage, PausedMove, StageBlocks};
 use super::open_group::{OpenGroup, Outlet};
 use super::step_loop::{StepLoop, is_pinned};
 use crate::forward::ForwardPass;
@@ -48,12 +48,17 @@ impl<F: ForwardPass> StepLoop<F> {
         open.is_some_and(|open| open.is_moving() && open.mover.as_ref().is_some_and(|own| own.ptr_eq(mover)))
     }
 
-    pub(super) fn pin_full(&mut self, group: GroupId, mover: &Weak<()>, from: &[u32]) -> Result<MoveStage, Failure> {
+    pub(super) fn pin_full(
+        &mut self,
+        group: GroupId,
+        mover: &Weak<()>,
+        from: &[Vec<u32>],
+    ) -> Result<MoveStage, Failure> {
         self.check_move(group, mover, from)?;
         self.pin(group, from, Extent::Full)
     }
 
-    pub(super) fn pause(&mut self, group: GroupId, mover: &Weak<()>, from: &[u32]) -> Result<PausedMove, Failure> {
+    pub(super) fn pause(&mut self, group: GroupId, mover: &Weak<()>, from: &[Vec<u32>]) -> Result<PausedMove, Failure> {
         self.check_move(group, mover, from)?;
         let stage = self.pin(group, from, Extent::Whole)?;
         self.scheduler.pause(group)?;
@@ -92,7 +97,7 @@ impl<F: ForwardPass> StepLoop<F> {
         }
     }
 
-    fn check_move(&self, group: GroupId, mover: &Weak<()>, from: &[u32]) -> Result<(), Failure> {
+    fn check_move(&self, group: GroupId, mover: &Weak<()>, from: &[Vec<u32>]) -> Result<(), Failure> {
         let Some(open) = self.open.get(&group) else {
             return Err(Failure::Busy("the request has ended".to_owned()));
         };
@@ -106,53 +111,72 @@ impl<F: ForwardPass> StepLoop<F> {
                 from.len()
             )));
         }
+        let n_groups = self.layer_groups.n_groups();
+        if let Some(firsts) = from.iter().find(|firsts| firsts.len() != n_groups) {
+            let n_firsts = firsts.len();
+            return Err(Failure::Invalid(format!(
+                "first blocks of {n_firsts} layer groups, expected {n_groups}"
+            )));
+        }
         self.scheduler.check_movable(group)
     }
 
     /// Pins of each choice its blocks from `from` on, in every layer.
-    fn pin(&mut self, group: GroupId, from: &[u32], extent: Extent) -> Result<MoveStage, Failure> {
+    fn pin(&mut self, group: GroupId, from: &[Vec<u32>], extent: Extent) -> Result<MoveStage, Failure> {
         let block_size = self.scheduler.config().block_size;
         let members = self.scheduler.members(group);
         let any = *members.first().expect("a movable group has a member");
         let n_prompt_blocks = self.scheduler.n_prompt(any) / block_size;
         let mut choices = Vec::with_capacity(from.len());
-        for (choice, &first) in (0..).zip(from) {
-            let first = first as usize;
+        for (choice, firsts) in (0..).zip(from) {
             let id = group.sequence(choice);
             let is_here = self.scheduler.phase(id).is_some();
-            // Of a choice that has ended, another one's copy of the prompt: they are the same tokens.
-            let table = self.scheduler.computed_blocks(if is_here { id } else { any });
-            let end = match extent {
-                _ if !is_here => n_prompt_blocks.max(first),
-                Extent::Full => self.scheduler.n_computed(id) / block_size,
-                Extent::Whole => table.end(),
-            };
-            if first > table.end().max(end) {
-                return Err(Failure::Invalid(format!(
-                    "choice {choice} is asked for from block {first} on, expected at most {end}"
-                )));
+            let mut layer_groups = Vec::with_capacity(firsts.len());
+            for (layer_group, &first) in firsts.iter().enumerate() {
+                let first = first as usize;
+                // Of a choice that has ended, another one's copy of the prompt: they are the same tokens.
+                let table = if is_here { id } else { any };
+                let table = self.scheduler.computed_blocks(table, layer_group);
+                let end = match extent {
+                    _ if !is_here => n_prompt_blocks.max(first),
+                    Extent::Full => self.scheduler.n_computed(id) / block_size,
+                    Extent::Whole => table.end(),
+                };
+                if first > table.end().max(end) {
+                    return Err(Failure::Invalid(format!(
+                        "choice {choice} is asked for from block {first} on, expected at most {end}"
+                    )));
+                }
+                let end = end.max(first);
+                let Some(ids) = table.get(first..end).map(<[_]>::to_vec) else {
+                    return Err(Failure::Busy(format!(
+                        "choice {choice} is asked for from block {first} on, and has given up those before {}",
+                        table.first
+                    )));
+                };
+                layer_groups.push(GroupBlocks {
+                    blocks: first..end,
+                    ids,
+                });
             }
-            let end = end.max(first);
-            let Some(ids) = table.get(first..end).map(<[_]>::to_vec) else {
-                return Err(Failure::Busy(format!(
-                    "choice {choice} is asked for from block {first} on, and has given up those before {}",
-                    table.first
-                )));
-            };
+            let ends = layer_groups.iter().map(|group| group.blocks.end);
             choices.push(StageBlocks {
-                reads: self.pin_blocks(&ids),
-                blocks: first..end,
-                ids,
+                end: ends.min().expect("a model has a layer group"),
+                reads: self.pin_blocks(&layer_groups),
+                layer_groups,
             });
         }
         Ok(MoveStage { choices })
     }
 
-    fn pin_blocks(&mut self, ids: &[(BlockId, Generation)]) -> Vec<Vec<KvRead>> {
-        let n_layers = self.forward.layout().n_layers;
+    fn pin_blocks(&mut self, layer_groups: &[GroupBlocks]) -> Vec<Vec<KvRead>> {
         let kv = self.forward.kv_cache();
-        (0..n_layers)
-            .map(|layer| ids.iter().map(|(block, _)| kv.pin(layer, block.0)).collect())
+        let places = self.layer_groups.places().iter();
+        places
+            .map(|place| {
+                let ids = &layer_groups[place.layer_group].ids;
+                ids.iter().map(|(block, _)| kv.pin(place.slot, block.0)).collect()
+            })
             .collect()
     }
 }

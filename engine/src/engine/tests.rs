@@ -327,7 +327,7 @@ async fn what_cannot_run_is_refused_at_once() {
         refusal(greedy(&[1; 32], 1)),
         invalid("the prompt has 32 tokens, expected at most 31")
     );
-    let first_block = engine.prefill(greedy(&[1; 5], 1), 3).map(|_| ()).unwrap_err();
+    let first_block = engine.prefill(greedy(&[1; 5], 1), &[3]).map(|_| ()).unwrap_err();
     assert_eq!(first_block, invalid("first_block is 3, expected at most 2"));
     let mut config = EngineConfig::new(batch_config(9));
     let message = |config: &EngineConfig| {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use baton_kernels::{Activation, DType};
+use baton_scheduler::layer_groups::LayerGroups;
 use serde_json::Value;
 
 use super::architecture::{ARCHITECTURES, Architecture, AttentionBias, ExpertTensors, Windows, supported_names};
@@ -189,10 +190,9 @@ impl ModelConfig {
         self.ropes.iter().find_map(RopeConfig::short_context)
     }
 
-    /// The window, if no layer sees further back.
-    pub fn window_of_all_layers(&self) -> Option<usize> {
-        let windows: Option<Vec<usize>> = self.layers.iter().map(|layer| layer.window).collect();
-        windows?.into_iter().max()
+    /// Which layers share blocks: those of one window.
+    pub fn layer_groups(&self) -> LayerGroups {
+        LayerGroups::of_windows(&self.layers.iter().map(|layer| layer.window).collect::<Vec<_>>())
     }
 }
 
@@ -571,7 +571,7 @@ mod tests {
             windows_of(&of("MistralForCausalLM", r#""sliding_window":null"#)),
             [None; 3]
         );
-        assert_eq!(of("MistralForCausalLM", window).window_of_all_layers(), Some(8));
+        assert_eq!(of("MistralForCausalLM", window).layer_groups().windows(), [Some(8)]);
         let qwen = r#""sliding_window":8,"max_window_layers":1"#;
         assert_eq!(windows_of(&of("Qwen2ForCausalLM", qwen)), [None; 3]);
         assert_eq!(
@@ -580,7 +580,7 @@ mod tests {
         );
         let gemma = of("Gemma2ForCausalLM", window);
         assert_eq!(windows_of(&gemma), [Some(8), None, Some(8)]);
-        assert_eq!(gemma.window_of_all_layers(), None);
+        assert_eq!(gemma.layer_groups().windows(), [None, Some(8), Some(8)]);
         let listed = r#""sliding_window":8,"layer_types":["full_attention","sliding_attention","full_attention"]"#;
         assert_eq!(windows_of(&of("Gemma2ForCausalLM", listed)), [None, Some(8), None]);
         let pattern = r#""sliding_window":8,"_sliding_window_pattern":3"#;

@@ -5,10 +5,10 @@ use std::borrow::Cow;
 
 use baton_kernels::{
     Activation, AttentionParams, Backend, DType, KernelError, KvCache, KvLayout, MoeParams, PackedWeights, QkNorm,
-    RaggedBatch, RaggedSequence, RopeAppendParams, WINDOW_GRAIN,
+    RaggedBatch, RaggedSequence, RopeAppendParams,
 };
-use baton_scheduler::batch::SlidingWindow;
 use baton_scheduler::ids::{Fingerprint, TokenId};
+use baton_scheduler::layer_groups::{LayerGroups, LayerPlace};
 
 use super::config::ModelConfig;
 use super::fingerprint::ModelFingerprint;
@@ -38,6 +38,7 @@ pub struct Decoder<B: Backend> {
     weights: Weights<B>,
     /// As [`LayerWeights::rope`] numbers them.
     ropes: Vec<B::Rope>,
+    layer_groups: LayerGroups,
     kv: KvCache,
     activations: Activations<B>,
     token_ids: Vec<TokenId>,
@@ -219,6 +220,7 @@ impl<B: Backend> Decoder<B> {
         let activations = Activations::new(&backend, &config, limits.max_batch_tokens);
         Ok(Decoder {
             backend,
+            layer_groups: config.layer_groups(),
             config,
             limits,
             fingerprint,
@@ -242,17 +244,6 @@ impl<B: Backend> Decoder<B> {
         self.limits
     }
 
-    /// How far back any query sees, if every layer has a window.
-    pub fn sliding_window(&self) -> Option<SlidingWindow> {
-        /// Far more tokens than are on their way from an instance to the front door at any time.
-        const SLACK: usize = 128;
-        self.config.window_of_all_layers().map(|n_tokens| SlidingWindow {
-            n_tokens,
-            grain: WINDOW_GRAIN,
-            slack: SLACK,
-        })
-    }
-
     /// Identity of the model's numbers.
     pub fn fingerprint(&self) -> ModelFingerprint {
         self.fingerprint
@@ -261,7 +252,7 @@ impl<B: Backend> Decoder<B> {
     /// What a peer must have to exchange KV with this decoder.
     pub fn transfer_fingerprint(&self) -> Fingerprint {
         self.fingerprint
-            .transfer_fingerprint(self.backend.compute_dtype(), &self.kv.layout())
+            .transfer_fingerprint(self.backend.compute_dtype(), &self.kv.layout(), &self.layer_groups)
     }
 
     /// A caller that breaks these has lost track of its blocks: going on would mix sequences.
@@ -283,11 +274,15 @@ impl<B: Backend> Decoder<B> {
                 end <= max_model_len,
                 "sequence of {end} tokens, expected at most {max_model_len}"
             );
-            let n_given = sequence.block_table.len();
-            assert!(
-                n_given >= n_blocks,
-                "block table of {n_given} blocks, expected {n_blocks} for {end} tokens"
-            );
+            let (n_tables, n_groups) = (sequence.block_tables.len(), self.layer_groups.n_groups());
+            assert!(n_tables == n_groups, "{n_tables} block tables, expected {n_groups}");
+            for block_table in sequence.block_tables {
+                let n_given = block_table.len();
+                assert!(
+                    n_given >= n_blocks,
+                    "block table of {n_given} blocks, expected {n_blocks} for {end} tokens"
+                );
+            }
             if let Some(id) = sequence
                 .tokens
                 .iter()
@@ -317,12 +312,14 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// From the embedding to the last layer's attention. What follows is needed only where logits are wanted.
-    fn all_rows(&mut self, batch: RaggedBatch<'_>, on_layer: &mut dyn FnMut(usize, &mut KvCache)) {
+    /// `batches` is the step with the block tables of each layer group.
+    fn all_rows(&mut self, batches: &[RaggedBatch<'_>], on_layer: &mut dyn FnMut(usize, &mut KvCache)) {
         let Decoder {
             backend,
             config,
             weights,
             ropes,
+            layer_groups,
             kv,
             activations: a,
             token_ids,
@@ -337,6 +334,8 @@ impl<B: Backend> Decoder<B> {
         };
         backend.embed(&mut a.residual, &weights.embed, token_ids, embedding_scale);
         for (layer_idx, layer) in weights.layers.iter().enumerate() {
+            let LayerPlace { layer_group, slot } = layer_groups.place(layer_idx);
+            let batch = batches[layer_group];
             let block = &mut a.block;
             let input = match &layer.attention_norm {
                 Some(norm) if layer_idx == 0 => {
@@ -363,13 +362,13 @@ impl<B: Backend> Decoder<B> {
                 rope: &ropes[layer.rope],
                 qk_norm: layer.qk_norm.as_ref(),
             };
-            backend.rope_append(&mut a.qkv, batch, params, layer_idx, kv);
+            backend.rope_append(&mut a.qkv, batch, params, slot, kv);
             on_layer(layer_idx, kv);
             let is_last = layer_idx + 1 == config.n_layers;
             if is_last && wanted_rows.is_empty() {
                 return;
             }
-            backend.attention(&mut a.attention, &a.qkv, batch, &layer.attention, layer_idx, kv);
+            backend.attention(&mut a.attention, &a.qkv, batch, &layer.attention, slot, kv);
             if !is_last {
                 finish_layer(backend, layer, eps, &mut a.residual, &a.attention, block);
             }
@@ -516,6 +515,10 @@ impl<B: Backend> ForwardPass for Decoder<B> {
         self.kv.layout()
     }
 
+    fn layer_groups(&self) -> LayerGroups {
+        self.layer_groups.clone()
+    }
+
     fn kv_cache(&mut self) -> &mut KvCache {
         &mut self.kv
     }
@@ -535,16 +538,18 @@ impl<B: Backend> ForwardPass for Decoder<B> {
         self.token_ids.clear();
         self.token_ids
             .extend(sequences.iter().flat_map(|sequence| sequence.tokens));
-        let ragged: Vec<RaggedSequence<'_>> = sequences
-            .iter()
-            .map(|sequence| RaggedSequence {
+        let of_group = |layer_group: usize| -> Vec<RaggedSequence<'_>> {
+            let ragged = sequences.iter().map(|sequence| RaggedSequence {
                 start_pos: sequence.start_pos,
                 n_tokens: sequence.tokens.len(),
-                block_table: sequence.block_table,
+                block_table: &sequence.block_tables[layer_group],
                 rope_variant: sequence.rope_variant,
-            })
-            .collect();
-        self.all_rows(RaggedBatch { sequences: &ragged }, on_layer);
+            });
+            ragged.collect()
+        };
+        let ragged: Vec<Vec<RaggedSequence<'_>>> = (0..self.layer_groups.n_groups()).map(of_group).collect();
+        let batches: Vec<RaggedBatch<'_>> = ragged.iter().map(|sequences| RaggedBatch { sequences }).collect();
+        self.all_rows(&batches, on_layer);
 
         let n_wanted = self.wanted_rows.len();
         if n_wanted == 0 {

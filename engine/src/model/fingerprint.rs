@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use baton_kernels::{DType, KvLayout};
 use baton_scheduler::ids::Fingerprint;
+use baton_scheduler::layer_groups::LayerGroups;
 
 use super::folder::ModelFolder;
 use super::safetensors::TensorTable;
@@ -52,8 +53,14 @@ impl ModelFingerprint {
         blake3::Hash::from(hasher.finish()).to_hex().to_string()
     }
 
-    /// What two instances compare before KV travels: the model, what it is computed in, and how its KV lies in memory.
-    pub fn transfer_fingerprint(&self, compute_dtype: DType, layout: &KvLayout) -> Fingerprint {
+    /// What two instances compare before KV travels: the model, what it is computed in, how its KV lies in memory, and which
+    /// layers share blocks where not all do.
+    pub fn transfer_fingerprint(
+        &self,
+        compute_dtype: DType,
+        layout: &KvLayout,
+        layer_groups: &LayerGroups,
+    ) -> Fingerprint {
         let KvLayout {
             n_layers,
             n_kv_heads,
@@ -67,6 +74,12 @@ impl ModelFingerprint {
         hasher.bytes(dtype.as_str().as_bytes());
         for size in [n_layers, n_kv_heads, block_size, head_dim] {
             hasher.bytes(&(size as u64).to_le_bytes());
+        }
+        if layer_groups.n_groups() > 1 {
+            for place in layer_groups.places() {
+                hasher.bytes(&(place.layer_group as u64).to_le_bytes());
+                hasher.bytes(&(place.slot as u64).to_le_bytes());
+            }
         }
         Fingerprint(hasher.finish())
     }
@@ -124,33 +137,31 @@ mod tests {
             dtype: DType::Bf16,
         };
         let model = ModelFingerprint([1; 32]);
-        let base = model.transfer_fingerprint(DType::Bf16, &layout);
-        assert_ne!(
-            base,
-            ModelFingerprint([2; 32]).transfer_fingerprint(DType::Bf16, &layout)
-        );
-        assert_ne!(base, model.transfer_fingerprint(DType::F32, &layout));
-        assert_ne!(
-            base,
-            model.transfer_fingerprint(
-                DType::Bf16,
-                &KvLayout {
-                    block_size: 32,
-                    ..layout
-                }
-            )
-        );
-        assert_ne!(
-            base,
-            model.transfer_fingerprint(
-                DType::Bf16,
-                &KvLayout {
-                    dtype: DType::F32,
-                    ..layout
-                }
-            )
-        );
-        assert_eq!(base, model.transfer_fingerprint(DType::Bf16, &layout));
+        let one = LayerGroups::one(2);
+        let base = model.transfer_fingerprint(DType::Bf16, &layout, &one);
+        let other = ModelFingerprint([2; 32]);
+        assert_ne!(base, other.transfer_fingerprint(DType::Bf16, &layout, &one));
+        assert_ne!(base, model.transfer_fingerprint(DType::F32, &layout, &one));
+        for changed in [
+            KvLayout {
+                block_size: 32,
+                ..layout
+            },
+            KvLayout {
+                dtype: DType::F32,
+                ..layout
+            },
+        ] {
+            assert_ne!(base, model.transfer_fingerprint(DType::Bf16, &changed, &one));
+        }
+        // Which layer lies where, with the same layout.
+        let groups = |windows: [Option<usize>; 4]| LayerGroups::of_windows(&windows);
+        let alternating = groups([Some(8), None, Some(8), None]);
+        let in_halves = groups([Some(8), Some(8), None, None]);
+        let of_groups = |groups: &LayerGroups| model.transfer_fingerprint(DType::Bf16, &layout, groups);
+        assert_ne!(of_groups(&alternating), of_groups(&in_halves));
+        assert_ne!(of_groups(&alternating), base);
+        assert_eq!(base, of_groups(&one));
         assert_ne!(model.packed_key(DType::Bf16), model.packed_key(DType::F32));
     }
 }

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use baton_kernels::{
-    Cpu, CpuOptions, DType, Isa, KernelError, KvCache, KvLayout, PackedWeights, WeightSource, WeightSpec,
+    Cpu, CpuOptions, DType, Isa, KernelError, KvCache, KvLayout, PackedWeights, WINDOW_GRAIN, WeightSource, WeightSpec,
 };
+use baton_scheduler::batch::SlidingWindow;
 
 use super::config::ModelConfig;
 use super::decoder::{Decoder, DecoderLimits};
@@ -36,10 +37,23 @@ pub struct CpuLoadOptions {
 }
 
 impl ModelConfig {
-    /// Shape of a KV cache for this model.
+    /// Of each layer group, how far back its queries see, where it has a window.
+    pub fn sliding_windows(&self) -> Vec<Option<SlidingWindow>> {
+        /// Far more tokens than are on their way from an instance to the front door at any time.
+        const SLACK: usize = 128;
+        let window = |n_tokens| SlidingWindow {
+            n_tokens,
+            grain: WINDOW_GRAIN,
+            slack: SLACK,
+        };
+        let windows = self.layer_groups();
+        windows.windows().iter().map(|kind| kind.map(window)).collect()
+    }
+
+    /// Shape of a KV cache for this model: a block has the layers of one group.
     pub fn kv_layout(&self, block_size: usize, dtype: DType) -> KvLayout {
         KvLayout {
-            n_layers: self.n_layers,
+            n_layers: self.layer_groups().n_slots(),
             n_kv_heads: self.n_kv_heads,
             block_size,
             head_dim: self.head_dim,

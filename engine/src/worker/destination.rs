@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use baton_proto::cluster::{self, generate_event::Event, transfer_frame::Frame};
-use baton_proto::convert::{choice_from_wire, token_from_wire, token_to_wire};
+use baton_proto::convert::{choice_from_wire, first_blocks_to_wire, token_from_wire, token_to_wire};
 use baton_scheduler::batch::Numerics;
+use baton_scheduler::layer_groups::LayerPlace;
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token};
 use baton_scheduler::timeline::Moment;
 use baton_scheduler::transfer::{
@@ -128,15 +129,20 @@ impl DestinationDriver {
             accepted: _,
         } = taken;
         let choices = reservation.choices.iter().map(|choice| ChoicePlan {
-            first_block: choice.n_blocks_held as u32,
+            first_blocks: choice
+                .layer_groups
+                .iter()
+                .map(|group| group.n_blocks_held as u32)
+                .collect(),
             n_blocks: choice.n_blocks_total as u32,
         });
         let plan = TransferPlan {
-            n_layers: worker.engine.layout().n_layers as u32,
+            layer_groups: worker.engine.layer_groups().of_layers(),
             choices: choices.collect(),
         };
         let transfer = TransferId(NEXT_TRANSFER.fetch_add(1, Relaxed));
-        let n_held: u64 = plan.choices.iter().map(|choice| u64::from(choice.first_block)).sum();
+        let held = plan.choices.iter().flat_map(|choice| &choice.first_blocks);
+        let n_held: u64 = held.map(|&first| u64::from(first)).sum();
         add(&worker.counters.n_blocks_not_sent, n_held);
         let opened_at = Instant::now();
         let begin = match kind {
@@ -188,21 +194,27 @@ impl DestinationDriver {
         let offer = Some(offer);
         let frames = match self.kind {
             Kind::Handoff => {
+                let (first_block, first_blocks) = first_blocks_to_wire(&self.plan.choices[0].first_blocks);
                 let request = cluster::PrefillRequest {
                     handshake,
                     state: Some((&self.state).into()),
                     transfer_id: self.transfer.0,
-                    first_block: self.plan.choices[0].first_block,
+                    first_block,
+                    first_blocks,
                     offer,
                 };
                 client.prefill(request).await?
             }
             Kind::Migration => {
                 let rooms = self.plan.choices.iter().zip(&self.state.choices);
-                let choices = rooms.map(|(plan, known)| cluster::ChoiceRoom {
-                    first_block: plan.first_block,
-                    n_blocks: plan.n_blocks,
-                    n_known_tokens: known.output.len() as u32,
+                let choices = rooms.map(|(plan, known)| {
+                    let (first_block, first_blocks) = first_blocks_to_wire(&plan.first_blocks);
+                    cluster::ChoiceRoom {
+                        first_block,
+                        first_blocks,
+                        n_blocks: plan.n_blocks,
+                        n_known_tokens: known.output.len() as u32,
+                    }
                 });
                 let request = cluster::MigrateRequest {
                     handshake,
@@ -469,9 +481,11 @@ impl DestinationDriver {
             .expect("a frame's fact is applied with the frame at hand");
         let reservation = self.reservation.as_mut().expect("blocks are reserved until the join");
         let receiver = self.receiver.as_mut().expect("frames are written after the answer");
-        let first = (range.first_block - self.plan.choices[range.choice as usize].first_block) as usize;
-        let writers = &mut reservation.choices[range.choice as usize].writers[first..first + range.n_blocks as usize];
-        match receiver.land(&frame, writers) {
+        let first = (range.first_block - self.plan.first_block(range.choice, range.layer)) as usize;
+        let LayerPlace { layer_group, slot } = self.worker.engine.layer_groups().place(range.layer as usize);
+        let reserved = &mut reservation.choices[range.choice as usize].layer_groups[layer_group];
+        let writers = &mut reserved.writers[first..first + range.n_blocks as usize];
+        match receiver.land(&frame, slot, writers) {
             Ok(n_bytes) => {
                 self.used.kv_bytes_received += n_bytes;
                 add(&self.worker.counters.bytes_received, n_bytes);

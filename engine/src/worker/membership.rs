@@ -207,6 +207,8 @@ async fn stay(
 fn worker_join(service: &WorkerService, membership: &Membership, version: u32) -> cluster::WorkerJoin {
     let engine = service.engine();
     let (layout, batch) = (engine.layout(), engine.batch_config());
+    let token_bytes = layout.layer_block_bytes() / layout.block_size;
+    let most_blocks = (0..batch.n_groups()).map(|group| batch.most_blocks(group).unwrap_or(0) as u32);
     cluster::WorkerJoin {
         instance_id: service.identity().instance.to_string(),
         incarnation: service.identity().incarnation.0,
@@ -220,7 +222,8 @@ fn worker_join(service: &WorkerService, membership: &Membership, version: u32) -
         max_num_seqs: batch.max_num_seqs as u32,
         max_model_len: batch.max_model_len as u32,
         short_context: batch.short_context.unwrap_or(0),
-        kv_bytes_per_token: (layout.block_bytes() / layout.block_size) as u64,
+        kv_bytes_per_token: (engine.layer_groups().n_layers() * token_bytes) as u64,
+        most_blocks: most_blocks.collect(),
         pid: std::process::id(),
         model: membership.model.clone(),
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use baton_kernels::KvRead;
 use baton_proto::cluster::{self, generate_event::Event, transfer_frame::Frame};
-use baton_proto::convert::{choice_to_wire, request_id_from_wire};
+use baton_proto::convert::{choice_to_wire, first_blocks_from_wire, request_id_from_wire};
 use baton_scheduler::ids::RequestId;
 use baton_scheduler::request::{ChoiceState, Failure};
 use baton_scheduler::timeline::Moment;
@@ -110,28 +110,32 @@ impl Mover {
                 "choices has {found} entries, expected {n_choices}"
             )));
         }
-        if let Some(bad) = request
-            .choices
-            .iter()
-            .find(|choice| choice.first_block > choice.n_blocks)
-        {
-            return Err(Failure::Invalid(format!(
-                "choices.first_block is {}, expected at most its n_blocks, {}",
-                bad.first_block, bad.n_blocks
-            )));
-        }
         let layout = worker.engine.layout();
-        let plan = TransferPlan {
-            n_layers: layout.n_layers as u32,
-            choices: request
-                .choices
-                .iter()
-                .map(|choice| ChoicePlan {
-                    first_block: choice.first_block,
-                    n_blocks: choice.n_blocks,
-                })
-                .collect(),
+        let layer_groups = worker.engine.layer_groups();
+        let n_layers = layer_groups.n_layers();
+        let choice_plan = |room: &cluster::ChoiceRoom| ChoicePlan {
+            first_blocks: first_blocks_from_wire(room.first_block, room.first_blocks.clone()),
+            n_blocks: room.n_blocks,
         };
+        let plan = TransferPlan {
+            layer_groups: layer_groups.of_layers(),
+            choices: request.choices.iter().map(choice_plan).collect(),
+        };
+        let n_groups = layer_groups.n_groups();
+        for choice in &plan.choices {
+            let n_firsts = choice.first_blocks.len();
+            if n_firsts != n_groups {
+                return Err(Failure::Invalid(format!(
+                    "choices.first_blocks has {n_firsts} entries, expected {n_groups}"
+                )));
+            }
+            if let Some(first) = choice.first_blocks.iter().find(|first| **first > choice.n_blocks) {
+                return Err(Failure::Invalid(format!(
+                    "choices.first_block is {first}, expected at most its n_blocks, {}",
+                    choice.n_blocks
+                )));
+            }
+        }
         let limits = MigrationLimits {
             max_in_flight: MAX_IN_FLIGHT,
             max_blocks_per_frame: (sender.kind().frame_bytes() / layout.layer_block_bytes()).max(1) as u32,
@@ -154,7 +158,7 @@ impl Mover {
             running: Some(running),
             asked: None,
             pinned: (0..n_choices)
-                .map(|_| (0..layout.n_layers).map(|_| VecDeque::new()).collect())
+                .map(|_| (0..n_layers).map(|_| VecDeque::new()).collect())
                 .collect(),
             n_known: request
                 .choices
@@ -249,7 +253,7 @@ impl Mover {
     fn take_stage(&mut self, stage: MoveStage) -> Vec<u32> {
         let mut ends = Vec::with_capacity(stage.choices.len());
         for (choice, pinned) in stage.choices.into_iter().zip(&mut self.pinned) {
-            ends.push(choice.blocks.end as u32);
+            ends.push(choice.end as u32);
             for (reads, queue) in choice.reads.into_iter().zip(pinned) {
                 queue.extend(reads);
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use baton_kernels::KvRead;
 use baton_proto::cluster::{self, transfer_frame::Frame};
-use baton_proto::convert::token_to_wire;
+use baton_proto::convert::{first_blocks_from_wire, token_to_wire};
 use baton_scheduler::ids::Nanos;
 use baton_scheduler::request::{Failure, Finish, PortableState, Token};
 use baton_scheduler::timeline::Moment;
@@ -78,8 +78,12 @@ impl SourceDriver {
             ..worker.identity.accepted(request.handshake.as_ref())
         };
         let layout = worker.engine.layout();
-        let job = worker.engine.prefill(prepared, request.first_block as usize)?;
-        let plan = TransferPlan::handoff(layout.n_layers as u32, request.first_block, job.n_blocks() as u32);
+        let first_blocks = first_blocks_from_wire(request.first_block, request.first_blocks);
+        let firsts: Vec<usize> = first_blocks.iter().map(|&first| first as usize).collect();
+        let job = worker.engine.prefill(prepared, &firsts)?;
+        let layer_groups = worker.engine.layer_groups().of_layers();
+        let n_layers = layer_groups.len();
+        let plan = TransferPlan::handoff(layer_groups, first_blocks, job.n_blocks() as u32);
         let per_frame = (sender.kind().frame_bytes() / layout.layer_block_bytes()).max(1) as u32;
         let stall_deadline = nanos(worker.options.stall_deadline);
         link.push(Frame::Accepted(accepted));
@@ -90,7 +94,7 @@ impl SourceDriver {
             held: Vec::new(),
             trouble: None,
             job,
-            pinned: (0..layout.n_layers).map(|_| VecDeque::new()).collect(),
+            pinned: (0..n_layers).map(|_| VecDeque::new()).collect(),
             first: Vec::new(),
             n_cached_tokens: 0,
             link,

@@ -14,10 +14,10 @@ pub enum PrefixCaching {
     Off,
 }
 
-/// How far back the queries of a model see whose layers all have a window.
+/// How far back the queries of a layer group see that has a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlidingWindow {
-    /// A query sees itself and the `n_tokens - 1` tokens before it, in the layer that sees furthest.
+    /// A query sees itself and the `n_tokens - 1` tokens before it.
     pub n_tokens: usize,
     /// The device reads from the window's beginning rounded down to a multiple of this.
     pub grain: usize,
@@ -41,8 +41,8 @@ pub struct BatchConfig {
     pub max_model_len: usize,
     /// Tokens of the longest sequence that the model's rotary table for short contexts turns, where it has two.
     pub short_context: Option<u32>,
-    /// How far back any query sees, where every layer has a window. Blocks before that are given up.
-    pub window: Option<SlidingWindow>,
+    /// Of each layer group, how far back its queries see, where it has a window. Blocks before that are given up.
+    pub windows: Vec<Option<SlidingWindow>>,
     /// Sequences that wait to run for the first time.
     pub max_waiting: usize,
     /// Reservations that wait for a prefix someone else brings.
@@ -99,7 +99,7 @@ impl BatchConfig {
             max_batch_tokens: 512,
             max_model_len: (n_blocks * block_size).min(131_072),
             short_context: None,
-            window: None,
+            windows: vec![None],
             max_waiting: 1024,
             max_deferred_reservations: 64,
             max_defer: Nanos::from_secs(5),
@@ -116,12 +116,57 @@ impl BatchConfig {
         n_tokens.div_ceil(self.block_size)
     }
 
-    /// Leading blocks that no query from position `n_computed` on reads, with `slack` tokens to spare.
-    pub fn n_unseen_blocks(&self, n_computed: usize, slack: usize) -> usize {
-        self.window.map_or(0, |window| {
+    /// Layer groups of the model: block tables of a sequence, and blocks for each `block_size` tokens of it.
+    pub fn n_groups(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// Leading blocks of a layer group that no query from position `n_computed` on reads.
+    pub fn n_unseen_blocks(&self, layer_group: usize, n_computed: usize) -> usize {
+        self.n_unneeded_blocks(layer_group, n_computed, 0)
+    }
+
+    /// Those that a running sequence gives up: it keeps some that only another instance may ask for.
+    pub(super) fn n_released_blocks(&self, layer_group: usize, n_computed: usize) -> usize {
+        let slack = self.windows[layer_group].map_or(0, |window| window.slack);
+        self.n_unneeded_blocks(layer_group, n_computed, slack)
+    }
+
+    fn n_unneeded_blocks(&self, layer_group: usize, n_computed: usize, slack: usize) -> usize {
+        self.windows[layer_group].map_or(0, |window| {
             let first_seen = (n_computed + 1).saturating_sub(window.n_tokens + slack);
             first_seen / window.grain * window.grain / self.block_size
         })
+    }
+
+    /// Most blocks that a running sequence holds in a layer group, however long it is; `None` where there is no window.
+    ///
+    /// After a step of `max_batch_tokens` those are the tokens of the step, the window before it, what is kept beside it and
+    /// what the grain rounds off; and one block more, because neither end need lie at a block's.
+    pub fn most_blocks(&self, layer_group: usize) -> Option<usize> {
+        let window = self.windows[layer_group]?;
+        let n_tokens = window.n_tokens + window.slack + window.grain + self.max_batch_tokens;
+        Some(self.blocks_for(n_tokens) + 1)
+    }
+
+    /// Blocks, over all layer groups, with which a sequence of `n_tokens` can run.
+    pub fn n_blocks_to_run(&self, n_tokens: usize) -> usize {
+        let n_blocks = self.blocks_for(n_tokens);
+        let of_group = |layer_group| self.most_blocks(layer_group).unwrap_or(n_blocks).min(n_blocks);
+        (0..self.n_groups()).map(of_group).sum()
+    }
+
+    /// Tokens of the longest sequence that can run with all blocks, of `max_tokens` at most.
+    pub fn longest_sequence(&self, max_tokens: usize) -> usize {
+        let (mut fits, mut most) = (0, self.blocks_for(max_tokens));
+        while fits < most {
+            let middle = (fits + most).div_ceil(2);
+            match self.n_blocks_to_run(middle * self.block_size) <= self.n_blocks {
+                true => fits = middle,
+                false => most = middle - 1,
+            }
+        }
+        (fits * self.block_size).min(max_tokens)
     }
 
     /// Refuses limits that cannot work together.
@@ -135,10 +180,11 @@ impl BatchConfig {
             ("max_waiting", self.max_waiting),
             ("max_prompt_logprob_rows", self.max_prompt_logprob_rows),
             ("max_prefix_events", self.max_prefix_events),
-            ("window", self.window.map_or(1, |window| window.n_tokens)),
-            ("window.grain", self.window.map_or(1, |window| window.grain)),
+            ("windows", self.windows.len()),
         ];
-        if let Some(&(field, _)) = fields.iter().find(|(_, value)| *value == 0) {
+        let windows = self.windows.iter().flatten();
+        let of_windows = windows.flat_map(|window| [("window", window.n_tokens), ("window.grain", window.grain)]);
+        if let Some((field, _)) = fields.into_iter().chain(of_windows).find(|(_, value)| *value == 0) {
             return Err(BatchConfigError::Zero { field });
         }
         if self.max_batch_tokens < self.max_num_seqs {
@@ -148,7 +194,7 @@ impl BatchConfig {
                 max_num_seqs,
             });
         }
-        let n_tokens = self.n_blocks * self.block_size;
+        let n_tokens = self.longest_sequence(self.max_model_len);
         if n_tokens < self.max_model_len {
             return Err(BatchConfigError::CacheTooSmall {
                 n_tokens,

@@ -2,7 +2,7 @@
 //! the prompt are shared and whose partial last block is copied. What they sample is not known here.
 
 use super::{BatchScheduler, Sequence, SequenceKind};
-use crate::block_pool::IsPinned;
+use crate::block_pool::{HeldBlock, IsPinned};
 use crate::ids::{BlockId, SequenceId, TokenId};
 use crate::request::{Finish, PortableState};
 
@@ -27,7 +27,7 @@ pub struct Member {
     pub choice: u32,
 }
 
-/// A block to be copied, in all layers, before anything else is computed.
+/// A block to be copied, in all its layers, before anything else is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockCopy {
     /// The choice that owns the copy.
@@ -136,7 +136,7 @@ impl BatchScheduler {
                 }
                 let sequence = self.sequences.get_mut(&id).expect("a sampling sequence exists");
                 sequence.tokens.push(tokens[0]);
-                sequence.spare.release(&mut self.pool, is_pinned);
+                sequence.release_spare(&mut self.pool, is_pinned);
                 if continued[0].finish.is_some() {
                     self.remove(id, is_pinned);
                 }
@@ -161,30 +161,40 @@ impl BatchScheduler {
         sequence.tokens.push(continued.token);
         let n_full = leader.n_computed / self.config.block_size;
         let is_partial = !leader.n_computed.is_multiple_of(self.config.block_size);
-        let mut own = leader.spare.pop();
-        if is_partial && own.is_none() {
-            own = self.cache.allocate(&mut self.pool, is_pinned);
+        let n_groups = self.config.n_groups();
+        let mut own: Vec<HeldBlock> = Vec::with_capacity(n_groups);
+        while own.len() < n_groups {
+            let spare = leader.spare.pop();
+            let allocated = || self.cache.allocate(&mut self.pool, is_pinned);
+            let Some(block) = spare.or_else(|| is_partial.then(allocated).flatten()) else {
+                break;
+            };
+            own.push(block);
         }
-        if is_partial && own.is_none() {
+        if is_partial && own.len() < n_groups {
+            own.into_iter().for_each(|block| self.pool.release(block, is_pinned));
             sequence.forget_computed();
             self.counters.n_preemptions += 1;
             committed.preempted.push(member);
             self.preempted.insert(id);
         } else {
-            let first = leader.table.n_released();
-            sequence.table.skip(first);
-            for block in leader.table.range(first..n_full) {
-                sequence.table.push(self.pool.hold(block.id()));
+            for layer_group in 0..n_groups {
+                let first = leader.tables.n_released(layer_group);
+                sequence.tables.skip(layer_group, first);
+                for block in leader.tables.range(layer_group, first..n_full) {
+                    sequence.tables.push(layer_group, self.pool.hold(block.id()));
+                }
             }
-            if let Some(own) = own {
+            for (layer_group, own) in own.into_iter().enumerate() {
                 if is_partial {
+                    let from = leader.tables.get(layer_group, n_full);
                     committed.copies.push(BlockCopy {
                         member,
-                        from: leader.table.get(n_full).expect("its last block is in use").id(),
+                        from: from.expect("its last block is in use").id(),
                         to: own.id(),
                     });
                 }
-                sequence.table.push(own);
+                sequence.tables.push(layer_group, own);
             }
             self.running.insert(id);
         }

@@ -1,10 +1,10 @@
 //! Running groups that go to another instance or come from one: pause and resume, and reservations that join with all
 //! their tokens. When to pause, and how the KV travels, is decided elsewhere.
 
-use super::reservation::Grant;
+use super::reservation::{Grant, LayerGroupGrant};
 use super::{BatchScheduler, BlockCopy, GroupId, Member, Numerics, PrefixCaching, SequenceKind};
 use crate::block_pool::{HeldBlock, IsPinned};
-use crate::ids::SequenceId;
+use crate::ids::{BlockId, SequenceId};
 use crate::request::{ChoiceState, Failure, PortableState};
 
 /// What came of a resumption.
@@ -66,22 +66,25 @@ impl BatchScheduler {
             let member = self.member(id);
             let sequence = self.sequences.get_mut(&id).expect("a paused sequence exists");
             let block_idx = sequence.n_computed / self.config.block_size;
-            let is_read = |block: &&HeldBlock| is_pinned(block.id());
-            let Some(from) = sequence.table.get(block_idx).filter(is_read) else {
+            let read: Vec<(usize, BlockId)> = (0..self.config.n_groups())
+                .filter_map(|layer_group| Some((layer_group, sequence.tables.get(layer_group, block_idx)?.id())))
+                .filter(|&(_, block)| is_pinned(block))
+                .collect();
+            let own: Vec<HeldBlock> = read
+                .iter()
+                .map_while(|_| self.cache.allocate(&mut self.pool, is_pinned))
+                .collect();
+            if own.len() < read.len() {
+                own.into_iter().for_each(|block| self.pool.release(block, is_pinned));
+                self.give_blocks_up(id, is_pinned);
+                resumed.preempted.push(member);
                 continue;
-            };
-            let from = from.id();
-            match self.cache.allocate(&mut self.pool, is_pinned) {
-                Some(block) => {
-                    let to = block.id();
-                    let read = sequence.table.replace(block_idx, block);
-                    self.pool.release(read, is_pinned);
-                    resumed.copies.push(BlockCopy { member, from, to });
-                }
-                None => {
-                    self.give_blocks_up(id, is_pinned);
-                    resumed.preempted.push(member);
-                }
+            }
+            for ((layer_group, from), block) in read.into_iter().zip(own) {
+                let to = block.id();
+                let read = sequence.tables.replace(layer_group, block_idx, block);
+                self.pool.release(read, is_pinned);
+                resumed.copies.push(BlockCopy { member, from, to });
             }
         }
         resumed
@@ -113,9 +116,11 @@ impl BatchScheduler {
         let group = self.insert(state, SequenceKind::Moved);
         let members = self.members(group);
         let shortest = members.iter().map(|id| self.sequences[id].tokens.len() - 1).min();
-        let n_unseen = self.config.n_unseen_blocks(shortest.unwrap_or(0), 0);
+        let firsts: Vec<usize> = (0..self.config.n_groups())
+            .map(|layer_group| self.config.n_unseen_blocks(layer_group, shortest.unwrap_or(0)))
+            .collect();
         for &id in &members {
-            if !self.allocate_moved(id, members[0], n_unseen, n_slack_blocks, is_pinned) {
+            if !self.allocate_moved(id, members[0], &firsts, n_slack_blocks, is_pinned) {
                 return Err(self.refuse_reservation(group, is_pinned));
             }
         }
@@ -139,11 +144,16 @@ impl BatchScheduler {
             .first()
             .map_or(0, |id| self.n_prompt(*id) / self.config.block_size);
         let grant = |choice: u32| match self.sequences.get(&group.sequence(choice)) {
-            Some(sequence) => self.grant_of(sequence, sequence.table.len()),
+            Some(sequence) => self.grant_of(sequence, sequence.tables.len(0)),
             None => Grant {
                 n_blocks_total: n_prompt_blocks,
-                n_blocks_held: n_prompt_blocks,
-                blocks: Vec::new(),
+                layer_groups: vec![
+                    LayerGroupGrant {
+                        n_blocks_held: n_prompt_blocks,
+                        blocks: Vec::new(),
+                    };
+                    self.config.n_groups()
+                ],
             },
         };
         (0..n).map(grant).collect()
@@ -204,7 +214,7 @@ impl BatchScheduler {
             return Ok(());
         }
         let n_tokens = sequence.n_prompt + output.len();
-        let n_room = sequence.table.len();
+        let n_room = sequence.tables.len(0);
         if self.config.blocks_for(n_tokens - 1) > n_room {
             return Err(format!("choice {choice} has outgrown its {n_room} blocks"));
         }
@@ -214,60 +224,66 @@ impl BatchScheduler {
         Ok(())
     }
 
-    /// Gives a choice its blocks, from the prefix cache and from the first choice as far as they go, but for the `n_unseen`
-    /// that none of the group's queries will see. False when there is no room.
+    /// Gives a choice its blocks, from the prefix cache or from the first choice as far as they go, but for those that none of
+    /// the group's queries will see: `firsts` has the first seen block of each layer group. False when there is no room.
     fn allocate_moved(
         &mut self,
         id: SequenceId,
         first: SequenceId,
-        n_unseen: usize,
+        firsts: &[usize],
         n_slack: usize,
         is_pinned: IsPinned<'_>,
     ) -> bool {
         let n_headroom = self.n_headroom();
         let block_size = self.config.block_size;
-        let n_prompt_blocks = self.sequences[&id].n_prompt / block_size;
-        // Blocks that are there without being sent, by their number and, from the first that is seen on, by their ids.
-        let (mut n_held, mut held) = (n_unseen, Vec::new());
-        if id != first && n_prompt_blocks > n_unseen {
-            let shared = self.sequences[&first].table.range(n_unseen..n_prompt_blocks);
-            held.extend(shared.iter().map(HeldBlock::id));
-            n_held = n_prompt_blocks;
-        }
+        // Blocks of the prompt that are there without being sent, because the first choice receives them.
+        let n_shared = match id == first {
+            true => 0,
+            false => self.sequences[&id].n_prompt / block_size,
+        };
         let sequence = self.sequences.get_mut(&id).expect("a member exists");
-        sequence.n_registered = n_unseen;
         let n_kv_tokens = sequence.tokens.len() - 1;
+        let mut n_hit = 0;
         if self.config.prefix_caching == PrefixCaching::On {
             self.hasher.extend(sequence.salt, &sequence.tokens, &mut sequence.keys);
             let keys = &sequence.keys[..n_kv_tokens / block_size];
-            let hits = self.cache.lookup(keys, &sequence.tokens, block_size);
+            n_hit = self
+                .cache
+                .lookup(keys, &sequence.tokens, block_size, |layer_group, _| firsts[layer_group]);
+            let n_found = n_hit.saturating_sub(*firsts.iter().min().expect("a layer group"));
             self.counters.n_prefix_query_tokens += n_kv_tokens as u64;
-            self.counters.n_prefix_hit_tokens += (hits.len() * block_size) as u64;
-            // The shared ones are hits too as far as there are any, so the longer list contains the other.
-            if hits.len() >= n_held {
-                sequence.n_registered = hits.len();
-                n_held = hits.len();
-                held = hits[n_unseen..].to_vec();
-            }
+            self.counters.n_prefix_hit_tokens += (n_found * block_size) as u64;
         }
-        sequence.table.skip(n_unseen);
-        for &block in &held {
-            sequence.table.push(self.pool.hold(block));
+        // The shared ones are hits too as far as there are any, so the longer beginning contains the other.
+        if n_hit >= n_shared {
+            self.hold_hits(id, firsts, n_hit);
+        } else {
+            n_hit = 0;
+            self.hold_shared(id, first, firsts, n_shared);
         }
-        sequence.n_hit_blocks = n_held;
+        let sequence = self.sequences.get_mut(&id).expect("a member exists");
+        sequence.n_registered = n_hit;
+        sequence.n_held_blocks = firsts.iter().map(|&first| first.max(n_hit).max(n_shared)).collect();
         let n_context = self.config.blocks_for(n_kv_tokens);
         let n_most = self.config.blocks_for(sequence.max_kv_tokens());
         let n_total = (n_context + n_slack).min(n_most).max(n_context);
-        if self.pool.n_available() < n_total - n_held + n_headroom {
-            return false;
+        let ends = vec![n_total; firsts.len()];
+        let has_room = self.pool.n_available() >= sequence.n_missing(&ends) + n_headroom;
+        has_room && self.fill_tables(id, &ends, 0, is_pinned)
+    }
+
+    /// Begins the tables of a choice with the first choice's blocks before `n_shared`.
+    fn hold_shared(&mut self, id: SequenceId, first: SequenceId, firsts: &[usize], n_shared: usize) {
+        for (layer_group, &first_block) in firsts.iter().enumerate() {
+            let end = n_shared.max(first_block);
+            let shared = self.sequences[&first]
+                .tables
+                .range(layer_group, first_block..end)
+                .iter();
+            let shared: Vec<HeldBlock> = shared.map(|block| self.pool.hold(block.id())).collect();
+            let tables = &mut self.sequences.get_mut(&id).expect("a member exists").tables;
+            tables.skip(layer_group, first_block);
+            shared.into_iter().for_each(|block| tables.push(layer_group, block));
         }
-        while sequence.table.len() < n_total {
-            let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) else {
-                return false;
-            };
-            self.pool.reserve(&block);
-            sequence.table.push(block);
-        }
-        true
     }
 }

@@ -22,11 +22,25 @@ pub enum ReserveOutcome {
 pub struct Grant {
     /// Handoff: blocks of the context. Move: blocks there is room for, which the context may not outgrow.
     pub n_blocks_total: usize,
+    /// What it has of each layer group.
+    pub layer_groups: Vec<LayerGroupGrant>,
+}
+
+/// What one context of a granted reservation has in the layers of one group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerGroupGrant {
     /// Leading blocks that the prefix cache had, that another choice of the request receives, or that no query will see; they
     /// need not be sent.
     pub n_blocks_held: usize,
     /// The blocks to be written, in order: those after the held ones.
     pub blocks: Vec<(BlockId, Generation)>,
+}
+
+impl Grant {
+    /// The blocks to be written, in all layer groups.
+    pub fn blocks(&self) -> impl Iterator<Item = (BlockId, Generation)> + '_ {
+        self.layer_groups.iter().flat_map(|group| group.blocks.iter().copied())
+    }
 }
 
 /// Whether received KV was computed with the same bits as ours.
@@ -116,12 +130,16 @@ impl BatchScheduler {
     }
 
     pub(super) fn grant_of(&self, sequence: &Sequence, n_blocks_total: usize) -> Grant {
-        let n_blocks_held = sequence.n_hit_blocks;
-        let to_write = sequence.table.range(n_blocks_held..n_blocks_total);
+        let of_group = |(layer_group, &n_blocks_held): (usize, &usize)| {
+            let to_write = sequence.tables.range(layer_group, n_blocks_held..n_blocks_total);
+            LayerGroupGrant {
+                n_blocks_held,
+                blocks: to_write.iter().map(|block| (block.id(), block.generation())).collect(),
+            }
+        };
         Grant {
             n_blocks_total,
-            n_blocks_held,
-            blocks: to_write.iter().map(|block| (block.id(), block.generation())).collect(),
+            layer_groups: sequence.n_held_blocks.iter().enumerate().map(of_group).collect(),
         }
     }
 
@@ -157,18 +175,19 @@ impl BatchScheduler {
         );
         self.running.insert(id);
         let sequence = self.sequences.get_mut(&id).expect("a reserved sequence exists");
-        let n_held = sequence.n_hit_blocks - sequence.table.n_released();
-        let received = sequence.table.blocks().iter().skip(n_held);
-        received
-            .chain(sequence.spare.blocks())
-            .for_each(|block| self.pool.receive(block));
+        for (layer_group, n_held) in sequence.n_held_blocks.iter().enumerate() {
+            let n_here = n_held - sequence.tables.n_released(layer_group);
+            let received = &sequence.tables.blocks(layer_group)[n_here..];
+            received.iter().for_each(|block| self.pool.receive(block));
+        }
+        sequence.spare.iter().for_each(|block| self.pool.receive(block));
         sequence.kind = SequenceKind::Local;
     }
 
     pub(super) fn refuse_reservation(&mut self, group: GroupId, is_pinned: IsPinned<'_>) -> Failure {
         let members = self.members(group);
         let n_tokens = members.iter().map(|id| self.sequences[id].tokens.len());
-        let n_blocks: usize = n_tokens.map(|n_tokens| self.config.blocks_for(n_tokens)).sum();
+        let n_blocks: usize = n_tokens.map(|n_tokens| self.config.n_blocks_to_run(n_tokens)).sum();
         self.remove_group(group, is_pinned);
         let n_available = self.pool.n_available();
         Failure::Busy(format!("{n_blocks} blocks are needed and {n_available} are free"))

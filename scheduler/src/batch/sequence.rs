@@ -1,10 +1,10 @@
 //! The running state of one choice of a request on one instance, as far as scheduling needs it. A fresh request of several
 //! choices is one sequence until their first tokens.
 
-use super::block_table::BlockTable;
+use super::block_table::BlockTables;
 use super::group::GroupId;
 use super::{BatchConfig, Numerics, PrefixCaching, Samples};
-use crate::block_pool::{BlockPool, IsPinned};
+use crate::block_pool::{BlockPool, HeldBlock, IsPinned};
 use crate::ids::{Nanos, TokenId};
 use crate::prefix_cache::PrefixKey;
 use crate::request::{Finish, PortableState};
@@ -46,15 +46,15 @@ pub(super) struct Sequence {
     pub(super) kind: SequenceKind,
     pub(super) tokens: Vec<TokenId>,
     pub(super) n_prompt: usize,
-    /// Leading tokens whose KV is in the table's blocks.
+    /// Leading tokens whose KV is in the tables' blocks.
     pub(super) n_computed: usize,
-    pub(super) table: BlockTable,
-    /// Reserved for the choices that fork from it.
-    pub(super) spare: BlockTable,
+    pub(super) tables: BlockTables,
+    /// Reserved for the choices that fork from it: one block of each layer group for each.
+    pub(super) spare: Vec<HeldBlock>,
     /// Keys of the full blocks of `tokens`, as far as they were needed.
     pub(super) keys: Vec<PrefixKey>,
-    /// Leading blocks that came from the prefix cache.
-    pub(super) n_hit_blocks: usize,
+    /// Of each layer group, leading blocks that came from the prefix cache, that another choice brings, or that no query sees.
+    pub(super) n_held_blocks: Vec<usize>,
     /// Leading blocks already offered to the prefix cache.
     pub(super) n_registered: usize,
     /// Keys whose KV this sequence has promised to bring.
@@ -96,10 +96,10 @@ impl Sequence {
                 .collect(),
             n_prompt,
             n_computed: 0,
-            table: BlockTable::default(),
-            spare: BlockTable::default(),
+            tables: BlockTables::new(config.n_groups()),
+            spare: Vec::new(),
             keys: Vec::new(),
-            n_hit_blocks: 0,
+            n_held_blocks: vec![0; config.n_groups()],
             n_registered: 0,
             claims: Vec::new(),
             numerics: Numerics::Same,
@@ -125,10 +125,10 @@ impl Sequence {
             tokens: self.tokens.clone(),
             n_prompt: self.n_prompt,
             n_computed: self.n_computed,
-            table: BlockTable::default(),
-            spare: BlockTable::default(),
+            tables: BlockTables::new(self.n_held_blocks.len()),
+            spare: Vec::new(),
             keys: self.keys.clone(),
-            n_hit_blocks: 0,
+            n_held_blocks: vec![0; self.n_held_blocks.len()],
             n_registered: self.n_registered,
             claims: Vec::new(),
             numerics: self.numerics,
@@ -182,16 +182,47 @@ impl Sequence {
         (self.tokens.len() + 1 >= self.max_len).then_some(Finish::Length)
     }
 
+    /// Whether its KV is computed elsewhere and has not come yet.
+    pub(super) fn is_received(&self) -> bool {
+        match self.kind {
+            SequenceKind::Local | SequenceKind::PrefillForHandoff => false,
+            SequenceKind::Received | SequenceKind::Moved => true,
+        }
+    }
+
+    /// The first block of a layer group that it needs when the first `n_hit` blocks are not computed here: a local sequence must
+    /// see what is behind its next token, one that is computed elsewhere what is behind its last.
+    pub(super) fn first_needed(&self, config: &BatchConfig, layer_group: usize, n_hit: usize) -> usize {
+        let n_computed = match self.is_received() {
+            true => self.tokens.len(),
+            false => n_hit * config.block_size,
+        };
+        config.n_unseen_blocks(layer_group, n_computed)
+    }
+
+    /// Blocks that the tables lack up to `ends`, one for each layer group.
+    pub(super) fn n_missing(&self, ends: &[usize]) -> usize {
+        let missing = |(layer_group, &end): (usize, &usize)| end.saturating_sub(self.tables.len(layer_group));
+        ends.iter().enumerate().map(missing).sum()
+    }
+
     /// Gives all blocks back.
     pub(super) fn release_blocks(&mut self, pool: &mut BlockPool, is_pinned: IsPinned<'_>) {
-        self.spare.release(pool, is_pinned);
-        self.table.release(pool, is_pinned);
+        self.release_spare(pool, is_pinned);
+        self.tables.release(pool, is_pinned);
+    }
+
+    /// Gives back what was kept for choices to fork with.
+    pub(super) fn release_spare(&mut self, pool: &mut BlockPool, is_pinned: IsPinned<'_>) {
+        while let Some(block) = self.spare.pop() {
+            pool.release(block, is_pinned);
+        }
     }
 
     /// Back to the state before any of it was computed; the tokens stay.
     pub(super) fn forget_computed(&mut self) {
         self.n_computed = 0;
-        self.n_hit_blocks = 0;
+        self.n_held_blocks.fill(0);
         self.n_registered = 0;
         self.numerics = Numerics::Same;
         self.deferred_since = None;

@@ -1,6 +1,7 @@
 //! The batch scheduler against a world whose KV memory holds plain token ids: a wrong block gives a wrong token.
 
 mod groups;
+mod layer_groups;
 mod property;
 mod world;
 
@@ -250,13 +251,18 @@ fn a_handoff_holds_its_blocks_until_it_is_released() {
     assert!(world.step().items.is_empty());
     assert_eq!(world.scheduler.load().ledger.held, 3);
     // The last block is partial, so not cached, and a transfer still reads it.
-    world.pins.insert(BlockId(world.scheduler.block_table(id)[2]));
+    world.pins.insert(BlockId(world.scheduler.block_tables(id)[0][2]));
     world.remove(id);
     let ledger = world.scheduler.load().ledger;
     assert_eq!((ledger.held, ledger.cached, ledger.quarantined), (0, 2, 1));
     world.pins.clear();
     world.step();
     assert!(world.scheduler.load().ledger.is_whole());
+}
+
+/// Blocks held of the first layer group.
+fn n_held(grant: &Grant) -> usize {
+    grant.layer_groups[0].n_blocks_held
 }
 
 #[test]
@@ -266,7 +272,7 @@ fn a_reservation_takes_its_context_and_one_block() {
     let id = world.reserved(&tokens, 6);
     let grant = world.scheduler.grant(world.group(id));
     assert_eq!(
-        (grant.n_blocks_total, grant.n_blocks_held, grant.blocks.len()),
+        (grant.n_blocks_total, n_held(&grant), grant.blocks().count()),
         (2, 0, 2)
     );
     assert_eq!(world.scheduler.load().ledger.reserved, 3);
@@ -278,7 +284,7 @@ fn a_reservation_takes_its_context_and_one_block() {
     // What was received is a hit now, whole blocks and all of them: the last token is computed elsewhere.
     let again = world.reserved(&tokens, 6);
     let grant = world.scheduler.grant(world.group(again));
-    assert_eq!((grant.n_blocks_total, grant.n_blocks_held), (2, 2));
+    assert_eq!((grant.n_blocks_total, n_held(&grant)), (2, 2));
     world.join(again, Numerics::Same);
     world.run();
     world.assert_as_alone(again, &tokens, 6);
@@ -304,7 +310,7 @@ const WINDOW: SlidingWindow = SlidingWindow {
 #[test]
 fn blocks_that_no_query_sees_are_given_up() {
     let mut world = World::new(BatchConfig {
-        window: Some(WINDOW),
+        windows: vec![Some(WINDOW)],
         ..config(64)
     });
     let tokens = lively(0, 14, 16);
@@ -332,7 +338,7 @@ fn blocks_that_no_query_sees_are_given_up() {
 #[test]
 fn what_no_query_will_see_is_not_asked_for() {
     let window = BatchConfig {
-        window: Some(WINDOW),
+        windows: vec![Some(WINDOW)],
         ..config(64)
     };
     let mut world = World::new(window.clone());
@@ -341,7 +347,7 @@ fn what_no_query_will_see_is_not_asked_for() {
     let grant = world.scheduler.grant(world.group(id));
     // The first query, at 22, sees tokens from 17 on, in block 4.
     assert_eq!(
-        (grant.n_blocks_total, grant.n_blocks_held, grant.blocks.len()),
+        (grant.n_blocks_total, n_held(&grant), grant.blocks().count()),
         (6, 4, 2)
     );
     // And one to grow into.
@@ -355,7 +361,7 @@ fn what_no_query_will_see_is_not_asked_for() {
     source.step();
     source.step();
     source.step();
-    let computed = source.scheduler.computed_blocks(running);
+    let computed = source.scheduler.computed_blocks(running, 0);
     assert_eq!((computed.first, computed.end()), (4, 6));
     assert_eq!(computed.get(4..6).map(<[_]>::len), Some(2));
     assert_eq!(computed.get(6..6).map(<[_]>::len), Some(0));
@@ -383,7 +389,7 @@ fn a_prefix_is_received_once() {
             n_hit_tokens: 12
         }]
     );
-    assert_eq!(world.scheduler.grant(group).n_blocks_held, 3);
+    assert_eq!(n_held(&world.scheduler.grant(group)), 3);
     world.join(second, Numerics::Same);
     world.run();
     [first, second, local]
@@ -408,8 +414,8 @@ fn a_prefill_does_not_wait_for_another_instance() {
     // The same blocks arrive a second time; one copy is kept.
     world.join(reserved, Numerics::Same);
     assert_eq!(
-        world.scheduler.block_table(reserved)[..3],
-        world.scheduler.block_table(prefill)[..3]
+        world.scheduler.block_tables(reserved)[0][..3],
+        world.scheduler.block_tables(prefill)[0][..3]
     );
     world.remove(prefill);
     world.run();

@@ -57,17 +57,17 @@ impl PlacementRequest<'_> {
         self.request.sampling.n.max(1)
     }
 
-    /// Blocks that a decode reservation takes: the tokens, and one block for each choice to grow into. Choices that have tokens
-    /// already share the full blocks of the prompt alone.
-    pub fn n_blocks(&self, block_size: u32) -> u32 {
+    /// Blocks that a reservation at a decode instance takes: the tokens, and for each choice what it grows into. Choices that
+    /// have tokens already share the full blocks of the prompt alone.
+    pub fn n_blocks(&self, decode: &InstanceInfo) -> u32 {
         let (n_choices, n_prompt) = (self.n_choices(), self.request.prompt_ids.len() as u32);
-        let n_held = self.n_tokens.div_ceil(block_size);
+        let n_held = decode.n_blocks_for(self.n_tokens);
         let n_shared = if self.n_tokens > n_prompt {
-            n_prompt / block_size
+            decode.n_blocks_for(n_prompt / decode.block_size * decode.block_size)
         } else {
             n_held
         };
-        n_shared + n_choices * (n_held - n_shared) + n_choices
+        n_shared + n_choices * (n_held - n_shared) + n_choices * decode.n_groups()
     }
 }
 
@@ -163,7 +163,7 @@ fn candidates<'a>(request: &PlacementRequest<'_>, view: &'a ClusterView) -> Pool
     };
     let is_avoided = |state: &InstanceState| request.avoided.contains(&state.info.id);
     let suits = |state: &InstanceState| state.is_usable() && state.info.protocol_version >= request.needs_version;
-    let has_room = |state: &InstanceState| state.has_room(request.n_blocks(state.info.block_size), request.n_choices());
+    let has_room = |state: &InstanceState| state.has_room(request.n_blocks(&state.info), request.n_choices());
     let decodes = |state: &InstanceState| state.info.role != Role::Prefill && suits(state) && has_room(state);
     let prefills = |state: &InstanceState| request.may_hand_over && state.info.role == Role::Prefill && suits(state);
     let mut decode = all(&|state| decodes(state) && !is_avoided(state));

@@ -91,7 +91,9 @@ fn predicted_tpot(request: &PlacementRequest<'_>, placement: &Placement, view: &
     let n_sequences = u64::from(state.n_sequences() + request.n_choices());
     let n_blocks_held = state.info.n_blocks_total.saturating_sub(state.n_blocks_available());
     let n_own = u64::from(request.n_tokens) * u64::from(request.n_choices());
-    let n_context = u64::from(n_blocks_held) * u64::from(state.info.block_size) + n_own;
+    // A block holds its tokens in the layers of one group.
+    let n_held = u64::from(n_blocks_held) * u64::from(state.info.block_size) / u64::from(state.info.n_groups());
+    let n_context = n_held + n_own;
     state.cost.step(0, n_sequences, n_context)
 }
 

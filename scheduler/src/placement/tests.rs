@@ -24,6 +24,7 @@ fn info(name: &str, role: Role) -> InstanceInfo {
         max_model_len: 1000,
         short_context: None,
         kv_bytes_per_token: 65_536,
+        most_blocks: vec![None],
     }
 }
 
@@ -371,9 +372,10 @@ fn choices_with_tokens_of_their_own_are_not_handed_over_and_need_more_blocks() {
         may_hand_over,
         objectives: RequestObjectives::default(),
     };
-    assert_eq!(asked(40, true).n_blocks(16), 3 + 3);
+    let info = info("decode", Role::Decode);
+    assert_eq!(asked(40, true).n_blocks(&info), 3 + 3);
     assert_eq!(
-        asked(50, false).n_blocks(16),
+        asked(50, false).n_blocks(&info),
         2 + 3 * 2 + 3,
         "two full blocks of the prompt are shared"
     );

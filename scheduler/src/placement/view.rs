@@ -37,6 +37,31 @@ pub struct InstanceInfo {
     pub short_context: Option<u32>,
     /// Bytes of KV of one token over all layers.
     pub kv_bytes_per_token: u64,
+    /// Of each layer group, the most blocks that a running sequence holds, where a window bounds them: as
+    /// [`BatchConfig::most_blocks`](crate::batch::BatchConfig::most_blocks).
+    pub most_blocks: Vec<Option<u32>>,
+}
+
+impl InstanceInfo {
+    /// Blocks that a sequence takes to grow by one of each layer group.
+    pub fn n_groups(&self) -> u32 {
+        self.most_blocks.len() as u32
+    }
+
+    /// Blocks that a sequence of `n_tokens` holds, over all layer groups.
+    pub fn n_blocks_for(&self, n_tokens: u32) -> u32 {
+        let n_blocks = n_tokens.div_ceil(self.block_size);
+        let of_group = |most: &Option<u32>| most.unwrap_or(n_blocks).min(n_blocks);
+        self.most_blocks.iter().map(of_group).sum()
+    }
+
+    /// Tokens of the longest sequence that it takes and that its blocks hold.
+    pub fn longest_sequence(&self) -> u32 {
+        match self.n_blocks_for(self.max_model_len) <= self.n_blocks_total {
+            true => self.max_model_len,
+            false => self.n_blocks_total / self.n_groups() * self.block_size,
+        }
+    }
 }
 
 /// What an instance says of itself.

@@ -22,6 +22,7 @@ fn join(view: &mut ClusterView, name: &str, role: Role) {
         max_model_len: 16_000,
         short_context: None,
         kv_bytes_per_token: 1,
+        most_blocks: vec![None],
     }));
 }
 

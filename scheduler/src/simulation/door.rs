@@ -194,7 +194,7 @@ impl Simulation<'_> {
         );
         let open = OpenPlacement {
             placement: placement.clone(),
-            n_blocks: asked.n_blocks(self.settings.block_size as u32),
+            n_blocks: asked.n_blocks(&door.view.instances()[&placement.decode].info),
             n_choices: asked.n_choices(),
             n_prefill_tokens: asked.n_tokens - n_cached,
             prefix_keys,
@@ -766,7 +766,7 @@ impl Simulation<'_> {
                 })
                 .map(|state| state.info.id.clone()),
             None => {
-                let n_blocks = n_choices * (n_tokens.div_ceil(self.settings.block_size) as u32 + 1);
+                let n_blocks = n_choices * (source.info.n_blocks_for(n_tokens as u32) + source.info.n_groups());
                 choose_destination(view, &from, n_blocks, n_choices, needs_version)
             }
         };

@@ -42,8 +42,8 @@ pub(super) struct OpenGroup {
     pub(super) seed: u64,
     /// All that was generated, here and before.
     pub(super) choices: Vec<ChoiceState>,
-    /// Leading blocks that a prefill has made ready, or that are not wanted.
-    n_ready: usize,
+    /// Of each layer group, leading blocks that a prefill has made ready, or that are not wanted.
+    n_ready: Vec<usize>,
     /// The move of it that is under way, by its transfer.
     mover: Option<usize>,
     /// Nobody listens any more.
@@ -66,7 +66,7 @@ pub(super) enum Command {
     Prefill {
         transfer: usize,
         state: Box<PortableState>,
-        first_block: usize,
+        first_blocks: Vec<u32>,
     },
     /// For a handoff, or with this much slack for a move.
     Reserve {
@@ -85,16 +85,16 @@ pub(super) enum Command {
     Pin {
         transfer: usize,
         group: GroupId,
-        from: Vec<u32>,
+        from: Vec<Vec<u32>>,
         pauses: bool,
     },
 }
 
-/// Blocks of each choice, pinned in every layer.
+/// Blocks of each choice in each layer group, pinned in every layer.
 #[derive(Debug, Default)]
 pub(super) struct Stage {
     pub(super) ends: Vec<u32>,
-    pub(super) blocks: Vec<Vec<(BlockId, Generation)>>,
+    pub(super) blocks: Vec<Vec<Vec<(BlockId, Generation)>>>,
 }
 
 impl Engine {
@@ -116,8 +116,8 @@ impl Engine {
     }
 
     /// Gives the blocks of a reservation back to be read or reused.
-    pub(super) fn end_writes(&mut self, reserved: &mut Vec<Vec<(BlockId, Generation)>>) {
-        for (block, generation) in std::mem::take(reserved).into_iter().flatten() {
+    pub(super) fn end_writes(&mut self, reserved: &mut Vec<Grant>) {
+        for (block, generation) in std::mem::take(reserved).iter().flat_map(Grant::blocks) {
             assert_eq!(
                 self.memory.generation(block),
                 generation,
@@ -209,17 +209,17 @@ impl Simulation<'_> {
 
     fn engine_obeys(&mut self, i: usize, command: Command) {
         match command {
-            Command::Generate { task, state } => self.submit(i, Owner::Task(task), &state, SequenceKind::Local, 0),
+            Command::Generate { task, state } => self.submit(i, Owner::Task(task), &state, SequenceKind::Local, &[]),
             Command::Prefill {
                 transfer,
                 state,
-                first_block,
+                first_blocks,
             } => self.submit(
                 i,
                 Owner::Prefill(transfer),
                 &state,
                 SequenceKind::PrefillForHandoff,
-                first_block,
+                &first_blocks,
             ),
             Command::Reserve { task, state, slack } => self.reserve(i, task, &state, slack),
             Command::Join {
@@ -240,20 +240,20 @@ impl Simulation<'_> {
         }
     }
 
-    fn open_group(&self, owner: Owner, state: &PortableState, n_ready: usize, slack: Option<usize>) -> OpenGroup {
+    fn open_group(&self, owner: Owner, state: &PortableState, n_ready: &[u32], slack: Option<usize>) -> OpenGroup {
         OpenGroup {
             owner,
             request: self.number_of(state.request.id),
             seed: state.request.sampling.seed,
             choices: state.choices.clone(),
-            n_ready,
+            n_ready: n_ready.iter().map(|&first| first as usize).collect(),
             mover: None,
             is_abandoned: false,
             slack,
         }
     }
 
-    fn submit(&mut self, i: usize, owner: Owner, state: &PortableState, kind: SequenceKind, n_ready: usize) {
+    fn submit(&mut self, i: usize, owner: Owner, state: &PortableState, kind: SequenceKind, n_ready: &[u32]) {
         if !self.has_owner(i, owner) {
             return;
         }
@@ -297,7 +297,7 @@ impl Simulation<'_> {
         if !self.has_owner(i, owner) {
             return;
         }
-        let open = self.open_group(owner, state, 0, slack);
+        let open = self.open_group(owner, state, &[], slack);
         let engine = &mut self.instances[i].engine;
         let memory = &engine.memory;
         let is_pinned = |block: BlockId| memory.is_pinned(block);
@@ -333,13 +333,13 @@ impl Simulation<'_> {
             None => vec![engine.scheduler.grant(group)],
             Some(_) => engine.scheduler.grants_moved(group, n_choices),
         };
-        for (block, generation) in grants.iter().flat_map(|grant| &grant.blocks) {
+        for (block, generation) in grants.iter().flat_map(Grant::blocks) {
             assert_eq!(
-                engine.memory.generation(*block),
-                *generation,
+                engine.memory.generation(block),
+                generation,
                 "a grant of an older generation"
             );
-            engine.memory.begin_write(*block);
+            engine.memory.begin_write(block);
         }
         let Owner::Task(task) = owner else {
             unreachable!("prefills reserve nothing")
@@ -349,8 +349,8 @@ impl Simulation<'_> {
             self.task_reserved(i, task, grants);
         } else {
             let engine = &mut self.instances[i].engine;
-            for (block, _) in grants.iter().flat_map(|grant| &grant.blocks) {
-                engine.memory.end_write(*block);
+            for (block, _) in grants.iter().flat_map(Grant::blocks) {
+                engine.memory.end_write(block);
             }
             engine.open.get_mut(&group).expect("just answered").is_abandoned = true;
         }
@@ -500,7 +500,7 @@ impl Simulation<'_> {
         i: usize,
         transfer: usize,
         group: GroupId,
-        from: &[u32],
+        from: &[Vec<u32>],
         pauses: bool,
     ) -> Result<(Stage, Vec<ChoiceState>), Failure> {
         let instance = &mut self.instances[i];
@@ -517,30 +517,38 @@ impl Simulation<'_> {
         let members = engine.scheduler.members(group);
         let n_prompt_blocks = engine.scheduler.n_prompt(members[0]) / engine.memory.block_size;
         let mut stage = Stage::default();
-        for (choice, &first) in (0..).zip(from) {
-            let (first, id) = (first as usize, group.sequence(choice));
+        for (choice, firsts) in (0..).zip(from) {
+            let id = group.sequence(choice);
             let is_here = engine.scheduler.phase(id).is_some();
-            let table = engine.scheduler.computed_blocks(if is_here { id } else { members[0] });
-            let end = match pauses {
-                _ if !is_here => n_prompt_blocks.max(first),
-                false => engine.scheduler.n_computed(id) / engine.memory.block_size,
-                true => table.end(),
-            };
-            if first > table.end().max(end) {
-                return Err(Failure::Invalid(format!(
-                    "choice {choice} is asked for from block {first} on"
-                )));
+            let mut ends = Vec::new();
+            let mut blocks = Vec::new();
+            for (layer_group, &first) in firsts.iter().enumerate() {
+                let first = first as usize;
+                let table = if is_here { id } else { members[0] };
+                let table = engine.scheduler.computed_blocks(table, layer_group);
+                let end = match pauses {
+                    _ if !is_here => n_prompt_blocks.max(first),
+                    false => engine.scheduler.n_computed(id) / engine.memory.block_size,
+                    true => table.end(),
+                };
+                if first > table.end().max(end) {
+                    return Err(Failure::Invalid(format!(
+                        "choice {choice} is asked for from block {first} on"
+                    )));
+                }
+                let end = end.max(first);
+                let Some(found) = table.get(first..end).map(<[_]>::to_vec) else {
+                    return busy("blocks that are asked for were given up");
+                };
+                ends.push(end as u32);
+                blocks.push(found);
             }
-            let end = end.max(first);
-            let Some(blocks) = table.get(first..end).map(<[_]>::to_vec) else {
-                return busy("blocks that are asked for were given up");
-            };
-            stage.ends.push(end as u32);
+            stage.ends.push(ends.into_iter().min().expect("a layer group"));
             stage.blocks.push(blocks);
         }
         // Once it is known that nothing is refused.
-        for (block, _) in stage.blocks.iter().flatten() {
-            (0..engine.memory.n_layers).for_each(|_| engine.memory.pin(*block));
+        for (layer_group, blocks) in stage.blocks.iter().flat_map(|choice| choice.iter().enumerate()) {
+            engine.memory.pin_in_layers(layer_group, blocks);
         }
         if pauses {
             engine.scheduler.pause(group).expect("checked to be movable");
@@ -574,22 +582,26 @@ impl Simulation<'_> {
         let engine = &mut self.instances[i].engine;
         let open = engine.open.get_mut(&group).expect("a computed request is open");
         let Owner::Prefill(transfer) = open.owner else { return };
-        let first = open.n_ready;
-        if end <= first || open.is_abandoned {
+        if open.is_abandoned {
             return;
         }
-        open.n_ready = end;
-        let table = &engine.scheduler.block_table(group.sequence(0))[first..end];
-        let blocks: Vec<(BlockId, Generation)> = table
-            .iter()
-            .map(|&block| (BlockId(block), engine.memory.generation(BlockId(block))))
-            .collect();
-        let n_layers = engine.memory.n_layers;
-        for (block, _) in &blocks {
-            (0..n_layers).for_each(|_| engine.memory.pin(*block));
-        }
-        for layer in 0..n_layers {
-            self.prefill_ready(i, transfer, layer, first, &blocks);
+        for layer_group in 0..open.n_ready.len() {
+            let engine = &mut self.instances[i].engine;
+            let open = engine.open.get_mut(&group).expect("a computed request is open");
+            let first = open.n_ready[layer_group];
+            if end <= first {
+                continue;
+            }
+            open.n_ready[layer_group] = end;
+            let table = &engine.scheduler.block_tables(group.sequence(0))[layer_group][first..end];
+            let blocks: Vec<(BlockId, Generation)> = table
+                .iter()
+                .map(|&block| (BlockId(block), engine.memory.generation(BlockId(block))))
+                .collect();
+            engine.memory.pin_in_layers(layer_group, &blocks);
+            for layer in Vec::from_iter(engine.memory.layers_of(layer_group)) {
+                self.prefill_ready(i, transfer, layer, first, &blocks);
+            }
         }
     }
 
@@ -600,10 +612,10 @@ impl Simulation<'_> {
         let mut sampled: Vec<Vec<TokenId>> = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
             let Member { group, choice } = engine.scheduler.member(item.sequence);
-            let table = engine.scheduler.block_table(item.sequence);
+            let tables = engine.scheduler.block_tables(item.sequence);
             let tokens = engine.scheduler.tokens(item.sequence);
             let end = item.start_pos + item.n_tokens;
-            let context = engine.memory.compute(tokens, item.start_pos, end, table);
+            let context = engine.memory.compute(tokens, item.start_pos, end, tables);
             let seed = engine.open[&group].seed;
             let choices = choice..choice + item.samples.n_tokens();
             sampled.push(choices.map(|choice| next_token(context, seed, choice)).collect());

@@ -1,18 +1,27 @@
 //! The KV memory of one instance: what each slot of each block contains, and which blocks are being read or written by a
-//! transfer. Contents are hashes of all tokens up to the slot's own, so that a wrong block is noticed where it is used.
+//! transfer. Contents are hashes of all tokens up to the slot's own and of the layer, so that a wrong block, or one of another
+//! layer group, is noticed where it is used.
 
 use super::random::mix;
-use crate::batch::RELEASED_BLOCK;
+use crate::batch::{RELEASED_BLOCK, SlidingWindow};
 use crate::ids::{BlockId, Generation, TokenId};
+use crate::layer_groups::LayerGroups;
 
 /// What the KV of a token after a context is.
 pub(super) fn after(context: u64, token: TokenId) -> u64 {
     mix(context ^ (u64::from(token) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
+/// What a layer keeps of it.
+fn in_layer(context: u64, layer: usize) -> u64 {
+    context.wrapping_add(layer as u64)
+}
+
 #[derive(Debug)]
 pub(super) struct Memory {
-    pub(super) n_layers: usize,
+    pub(super) layer_groups: LayerGroups,
+    /// Of each layer group.
+    windows: Vec<Option<SlidingWindow>>,
     pub(super) block_size: usize,
     n_blocks: usize,
     slots: Vec<u64>,
@@ -23,12 +32,18 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    pub(super) fn new(n_layers: usize, n_blocks: usize, block_size: usize) -> Memory {
+    pub(super) fn new(
+        layer_groups: LayerGroups,
+        windows: Vec<Option<SlidingWindow>>,
+        n_blocks: usize,
+        block_size: usize,
+    ) -> Memory {
         Memory {
-            n_layers,
+            slots: vec![0; layer_groups.n_slots() * n_blocks * block_size],
+            layer_groups,
+            windows,
             block_size,
             n_blocks,
-            slots: vec![0; n_layers * n_blocks * block_size],
             n_readers: vec![0; n_blocks],
             n_writers: vec![0; n_blocks],
             generations: vec![Generation(0); n_blocks],
@@ -61,6 +76,14 @@ impl Memory {
         self.n_readers[block.0 as usize] += 1;
     }
 
+    /// Pins blocks of a layer group once for each of its layers.
+    pub(super) fn pin_in_layers(&mut self, layer_group: usize, blocks: &[(BlockId, Generation)]) {
+        let n_layers = self.layers_of(layer_group).count();
+        for (block, _) in blocks {
+            (0..n_layers).for_each(|_| self.pin(*block));
+        }
+    }
+
     pub(super) fn unpin(&mut self, block: BlockId) {
         let n = &mut self.n_readers[block.0 as usize];
         *n = n.checked_sub(1).expect("a block was unpinned twice");
@@ -80,12 +103,22 @@ impl Memory {
         self.n_readers.iter().chain(&self.n_writers).sum()
     }
 
-    fn at(&self, layer: usize, block: BlockId, slot: usize) -> usize {
-        (layer * self.n_blocks + block.0 as usize) * self.block_size + slot
+    pub(super) fn n_layers(&self) -> usize {
+        self.layer_groups.n_layers()
+    }
+
+    /// The layers whose KV lies in blocks of a layer group.
+    pub(super) fn layers_of(&self, layer_group: usize) -> impl Iterator<Item = usize> + use<'_> {
+        let places = self.layer_groups.places().iter().enumerate();
+        places.filter_map(move |(layer, place)| (place.layer_group == layer_group).then_some(layer))
+    }
+
+    fn at(&self, slot: usize, block: BlockId, position: usize) -> usize {
+        (slot * self.n_blocks + block.0 as usize) * self.block_size + position
     }
 
     pub(super) fn block(&self, layer: usize, block: BlockId) -> &[u64] {
-        let at = self.at(layer, block, 0);
+        let at = self.at(self.layer_groups.place(layer).slot, block, 0);
         &self.slots[at..at + self.block_size]
     }
 
@@ -100,37 +133,41 @@ impl Memory {
             self.n_writers[block.0 as usize] > 0,
             "{block:?} is written by nobody's right"
         );
-        let at = self.at(layer, block, 0);
+        let at = self.at(self.layer_groups.place(layer).slot, block, 0);
         self.slots[at..at + self.block_size].copy_from_slice(contents);
     }
 
     pub(super) fn copy_block(&mut self, from: BlockId, to: BlockId) {
         assert!(!self.is_pinned(to), "a copy goes to {to:?}, which a transfer uses");
-        for layer in 0..self.n_layers {
-            let (from, to) = (self.at(layer, from, 0), self.at(layer, to, 0));
+        for slot in 0..self.layer_groups.n_slots() {
+            let (from, to) = (self.at(slot, from, 0), self.at(slot, to, 0));
             self.slots.copy_within(from..from + self.block_size, to);
         }
     }
 
-    /// Reads the KV of `tokens[..n_computed]` and writes that of the rest, as a forward pass does. Returns what the last
-    /// one's row is a function of.
-    pub(super) fn compute(&mut self, tokens: &[TokenId], n_computed: usize, end: usize, table: &[u32]) -> u64 {
+    /// Reads the KV of `tokens[..n_computed]` as far as the layers see it, and writes that of the rest, as a forward pass does.
+    /// Returns what the last one's row is a function of.
+    pub(super) fn compute(&mut self, tokens: &[TokenId], n_computed: usize, end: usize, tables: &[Vec<u32>]) -> u64 {
         let mut context = 0;
         for (position, &token) in tokens[..end].iter().enumerate() {
             context = after(context, token);
-            if table[position / self.block_size] == RELEASED_BLOCK {
-                assert!(
-                    position < n_computed,
-                    "position {position} is computed into a block that was given up"
-                );
-                continue;
-            }
-            let block = BlockId(table[position / self.block_size]);
-            for layer in 0..self.n_layers {
-                let at = self.at(layer, block, position % self.block_size);
+            for layer in 0..self.n_layers() {
+                let place = self.layer_groups.place(layer);
+                let block = tables[place.layer_group][position / self.block_size];
+                if block == RELEASED_BLOCK {
+                    let window = self.windows[place.layer_group].map_or(usize::MAX, |window| window.n_tokens);
+                    assert!(
+                        position.saturating_add(window) <= n_computed,
+                        "position {position}, layer {layer}: the query at {n_computed} sees a block that was given up"
+                    );
+                    continue;
+                }
+                let block = BlockId(block);
+                let at = self.at(place.slot, block, position % self.block_size);
                 if position < n_computed {
                     assert_eq!(
-                        self.slots[at], context,
+                        self.slots[at],
+                        in_layer(context, layer),
                         "position {position}, layer {layer}: {block:?} does not contain what it should"
                     );
                 } else {
@@ -138,7 +175,7 @@ impl Memory {
                         !self.is_pinned(block),
                         "{block:?} is appended to while a transfer uses it"
                     );
-                    self.slots[at] = context;
+                    self.slots[at] = in_layer(context, layer);
                 }
             }
         }

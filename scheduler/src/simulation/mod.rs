@@ -399,6 +399,7 @@ impl<'a> Simulation<'a> {
 
     fn instance_info(&self, life: Life) -> InstanceInfo {
         let instance = &self.instances[life.instance];
+        let config = instance.engine.scheduler.config();
         InstanceInfo {
             id: instance.id.clone(),
             incarnation: Incarnation(life.incarnation),
@@ -407,11 +408,14 @@ impl<'a> Simulation<'a> {
             fingerprint: self.settings.fingerprint,
             numerics_class: instance.numerics_class.to_owned(),
             block_size: self.settings.block_size as u32,
-            n_blocks_total: self.settings.n_blocks as u32,
+            n_blocks_total: config.n_blocks as u32,
             max_num_seqs: self.settings.max_num_seqs as u32,
             max_model_len: self.settings.workload.max_model_len as u32,
             short_context: None,
             kv_bytes_per_token: 1024,
+            most_blocks: (0..config.n_groups())
+                .map(|layer_group| config.most_blocks(layer_group).map(|most| most as u32))
+                .collect(),
         }
     }
 

@@ -21,7 +21,7 @@ pub(super) struct Mover {
     /// The task that moves, by its front door's stream; and by its number.
     pub(super) stream: usize,
     task: u64,
-    rooms: Vec<(u32, u32)>,
+    rooms: Vec<ChoicePlan>,
     n_known: Vec<usize>,
     /// Not before the engine has given the right to move.
     machine: Option<MigrationSource>,
@@ -44,7 +44,7 @@ impl Simulation<'_> {
         i: usize,
         transfer: usize,
         request: usize,
-        rooms: Vec<(u32, u32)>,
+        rooms: Vec<ChoicePlan>,
         n_known: Vec<usize>,
     ) {
         let instance = &mut self.instances[i];
@@ -82,7 +82,7 @@ impl Simulation<'_> {
 
     /// The engine gave the right to move, or did not.
     pub(super) fn mover_started(&mut self, i: usize, transfer: usize, answer: Result<GroupId, Failure>) {
-        let n_layers = self.instances[i].engine.memory.n_layers;
+        let layer_groups = self.instances[i].engine.memory.layer_groups.of_layers();
         let mover = self.instances[i].movers.get_mut(&transfer).expect("it has asked");
         let group = match answer {
             Ok(group) => group,
@@ -91,13 +91,10 @@ impl Simulation<'_> {
                 return self.refuse_transfer(transfer, failure);
             }
         };
-        let choices = mover
-            .rooms
-            .iter()
-            .map(|&(first_block, n_blocks)| ChoicePlan { first_block, n_blocks });
+        mover.pinned = vec![vec![VecDeque::new(); layer_groups.len()]; mover.rooms.len()];
         let plan = TransferPlan {
-            n_layers: n_layers as u32,
-            choices: choices.collect(),
+            layer_groups,
+            choices: mover.rooms.clone(),
         };
         let limits = MigrationLimits {
             max_in_flight: MAX_IN_FLIGHT,
@@ -106,7 +103,6 @@ impl Simulation<'_> {
             resume_deadline: self.settings.resume_deadline,
             max_stages: MAX_STAGES,
         };
-        mover.pinned = vec![vec![VecDeque::new(); n_layers]; plan.choices.len()];
         let (machine, first) = MigrationSource::new(plan, limits);
         mover.machine = Some(machine);
         mover.group = Some(group);
@@ -127,9 +123,12 @@ impl Simulation<'_> {
         let asking = instance.movers.get_mut(&transfer).filter(|mover| mover.is_asking);
         let Some(mover) = asking else {
             // An answer that is not taken unpins what it holds.
-            let blocks = answer.into_iter().flat_map(|(stage, _)| stage.blocks).flatten();
-            for (block, _) in blocks {
-                (0..instance.engine.memory.n_layers).for_each(|_| instance.engine.memory.unpin(block));
+            let memory = &mut instance.engine.memory;
+            for blocks in answer.into_iter().flat_map(|(stage, _)| stage.blocks) {
+                for layer in 0..memory.n_layers() {
+                    let layer_group = memory.layer_groups.place(layer).layer_group;
+                    blocks[layer_group].iter().for_each(|(block, _)| memory.unpin(*block));
+                }
             }
             return;
         };
@@ -137,8 +136,11 @@ impl Simulation<'_> {
         let fact = match answer {
             Err(failure) => MigrationFact::Interrupted(failure),
             Ok((stage, outputs)) => {
+                let layer_groups = &instance.engine.memory.layer_groups;
                 for (blocks, layers) in stage.blocks.iter().zip(&mut mover.pinned) {
-                    layers.iter_mut().for_each(|layer| layer.extend(blocks));
+                    for (pinned, place) in layers.iter_mut().zip(layer_groups.places()) {
+                        pinned.extend(&blocks[place.layer_group]);
+                    }
                 }
                 let machine = mover.machine.as_ref().expect("it has asked");
                 if machine.is_pausing() {
@@ -322,7 +324,7 @@ impl Simulation<'_> {
         }
     }
 
-    fn mover_asks(&mut self, i: usize, transfer: usize, from: Vec<u32>, pauses: bool) {
+    fn mover_asks(&mut self, i: usize, transfer: usize, from: Vec<Vec<u32>>, pauses: bool) {
         let mover = self.instances[i]
             .movers
             .get_mut(&transfer)

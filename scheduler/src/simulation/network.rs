@@ -3,7 +3,7 @@
 
 use crate::ids::{BlockId, Epoch, Generation, Nanos};
 use crate::request::{ChoiceState, Failure, Finish, PortableState, Token};
-use crate::transfer::{EndsBy, KvRange};
+use crate::transfer::{ChoicePlan, EndsBy, KvRange};
 
 /// An instance in one of its lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,10 +90,10 @@ impl Frame {
 #[derive(Clone, Debug)]
 pub(super) enum Wanted {
     Handoff {
-        first_block: u32,
+        first_blocks: Vec<u32>,
     },
     Migration {
-        rooms: Vec<(u32, u32)>,
+        rooms: Vec<ChoicePlan>,
         n_known: Vec<usize>,
     },
 }

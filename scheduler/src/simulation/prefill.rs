@@ -46,7 +46,7 @@ impl Simulation<'_> {
         }
         match self.transfers[transfer].wanted.clone() {
             Wanted::Migration { rooms, n_known } => self.serve_migrate(i, transfer, request, rooms, n_known),
-            Wanted::Handoff { first_block } => self.serve_prefill(i, transfer, request, first_block),
+            Wanted::Handoff { first_blocks } => self.serve_prefill(i, transfer, request, first_blocks),
         }
     }
 
@@ -55,7 +55,7 @@ impl Simulation<'_> {
         self.transfers[transfer].is_open_at_source = false;
     }
 
-    fn serve_prefill(&mut self, i: usize, transfer: usize, request: usize, first_block: u32) {
+    fn serve_prefill(&mut self, i: usize, transfer: usize, request: usize, first_blocks: Vec<u32>) {
         let state = self.transfers[transfer].state.clone();
         let instance = &mut self.instances[i];
         let config = instance.engine.scheduler.config();
@@ -63,9 +63,11 @@ impl Simulation<'_> {
         if let Err(failure) = checked {
             return self.refuse_transfer(transfer, failure);
         }
-        let n_layers = instance.engine.memory.n_layers;
+        let layer_groups = instance.engine.memory.layer_groups.of_layers();
+        let n_layers = layer_groups.len();
         let n_tokens = state.request.prompt_ids.len() + state.choices[0].output.len();
-        let plan = TransferPlan::handoff(n_layers as u32, first_block, config.blocks_for(n_tokens) as u32);
+        let n_blocks = config.blocks_for(n_tokens) as u32;
+        let plan = TransferPlan::handoff(layer_groups, first_blocks.clone(), n_blocks);
         let ends_by = instance.ends_by;
         instance.prefills.insert(
             transfer,
@@ -88,7 +90,7 @@ impl Simulation<'_> {
             Command::Prefill {
                 transfer,
                 state,
-                first_block: first_block as usize,
+                first_blocks,
             },
         );
     }

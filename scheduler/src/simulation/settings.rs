@@ -9,6 +9,7 @@ use super::random::{Random, mix};
 use super::workload::Kind;
 use crate::batch::{BatchConfig, BatchScheduler, PrefixCaching, SlidingWindow};
 use crate::ids::{Fingerprint, InstanceId, Nanos, Role};
+use crate::layer_groups::LayerGroups;
 use crate::placement::{Disaggregation, POLICIES, policy};
 use crate::rebalance::{RebalanceConfig, Rebalancer};
 use crate::transfer::EndsBy;
@@ -163,6 +164,18 @@ impl Settings {
         Door::new(life, policy, rebalancer)
     }
 
+    /// A fifth of the clusters serve a model whose layers all have a window, two fifths one with windows beside full layers.
+    fn layer_groups(&self) -> LayerGroups {
+        let window = Some(6 + (self.seed / 5 % 24) as usize);
+        let pattern = match self.seed % 5 {
+            0 => vec![window],
+            1 => vec![window, None],
+            2 => vec![window, None, window],
+            _ => vec![None],
+        };
+        LayerGroups::of_windows(&pattern.repeat(self.n_layers))
+    }
+
     pub(super) fn new_instance(&self, i: usize) -> Instance {
         let random = mix(self.seed ^ i as u64);
         let mut config = BatchConfig::new(self.n_blocks, self.block_size, self.fingerprint);
@@ -174,14 +187,21 @@ impl Settings {
         config.max_defer = Nanos::from_millis(500);
         config.max_stall = self.max_stall;
         config.prefix_caching = self.prefix_caching;
-        // A fifth of the clusters serve a model whose layers all have a window.
-        config.window = self.seed.is_multiple_of(5).then(|| SlidingWindow {
-            n_tokens: 6 + (self.seed / 5 % 24) as usize,
+        let layer_groups = self.layer_groups();
+        let window = |n_tokens| SlidingWindow {
+            n_tokens,
             grain: 4,
             slack: 6,
-        });
+        };
+        config.windows = layer_groups.windows().iter().map(|kind| kind.map(window)).collect();
+        // Some of those with windowed layers beside full ones have less room than if they gave nothing up.
+        let n_sparing = config.n_blocks_to_run(config.max_model_len).max(2 * self.n_blocks);
+        config.n_blocks = match (self.seed / 120).is_multiple_of(2) {
+            true => self.n_blocks * config.n_groups(),
+            false => n_sparing.min(self.n_blocks * config.n_groups()),
+        };
+        let memory = Memory::new(layer_groups, config.windows.clone(), config.n_blocks, self.block_size);
         let scheduler = BatchScheduler::new(config).expect("limits that work together");
-        let memory = Memory::new(self.n_layers, self.n_blocks, self.block_size);
         Instance {
             id: InstanceId::new(&format!("instance-{i}")),
             incarnation: 1,

@@ -8,7 +8,7 @@ use super::network::{
     Asked, AtDoor, AtInstance, Call, Event, EventStream, Frame, Life, Packed, Party, Said, TransferStream, Wanted,
 };
 use crate::batch::{Grant, GroupId, Numerics};
-use crate::ids::{BlockId, Epoch, Generation, Nanos};
+use crate::ids::{Epoch, Nanos};
 use crate::request::{ChoiceState, Failure, Finish, PortableState, Token};
 use crate::transfer::{
     ChoicePlan, Destination, DestinationAction, DestinationFact, KvRange, OwedBlocks, TransferId, TransferPlan,
@@ -36,7 +36,7 @@ pub(super) struct Task {
     plan: Option<TransferPlan>,
     machine: Option<Destination>,
     /// Blocks still to be written, of each choice.
-    reserved: Vec<Vec<(BlockId, Generation)>>,
+    reserved: Vec<Grant>,
     numerics: Numerics,
     first: Vec<(Token, Option<Finish>)>,
     outputs: Vec<ChoiceState>,
@@ -250,18 +250,22 @@ impl Simulation<'_> {
 
     /// The engine has reserved what was asked for.
     pub(super) fn task_reserved(&mut self, i: usize, id: u64, grants: Vec<Grant>) {
-        let n_layers = self.instances[i].engine.memory.n_layers as u32;
+        let layer_groups = self.instances[i].engine.memory.layer_groups.of_layers();
         let transfer = self.transfers.len();
         let task = self.instances[i].tasks.get_mut(&id).expect("a reserving task");
         let choices = grants.iter().map(|grant| ChoicePlan {
-            first_block: grant.n_blocks_held as u32,
+            first_blocks: grant
+                .layer_groups
+                .iter()
+                .map(|group| group.n_blocks_held as u32)
+                .collect(),
             n_blocks: grant.n_blocks_total as u32,
         });
         let plan = TransferPlan {
-            n_layers,
+            layer_groups,
             choices: choices.collect(),
         };
-        task.reserved = grants.into_iter().map(|grant| grant.blocks).collect();
+        task.reserved = grants;
         task.transfer = Some(transfer);
         let begin = match task.kind {
             Kind::Migration => Destination::migration,
@@ -276,15 +280,11 @@ impl Simulation<'_> {
         task.machine = Some(machine);
         let wanted = match task.kind {
             Kind::Migration => Wanted::Migration {
-                rooms: plan
-                    .choices
-                    .iter()
-                    .map(|choice| (choice.first_block, choice.n_blocks))
-                    .collect(),
+                rooms: plan.choices.clone(),
                 n_known: task.state.choices.iter().map(|choice| choice.output.len()).collect(),
             },
             _ => Wanted::Handoff {
-                first_block: plan.choices[0].first_block,
+                first_blocks: plan.choices[0].first_blocks.clone(),
             },
         };
         task.plan = Some(plan);
@@ -481,9 +481,11 @@ impl Simulation<'_> {
 
     fn land(&mut self, i: usize, id: u64, transfer: usize, range: KvRange, payload: Vec<Packed>) {
         let task = &self.instances[i].tasks[&id];
-        let plan = task.plan.as_ref().expect("a receiving task").choices[range.choice as usize];
-        let first = (range.first_block - plan.first_block) as usize;
-        let grants = task.reserved[range.choice as usize][first..first + range.n_blocks as usize].to_vec();
+        let plan = task.plan.as_ref().expect("a receiving task");
+        let first = (range.first_block - plan.first_block(range.choice, range.layer)) as usize;
+        let place = self.instances[i].engine.memory.layer_groups.place(range.layer as usize);
+        let reserved = &task.reserved[range.choice as usize].layer_groups[place.layer_group];
+        let grants = reserved.blocks[first..first + range.n_blocks as usize].to_vec();
         assert_eq!(payload.len(), grants.len(), "a frame of another size than it says");
         let layer = range.layer as usize;
         let from = self.transfers[transfer].from;

@@ -139,10 +139,9 @@ impl Destination {
         now: Nanos,
     ) -> Destination {
         plan.check();
-        let firsts = plan.firsts().into_iter();
         Destination {
             transfer,
-            next_block: firsts.map(|first| vec![first; plan.n_layers as usize]).collect(),
+            next_block: plan.firsts_of_layers(),
             plan,
             stage: Stage::Opening,
             ends,

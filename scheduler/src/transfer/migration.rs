@@ -58,15 +58,15 @@ pub enum Pacing {
 pub enum MigrationAction {
     /// Ask the engine which blocks from these on are full, and pin them.
     PinFull {
-        /// Of each choice.
-        from: Vec<u32>,
+        /// Of each choice, in each layer group.
+        from: Vec<Vec<u32>>,
     },
     /// Tell the front door that the group is about to pause.
     SayMoving,
     /// Ask the engine to pause the group between two steps, and to pin what is left.
     Pause {
-        /// First block left, of each choice.
-        from: Vec<u32>,
+        /// First block left, of each choice in each layer group.
+        from: Vec<Vec<u32>>,
     },
     /// Send these blocks.
     SendKv(KvRange, Pacing),
@@ -122,8 +122,8 @@ pub struct MigrationSource {
     plan: TransferPlan,
     limits: MigrationLimits,
     stage: Stage,
-    /// Of each choice, the first block that was not pinned yet.
-    next_block: Vec<u32>,
+    /// Of each choice, in each layer group, the first block that was not pinned yet.
+    next_block: Vec<Vec<u32>>,
     queue: VecDeque<KvRange>,
     link: Link,
     n_stages: u32,
@@ -279,8 +279,10 @@ impl MigrationSource {
     fn leaves_no_room(&self, end: &[u32]) -> bool {
         let mut choices = self.plan.choices.iter().zip(end);
         // One that had ended when the blocks were reserved has no room and needs none.
-        choices
-            .any(|(choice, &end)| choice.first_block < choice.n_blocks && end + PAUSE_MARGIN_BLOCKS >= choice.n_blocks)
+        choices.any(|(choice, &end)| {
+            let has_room = choice.first_blocks.iter().any(|&first| first < choice.n_blocks);
+            has_room && end + PAUSE_MARGIN_BLOCKS >= choice.n_blocks
+        })
     }
 
     /// Queues the blocks up to `end`, layer by layer. Returns the most of one choice.
@@ -289,13 +291,14 @@ impl MigrationSource {
         let mut most = 0;
         for (choice, &end) in (0..).zip(end) {
             let next = &mut self.next_block[choice as usize];
+            let least = next.iter().copied().min().unwrap_or(0);
             assert!(
-                end >= *next,
-                "choice {choice} has fewer blocks than before: {end} after {next}"
+                end >= least,
+                "choice {choice} has fewer blocks than before: {end} after {least}"
             );
-            most = most.max(end - *next);
-            for layer in 0..self.plan.n_layers {
-                let mut first_block = *next;
+            most = most.max(end - least);
+            for (layer, &layer_group) in (0..).zip(&self.plan.layer_groups) {
+                let mut first_block = next[layer_group as usize];
                 while first_block < end {
                     let n_blocks = (end - first_block).min(self.limits.max_blocks_per_frame);
                     self.queue.push_back(KvRange {
@@ -307,7 +310,8 @@ impl MigrationSource {
                     first_block += n_blocks;
                 }
             }
-            *next = end;
+            // Where no query will see anything before `next`, the context has not come so far yet.
+            next.iter_mut().for_each(|next| *next = end.max(*next));
         }
         most
     }

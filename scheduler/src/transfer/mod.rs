@@ -42,44 +42,67 @@ impl KvRange {
 }
 
 /// What may travel of one choice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ChoicePlan {
-    /// Blocks before this one are already at the destination.
-    pub first_block: u32,
+    /// Of each layer group, the first block that is owed: those before it are already at the destination, or no query there will
+    /// see them.
+    pub first_blocks: Vec<u32>,
     /// Handoff: blocks of the context. Migration: blocks the destination has reserved, which the context may not outgrow.
-    /// Those before `first_block` are counted in.
+    /// Those before `first_blocks` are counted in.
     pub n_blocks: u32,
 }
 
-/// What travels: in each layer, of each choice, the blocks from `first_block` on; perhaps none, when the destination
-/// holds them all.
+/// What travels: in each layer, of each choice, the blocks from its group's first on; perhaps none, when the destination holds
+/// them all.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TransferPlan {
-    /// Layers of the model.
-    pub n_layers: u32,
+    /// Of each layer of the model, its group.
+    pub layer_groups: Vec<u32>,
     /// A handoff has one, whatever the number of choices; a migration one for each.
     pub choices: Vec<ChoicePlan>,
 }
 
 impl TransferPlan {
     /// A handoff's plan: one context.
-    pub fn handoff(n_layers: u32, first_block: u32, n_blocks: u32) -> TransferPlan {
+    pub fn handoff(layer_groups: Vec<u32>, first_blocks: Vec<u32>, n_blocks: u32) -> TransferPlan {
         TransferPlan {
-            n_layers,
-            choices: vec![ChoicePlan { first_block, n_blocks }],
+            layer_groups,
+            choices: vec![ChoicePlan { first_blocks, n_blocks }],
         }
     }
 
-    fn check(&self) {
-        assert!(
-            self.choices.iter().all(|choice| choice.first_block <= choice.n_blocks),
-            "more blocks held than there are: {self:?}"
-        );
+    /// The first block owed of a choice in a layer.
+    pub fn first_block(&self, choice: u32, layer: u32) -> u32 {
+        let layer_group = self.layer_groups[layer as usize];
+        self.choices[choice as usize].first_blocks[layer_group as usize]
     }
 
-    /// The first block owed of every choice.
-    fn firsts(&self) -> Vec<u32> {
-        self.choices.iter().map(|choice| choice.first_block).collect()
+    fn check(&self) {
+        let n_groups = self.layer_groups.iter().max().map_or(0, |last| *last as usize + 1);
+        for choice in &self.choices {
+            assert!(
+                choice.first_blocks.len() == n_groups,
+                "{n_groups} layer groups, expected a first block of each: {self:?}"
+            );
+            assert!(
+                choice.first_blocks.iter().all(|first| *first <= choice.n_blocks),
+                "more blocks held than there are: {self:?}"
+            );
+        }
+    }
+
+    /// The first block owed of every choice in each layer, `[n_choices][n_layers]`.
+    fn firsts_of_layers(&self) -> Vec<Vec<u32>> {
+        let of_choice = |choice: &ChoicePlan| {
+            let groups = self.layer_groups.iter();
+            groups.map(|&group| choice.first_blocks[group as usize]).collect()
+        };
+        self.choices.iter().map(of_choice).collect()
+    }
+
+    /// The first block owed of every choice in each layer group, `[n_choices][n_groups]`.
+    fn firsts(&self) -> Vec<Vec<u32>> {
+        self.choices.iter().map(|choice| choice.first_blocks.clone()).collect()
     }
 }
 

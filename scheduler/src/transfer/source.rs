@@ -90,12 +90,12 @@ impl Source {
         plan.check();
         assert!(max_blocks_per_frame > 0, "frames of no blocks");
         assert_eq!(plan.choices.len(), 1, "a handoff has one context");
-        let context = plan.choices[0];
-        let n_blocks = u64::from(context.n_blocks - context.first_block);
+        let next_ready = plan.firsts_of_layers().remove(0);
+        let n_blocks = plan.choices[0].n_blocks;
         Source {
-            next_ready: vec![context.first_block; plan.n_layers as usize],
+            n_layer_blocks_owed: next_ready.iter().map(|&first| u64::from(n_blocks - first)).sum(),
+            next_ready,
             queue: VecDeque::new(),
-            n_layer_blocks_owed: n_blocks * u64::from(plan.n_layers),
             token: TokenStage::Owed,
             link: Link::new(max_in_flight, stall_deadline),
             max_blocks_per_frame,

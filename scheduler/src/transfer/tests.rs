@@ -29,7 +29,7 @@ fn kv(layer: u32, first_block: u32, n_blocks: u32) -> DestinationFact {
 }
 
 fn two_layers() -> TransferPlan {
-    TransferPlan::handoff(2, 1, 3)
+    TransferPlan::handoff(vec![0; 2], vec![1], 3)
 }
 
 #[test]
@@ -211,7 +211,7 @@ fn a_first_token_that_ends_the_request_voids_the_kv() {
 
 #[test]
 fn without_blocks_the_token_alone_is_owed() {
-    let plan = TransferPlan::handoff(2, 3, 3);
+    let plan = TransferPlan::handoff(vec![0; 2], vec![3], 3);
     let mut source = Source::new(plan.clone(), 2, 64, EndsBy::Source, DEADLINE);
     let actions = source.apply(Nanos(1), SourceFact::Token { ends: false });
     assert_eq!(
@@ -258,26 +258,34 @@ proptest! {
     /// (layer, block) written exactly once; a cut anywhere before the join fails it exactly once.
     #[test]
     fn the_two_ends_agree(
-        n_layers in 1u32..5,
-        first_block in 0u32..4,
+        layer_groups in prop_oneof![prop::collection::vec(Just(0u32), 1..5), Just(vec![1, 0, 1]), Just(vec![0, 1, 2, 1])],
+        first_blocks in prop::collection::vec(0u32..4, 3),
         n_new in 0u32..9,
         chunks in prop::collection::vec(1u32..5, 1..9),
         (max_in_flight, per_frame) in (1u32..4, 1u32..4),
         cut_after in prop::option::of(0usize..40),
     ) {
-        let n_blocks = first_block + n_new;
-        let plan = TransferPlan::handoff(n_layers, first_block, n_blocks);
+        let n_layers = layer_groups.len() as u32;
+        let n_groups = *layer_groups.iter().max().unwrap() as usize + 1;
+        let first_blocks = first_blocks[..n_groups].to_vec();
+        let n_blocks = first_blocks.iter().max().unwrap() + n_new;
+        let plan = TransferPlan::handoff(layer_groups.clone(), first_blocks.clone(), n_blocks);
+        let first_in = |layer: u32| first_blocks[layer_groups[layer as usize] as usize];
         let mut source = Source::new(plan.clone(), max_in_flight, per_frame, EndsBy::Source, DEADLINE);
         let mut destination = destination(plan);
         destination.apply(Nanos::ZERO, DestinationFact::Accepted { ends_by: EndsBy::Source });
 
         let mut facts = VecDeque::new();
-        let mut done = first_block;
+        let mut done = 0;
         for chunk in chunks.into_iter().chain([u32::MAX]) {
             let n_blocks = chunk.min(n_blocks - done);
             if n_blocks == 0 { break; }
             for layer in 0..n_layers {
-                facts.push_back(SourceFact::Ready(KvRange { choice: 0, layer, first_block: done, n_blocks }));
+                let first_block = first_in(layer).max(done);
+                let n_blocks = (done + n_blocks).saturating_sub(first_block);
+                if n_blocks > 0 {
+                    facts.push_back(SourceFact::Ready(KvRange { choice: 0, layer, first_block, n_blocks }));
+                }
             }
             done += n_blocks;
         }
@@ -338,7 +346,7 @@ proptest! {
         if n_joins == 1 {
             for layer in 0..n_layers {
                 for block in 0..n_blocks {
-                    let expected = u32::from(block >= first_block);
+                    let expected = u32::from(block >= first_in(layer));
                     prop_assert_eq!(written[(layer * n_blocks + block) as usize], expected);
                 }
             }

@@ -13,7 +13,7 @@ use crate::wire::{CallStage, Frame, Kind, Life, Opening, Output, Said, TransferS
 use crate::world::World;
 
 pub const DEADLINE: Nanos = Nanos::from_secs(10);
-const N_LAYERS: u32 = 1;
+const N_LAYERS: usize = 1;
 const BLOCK_SIZE: u32 = 2;
 const N_PROMPT: u32 = 2;
 const N_SLACK_BLOCKS: u32 = 1;
@@ -67,8 +67,8 @@ pub struct Mover {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Asked {
-    Full(Vec<u32>),
-    Pause(Vec<u32>),
+    Full(Vec<Vec<u32>>),
+    Pause(Vec<Vec<u32>>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -144,7 +144,7 @@ impl World {
                 Vec::new()
             }
             Kind::Handoff { .. } => vec![ChoicePlan {
-                first_block: 0,
+                first_blocks: vec![0],
                 n_blocks: (N_PROMPT + known[0].n_tokens).div_ceil(BLOCK_SIZE),
             }],
             Kind::Attach { .. } => {
@@ -153,11 +153,11 @@ impl World {
                 (0..known.len())
                     .map(|choice| match known[choice] {
                         output if output.has_ended => ChoicePlan {
-                            first_block: n_prompt_blocks,
+                            first_blocks: vec![n_prompt_blocks],
                             n_blocks: n_prompt_blocks,
                         },
                         output => ChoicePlan {
-                            first_block: if holder == Some(choice) { 0 } else { n_prompt_blocks },
+                            first_blocks: vec![if holder == Some(choice) { 0 } else { n_prompt_blocks }],
                             n_blocks: n_blocks(output.n_tokens) + N_SLACK_BLOCKS,
                         },
                     })
@@ -166,7 +166,7 @@ impl World {
         };
         if let Kind::Handoff { prefill: from } | Kind::Attach { source: from } = kind {
             let is_migration = matches!(kind, Kind::Attach { .. });
-            let rooms = plans.iter().map(|plan| (plan.first_block, plan.n_blocks)).collect();
+            let rooms = plans.clone();
             self.transfers.push(TransferStream {
                 from: Some(from),
                 opening: Some(Wanted {
@@ -179,7 +179,7 @@ impl World {
             });
             let transfer = self.transfers.len() - 1;
             let plan = TransferPlan {
-                n_layers: N_LAYERS,
+                layer_groups: vec![0; N_LAYERS],
                 choices: plans,
             };
             let begin = if is_migration {
@@ -419,12 +419,8 @@ impl World {
         let Life { instance, .. } = self.transfers[transfer].from.expect("a called source");
         self.transfers[transfer].is_open_at_source = true;
         let plan = TransferPlan {
-            n_layers: N_LAYERS,
-            choices: wanted
-                .rooms
-                .iter()
-                .map(|&(first_block, n_blocks)| ChoicePlan { first_block, n_blocks })
-                .collect(),
+            layer_groups: vec![0; N_LAYERS],
+            choices: wanted.rooms,
         };
         if !wanted.is_migration {
             self.send(transfer, Frame::Accepted);
@@ -555,7 +551,8 @@ impl World {
             return self.tell_mover(instance, stream, Nanos::ZERO, MigrationFact::Interrupted(failure));
         };
         let (Asked::Full(from) | Asked::Pause(from)) = &asked;
-        let ends = group.outputs.iter().zip(from).map(|(output, &from)| {
+        let ends = group.outputs.iter().zip(from).map(|(output, from)| {
+            let from = from[0];
             let n_kv = N_PROMPT + output.n_tokens - 1;
             match asked {
                 _ if output.has_ended => (N_PROMPT / BLOCK_SIZE).max(from),

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use baton_scheduler::ids::Epoch;
 use baton_scheduler::request::Failure;
-use baton_scheduler::transfer::KvRange;
+use baton_scheduler::transfer::{ChoicePlan, KvRange};
 
 /// An instance in one of its lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,7 +80,7 @@ impl Frame {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Wanted {
     pub is_migration: bool,
-    pub rooms: Vec<(u32, u32)>,
+    pub rooms: Vec<ChoicePlan>,
     pub known: Vec<Output>,
 }
 

@@ -84,7 +84,7 @@ pub(super) fn loads(state: &ApiState) -> wire::GetLoadsResponse {
     let tokens = |blocks: fn(&crate::door::InstanceView) -> u32| {
         let instances = load.instances.iter();
         instances
-            .map(|instance| u64::from(blocks(instance)) * u64::from(instance.block_size))
+            .map(|instance| instance.n_tokens_of(blocks(instance)))
             .sum::<u64>()
     };
     let (used, total) = (

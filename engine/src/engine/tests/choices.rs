@@ -186,9 +186,9 @@ async fn choices_are_handed_over_after_one_prefill() {
         let [context] = reservation.choices.as_mut_slice() else {
             panic!("a handoff has one context")
         };
-        let held = context.n_blocks_held;
-        let mut writers: Vec<KvWrite> = std::mem::take(&mut context.writers);
-        let mut job = prefill.prefill(state.clone(), held).unwrap();
+        let held = context.layer_groups[0].n_blocks_held;
+        let mut writers: Vec<KvWrite> = std::mem::take(&mut context.layer_groups[0].writers);
+        let mut job = prefill.prefill(state.clone(), &[held]).unwrap();
         let mut first = None;
         while let Some(timed) = job.next().await {
             match timed.event {

@@ -94,9 +94,9 @@ async fn handed_over(prefill: &EngineHandle, decode: &EngineHandle, state: &Port
     let [context] = reservation.choices.as_mut_slice() else {
         panic!("a handoff has one context")
     };
-    let held = context.n_blocks_held;
-    let mut writers: Vec<KvWrite> = std::mem::take(&mut context.writers);
-    let mut job = prefill.prefill(prefill.prepare(state.clone()).await?, held)?;
+    let held = context.layer_groups[0].n_blocks_held;
+    let mut writers: Vec<KvWrite> = std::mem::take(&mut context.layer_groups[0].writers);
+    let mut job = prefill.prefill(prefill.prepare(state.clone()).await?, &[held])?;
     let mut first = None;
     while let Some(timed) = job.next().await {
         match timed.event {
@@ -225,7 +225,7 @@ async fn what_cannot_be_kept_is_invalid() {
         "{failure}"
     );
     assert!(matches!(engine.reserve(bad.clone()).await, Err(Failure::Invalid(_))));
-    assert!(matches!(engine.prefill(bad, 0), Err(Failure::Invalid(_))));
+    assert!(matches!(engine.prefill(bad, &[0]), Err(Failure::Invalid(_))));
     // What was generated is not of the constraint.
     let mut other = constrained(1, &json!({ "type": "array" }), 1);
     other.choices[0].output = vec![Token {

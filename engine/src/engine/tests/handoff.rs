@@ -7,7 +7,7 @@ use baton_scheduler::batch::Numerics;
 use baton_scheduler::request::Finish;
 
 use super::super::hash_model::N_LAYERS;
-use super::super::{PrefillEvent, PrefillJob};
+use super::super::{PrefillEvent, PrefillJob, ReservedBlocks};
 use super::*;
 
 /// What one handoff did.
@@ -61,11 +61,15 @@ pub(super) async fn hand_over(
     let [context] = reservation.choices.as_mut_slice() else {
         panic!("a handoff has one context")
     };
-    let (n_blocks_held, n_blocks_total) = (context.n_blocks_held, context.n_blocks_total);
-    let writers = std::mem::take(&mut context.writers);
-    assert_eq!(writers.len(), context.grant.len());
+    let n_blocks_total = context.n_blocks_total;
+    let ReservedBlocks {
+        n_blocks_held,
+        grant,
+        writers,
+    } = context.layer_groups.remove(0);
+    assert_eq!(writers.len(), grant.len());
     let mut writers: BTreeMap<usize, KvWrite> = (n_blocks_held..n_blocks_total).zip(writers).collect();
-    let mut job = prefill.prefill(state.clone(), n_blocks_held)?;
+    let mut job = prefill.prefill(state.clone(), &[n_blocks_held])?;
     assert_eq!(job.n_blocks(), n_blocks_total);
     let mut moved = Vec::new();
     let (first, finish, prompt_logprobs) = pull(&mut job, &mut writers, &mut moved).await?;
@@ -175,7 +179,7 @@ async fn the_last_token_may_be_the_first() {
 async fn a_dropped_reservation_waits_for_its_writers() {
     let decode = engine(16);
     let mut reservation = decode.reserve(greedy(&prompt(1, 14), 9)).await.unwrap();
-    let mut writers = std::mem::take(&mut reservation.choices[0].writers);
+    let mut writers = std::mem::take(&mut reservation.choices[0].layer_groups[0].writers);
     assert_eq!((writers.len(), reservation.choices[0].n_blocks_total), (4, 4));
     drop(reservation);
     let mut late = writers.pop().unwrap();
@@ -197,7 +201,7 @@ async fn a_dropped_reservation_waits_for_its_writers() {
 async fn a_join_under_a_live_writer_is_refused() {
     let decode = engine(16);
     let mut reservation = decode.reserve(greedy(&prompt(1, 14), 9)).await.unwrap();
-    let late = reservation.choices[0].writers.pop().unwrap();
+    let late = reservation.choices[0].layer_groups[0].writers.pop().unwrap();
     let first = Token {
         index: 0,
         id: 1,
@@ -234,7 +238,7 @@ async fn a_wrong_first_token_is_refused() {
 #[tokio::test]
 async fn a_dropped_prefill_frees_what_nobody_reads() {
     let prefill = engine(16);
-    let mut job = prefill.prefill(greedy(&prompt(1, 7), 9), 0).unwrap();
+    let mut job = prefill.prefill(greedy(&prompt(1, 7), 9), &[0]).unwrap();
     let mut reads = Vec::new();
     while let Some(timed) = job.next().await {
         if let PrefillEvent::LayerReady { reads: more, .. } = timed.event {

@@ -4,7 +4,7 @@ use baton_kernels::KvWrite;
 use baton_scheduler::batch::Numerics;
 
 use super::super::hash_model::N_LAYERS;
-use super::super::{MoveStage, PausedMove, Reservation, RunningMove};
+use super::super::{GroupBlocks, MoveStage, PausedMove, Reservation, RunningMove};
 use super::choices::{all_alone, assert_choices_as, assert_choices_as_alone, choices, cut};
 use super::constraints::{constrained, constrained_engine};
 use super::*;
@@ -33,7 +33,7 @@ fn take(event: EngineEvent, known: &mut [ChoiceState]) {
 struct Landing {
     writers: Vec<Vec<KvWrite>>,
     held: Vec<usize>,
-    from: Vec<u32>,
+    from: Vec<Vec<u32>>,
     n_landed: usize,
 }
 
@@ -41,14 +41,23 @@ impl Landing {
     fn of(reservation: &mut Reservation) -> Landing {
         let choices = &mut reservation.choices;
         for choice in choices.iter() {
-            assert_eq!(choice.grant.len(), choice.n_blocks_total - choice.n_blocks_held);
+            let [group] = choice.layer_groups.as_slice() else {
+                panic!("the model has one layer group")
+            };
+            assert_eq!(group.grant.len(), choice.n_blocks_total - group.n_blocks_held);
         }
         Landing {
-            held: choices.iter().map(|choice| choice.n_blocks_held).collect(),
-            from: choices.iter().map(|choice| choice.n_blocks_held as u32).collect(),
+            held: choices
+                .iter()
+                .map(|choice| choice.layer_groups[0].n_blocks_held)
+                .collect(),
+            from: choices
+                .iter()
+                .map(|choice| vec![choice.layer_groups[0].n_blocks_held as u32])
+                .collect(),
             writers: choices
                 .iter_mut()
-                .map(|choice| std::mem::take(&mut choice.writers))
+                .map(|choice| std::mem::take(&mut choice.layer_groups[0].writers))
                 .collect(),
             n_landed: 0,
         }
@@ -58,20 +67,21 @@ impl Landing {
     fn land(&mut self, stage: &MoveStage) -> bool {
         assert_eq!(stage.choices.len(), self.from.len());
         for (choice, pinned) in stage.choices.iter().enumerate() {
-            assert_eq!(pinned.blocks.start, self.from[choice] as usize);
-            assert_eq!((pinned.ids.len(), pinned.reads.len()), (pinned.blocks.len(), N_LAYERS));
-            if pinned.blocks.end > self.held[choice] + self.writers[choice].len() && !pinned.blocks.is_empty() {
+            let GroupBlocks { blocks, ids } = &pinned.layer_groups[0];
+            assert_eq!((blocks.start, blocks.end), (self.from[choice][0] as usize, pinned.end));
+            assert_eq!((ids.len(), pinned.reads.len()), (blocks.len(), N_LAYERS));
+            if blocks.end > self.held[choice] + self.writers[choice].len() && !blocks.is_empty() {
                 return false;
             }
             for (layer, reads) in pinned.reads.iter().enumerate() {
-                for ((block_idx, read), (id, _)) in pinned.blocks.clone().zip(reads).zip(&pinned.ids) {
+                for ((block_idx, read), (id, _)) in blocks.clone().zip(reads).zip(ids) {
                     assert_eq!((read.layer(), read.block()), (layer, id.0));
                     let writer = &mut self.writers[choice][block_idx - self.held[choice]];
                     writer.write(layer, read.key(), read.value()).unwrap();
                     self.n_landed += 1;
                 }
             }
-            self.from[choice] = pinned.blocks.end as u32;
+            self.from[choice] = vec![pinned.end as u32];
         }
         true
     }
@@ -281,7 +291,7 @@ async fn a_finish_in_between_leaves_the_others_their_prompt() {
         let n_prompt_blocks = 10 / BLOCK_SIZE;
         let first = &paused.stage.choices[0];
         if !pins_before {
-            assert_eq!(first.blocks, 0..n_prompt_blocks);
+            assert_eq!(first.layer_groups[0].blocks, 0..n_prompt_blocks);
         }
         assert!(landing.land(&paused.stage));
         drop(landing);
@@ -312,7 +322,7 @@ async fn a_pause_leaves_tokens_unchanged() {
                 let Ok(mut running) = source.ask(source.engine.start_move(state.request.id)).await else {
                     break;
                 };
-                let Ok(paused) = source.ask(running.pause(&[0; 3])).await else {
+                let Ok(paused) = source.ask(running.pause(&vec![vec![0]; 3])).await else {
                     break;
                 };
                 n_pauses += 1;
@@ -360,7 +370,7 @@ async fn the_next_mover_finds_it_running() {
     source.steps(1);
     hear(&mut generation, &mut known, 1).await;
     let mut running = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
-    let paused = source.ask(running.pause(&[0; 2])).await.unwrap();
+    let paused = source.ask(running.pause(&vec![vec![0]; 2])).await.unwrap();
     drop((running, paused));
     let next = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
     for _ in 0..2 {
@@ -396,12 +406,12 @@ async fn a_paused_request_that_is_cancelled_frees_everything() {
     )
     .await;
     let mut running = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
-    let paused = source.ask(running.pause(&[0; 3])).await.unwrap();
+    let paused = source.ask(running.pause(&vec![vec![0]; 3])).await.unwrap();
     drop((generation, source.permits));
     let engine = source.engine;
     // The mover hears of it; what it has pinned waits for it.
     let ended = loop {
-        match running.pin_full(&[0; 3]).await {
+        match running.pin_full(&vec![vec![0]; 3]).await {
             Err(failure) => break failure,
             Ok(_) => engine.take_prefix_events().await.map(|_| ()).unwrap(),
         }
@@ -440,9 +450,13 @@ async fn a_move_is_refused_until_every_choice_decodes() {
     hear(&mut generation, &mut known, 1).await;
     let mut running = start().await.unwrap();
     assert!(busy(start().await).contains("under way"));
-    let wrong = source.ask(running.pin_full(&[0])).await.map(|_| ()).unwrap_err();
+    let wrong = source.ask(running.pin_full(&[vec![0]])).await.map(|_| ()).unwrap_err();
     assert_eq!(wrong, Failure::Invalid("1 first blocks, expected 2".to_owned()));
-    let wrong = source.ask(running.pin_full(&[0, 99])).await.map(|_| ()).unwrap_err();
+    let wrong = source
+        .ask(running.pin_full(&[vec![0], vec![99]]))
+        .await
+        .map(|_| ())
+        .unwrap_err();
     assert!(
         matches!(&wrong, Failure::Invalid(message) if message.starts_with("choice 1 is asked")),
         "{wrong}"
@@ -480,7 +494,7 @@ async fn a_preempted_request_is_not_moved() {
     let mut running = source.ask(source.engine.start_move(id)).await.unwrap();
     let mut stages = Vec::new();
     let refused = loop {
-        match source.ask(running.pin_full(&[0; 2])).await {
+        match source.ask(running.pin_full(&vec![vec![0]; 2])).await {
             Ok(stage) => {
                 let reads = stage.choices.iter().flat_map(|choice| &choice.reads).flatten();
                 let bytes: Vec<Vec<u8>> = reads.map(|read| read.key().to_vec()).collect();
@@ -491,7 +505,7 @@ async fn a_preempted_request_is_not_moved() {
     };
     assert_eq!(refused, Failure::Busy("preempted".to_owned()));
     assert!(stages.len() > 2);
-    let paused = source.ask(running.pause(&[0; 2])).await.map(|_| ());
+    let paused = source.ask(running.pause(&vec![vec![0]; 2])).await.map(|_| ());
     assert_eq!(paused, Err(refused));
     for (stage, bytes) in stages {
         let reads = stage.choices.iter().flat_map(|choice| &choice.reads).flatten();

@@ -108,10 +108,11 @@ async fn serve(prefill: &EngineHandle, decode: &EngineHandle, arrival: &Arrival)
 async fn cancel_handoff(prefill: &EngineHandle, decode: &EngineHandle, state: &PortableState, n_events: usize) {
     let mut reservation = until_not_busy!(decode, decode.reserve(state.clone()).await).unwrap();
     let context = &mut reservation.choices[0];
-    let first_block = context.n_blocks_held;
+    let first_block = context.layer_groups[0].n_blocks_held;
     let places = first_block..context.n_blocks_total;
-    let mut writers: BTreeMap<usize, KvWrite> = places.zip(std::mem::take(&mut context.writers)).collect();
-    let mut job = until_not_busy!(prefill, prefill.prefill(state.clone(), first_block)).unwrap();
+    let writers = std::mem::take(&mut context.layer_groups[0].writers);
+    let mut writers: BTreeMap<usize, KvWrite> = places.zip(writers).collect();
+    let mut job = until_not_busy!(prefill, prefill.prefill(state.clone(), &[first_block])).unwrap();
     if n_events < 6 {
         for _ in 0..n_events {
             job.next().await;

@@ -183,6 +183,7 @@ impl Instance {
             transfer_id: 3,
             first_block: 0,
             offer: None,
+            first_blocks: Vec::new(),
         }
     }
 

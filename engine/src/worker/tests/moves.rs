@@ -157,6 +157,7 @@ async fn undisturbed(state: &PortableState) -> PortableState {
 fn migrate_request(source: &Instance, door: &Door) -> cluster::MigrateRequest {
     let choices = door.state.choices.iter().map(|choice| cluster::ChoiceRoom {
         first_block: 0,
+        first_blocks: Vec::new(),
         n_blocks: 60,
         n_known_tokens: choice.output.len() as u32,
     });

@@ -69,13 +69,13 @@ impl KvReceiver for GrpcReceiver {
         TransportKind::Grpc
     }
 
-    fn land(&mut self, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
-        let landed = land(self.layout, frame, writers);
+    fn land(&mut self, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+        let landed = land(self.layout, frame, slot, writers);
         self.counters.landed(self.kind(), landed)
     }
 }
 
-fn land(layout: KvLayout, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+fn land(layout: KvLayout, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
     let part = layout.part_bytes();
     let expected = writers.len() * 2 * part;
     if frame.data.len() != expected {
@@ -102,7 +102,7 @@ fn land(layout: KvLayout, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u6
         .zip(keys.chunks_exact(part))
         .zip(values.chunks_exact(part))
     {
-        writer.write(frame.layer as usize, key, value)?;
+        writer.write(slot, key, value)?;
     }
     Ok(expected as u64)
 }

@@ -134,12 +134,12 @@ impl KvReceiver for InProcessReceiver {
         TransportKind::InProcess
     }
 
-    fn land(&mut self, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
-        self.counters.landed(self.kind(), land(frame, writers))
+    fn land(&mut self, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+        self.counters.landed(self.kind(), land(frame, slot, writers))
     }
 }
 
-fn land(frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+fn land(frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
     // Its own statement, so that the table is free while we copy.
     let parcel = PARCELS.lock().remove(&frame.ticket);
     let is_meant = |parcel: &Parcel| {
@@ -151,7 +151,7 @@ fn land(frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError>
     })?;
     let mut n_bytes = 0;
     for (read, writer) in parcel.reads.iter().zip(writers) {
-        writer.write(read.layer(), read.key(), read.value())?;
+        writer.write(slot, read.key(), read.value())?;
         n_bytes += (read.key().len() + read.value().len()) as u64;
     }
     Ok(n_bytes)

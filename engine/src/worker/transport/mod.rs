@@ -248,11 +248,12 @@ pub trait KvReceiver: Send + Sync {
     /// Which transport this is.
     fn kind(&self) -> TransportKind;
 
-    /// Makes a frame's blocks land in `writers`, the range's reserved blocks in order. Returns the KV bytes moved.
+    /// Makes a frame's blocks land in `writers`, the range's reserved blocks in order, where the frame's layer lies in `slot`.
+    /// Returns the KV bytes moved.
     ///
     /// # Errors
     /// A frame that is not what it should be, or a block that refuses the write. The writers' blocks hold anything then.
-    fn land(&mut self, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError>;
+    fn land(&mut self, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError>;
 }
 
 #[cfg(test)]

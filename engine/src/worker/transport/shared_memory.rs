@@ -48,12 +48,13 @@ impl KvReceiver for SharedMemoryReceiver {
         TransportKind::SharedMemory
     }
 
-    fn land(&mut self, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
-        self.counters.landed(self.kind(), land(&self.source, frame, writers))
+    fn land(&mut self, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+        self.counters
+            .landed(self.kind(), land(&self.source, frame, slot, writers))
     }
 }
 
-fn land(source: &ForeignKv, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
+fn land(source: &ForeignKv, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
     if frame.source_blocks.len() != writers.len() || frame.generations.len() != writers.len() {
         return Err(TransportError::Malformed {
             layer: frame.layer,
@@ -66,7 +67,7 @@ fn land(source: &ForeignKv, frame: &KvFrame, writers: &mut [KvWrite]) -> Result<
         .copied()
         .zip(frame.generations.iter().copied())
         .collect();
-    match source.copy(frame.layer as usize, &blocks, writers) {
+    match source.copy(slot, &blocks, writers) {
         Ok(()) => Ok((writers.len() * source.layout().layer_block_bytes()) as u64),
         Err(error @ KernelError::Stale { .. }) => Err(TransportError::Stale {
             layer: frame.layer,

@@ -146,9 +146,10 @@ async fn moves_by(choice: TransportChoice, expected: TransportKind) {
     assert_eq!((sender.kind(), receiver.kind()), (expected, expected));
     let mut writers = destination.writers(&to);
     let mut held = Vec::new();
-    for layer in 0..LAYOUT.n_layers {
-        let reads = source.reads(layer, &from);
-        let packed = sender.pack(range(layer, 3), reads).unwrap();
+    // A layer of the model need not have its own number in the blocks.
+    for slot in 0..LAYOUT.n_layers {
+        let reads = source.reads(slot, &from);
+        let packed = sender.pack(range(slot + 5, 3), reads).unwrap();
         assert_eq!(packed.frame.transfer_id, 5);
         assert_eq!(packed.frame.data.is_empty(), expected != TransportKind::Grpc);
         held.extend(packed.pins);
@@ -158,7 +159,7 @@ async fn moves_by(choice: TransportChoice, expected: TransportKind) {
                 "nothing read in place is unpinned"
             );
         }
-        let n_bytes = receiver.land(&packed.frame, &mut writers).unwrap();
+        let n_bytes = receiver.land(&packed.frame, slot, &mut writers).unwrap();
         assert_eq!(n_bytes, packed.n_bytes);
         assert_eq!(n_bytes, 3 * LAYOUT.layer_block_bytes() as u64);
     }
@@ -208,14 +209,14 @@ async fn changed_data_is_refused_before_a_byte_is_written() {
     *data.last_mut().unwrap() ^= 1;
     flipped.data = data.into();
     let mut writers = destination.writers(&[6]);
-    let refusal = receiver.land(&flipped, &mut writers);
+    let refusal = receiver.land(&flipped, 0, &mut writers);
     assert!(matches!(refusal, Err(TransportError::Checksum { layer: 0, .. })));
     let short = KvFrame {
         data: whole.data.slice(1..),
         ..whole.clone()
     };
     assert!(matches!(
-        receiver.land(&short, &mut writers),
+        receiver.land(&short, 0, &mut writers),
         Err(TransportError::Size { .. })
     ));
     drop(writers);
@@ -224,8 +225,8 @@ async fn changed_data_is_refused_before_a_byte_is_written() {
     // A peer of version 1 says no checksum, and is believed.
     unsigned.checksum = None;
     let mut writers = destination.writers(&[6]);
-    receiver.land(&unsigned, &mut writers).unwrap();
-    receiver.land(&whole, &mut writers).unwrap();
+    receiver.land(&unsigned, 0, &mut writers).unwrap();
+    receiver.land(&whole, 0, &mut writers).unwrap();
 }
 
 #[test]
@@ -252,7 +253,7 @@ async fn a_block_given_to_another_between_pack_and_land_is_refused() {
         .write(0, &part(9, 0, 0), &part(9, 0, 1))
         .unwrap();
     let mut writers = destination.writers(&[3, 4]);
-    let refusal = receiver.land(&packed.frame, &mut writers).unwrap_err();
+    let refusal = receiver.land(&packed.frame, 0, &mut writers).unwrap_err();
     assert!(matches!(&refusal, TransportError::Stale { layer: 0, .. }), "{refusal}");
     assert!(matches!(refusal.failure(), Failure::InstanceLost(_)));
     assert_eq!(destination.transports.totals().n_stale, 1);
@@ -263,7 +264,7 @@ async fn a_block_given_to_another_between_pack_and_land_is_refused() {
         ..packed.frame
     };
     assert!(matches!(
-        receiver.land(&frame, &mut writers),
+        receiver.land(&frame, 0, &mut writers),
         Err(TransportError::Malformed { .. })
     ));
 }
@@ -280,10 +281,10 @@ async fn a_ticket_is_good_once_and_for_its_own_transfer() {
     };
     let mut writers = destination.writers(&[3]);
     let is_refused = |receiver: &mut dyn KvReceiver, frame: &KvFrame, writers: &mut [KvWrite]| {
-        matches!(receiver.land(frame, writers), Err(TransportError::Ticket { .. }))
+        matches!(receiver.land(frame, 0, writers), Err(TransportError::Ticket { .. }))
     };
     let frame = pack(&mut source);
-    receiver.land(&frame, &mut writers).unwrap();
+    receiver.land(&frame, 0, &mut writers).unwrap();
     assert!(is_refused(&mut *receiver, &frame, &mut writers), "fetched twice");
     // The upper half is the process's token: another process's tickets are never ours.
     let frame = pack(&mut source);

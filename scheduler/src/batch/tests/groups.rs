@@ -4,7 +4,7 @@ use super::world::{BLOCK_SIZE, STOP, alone_choice};
 use super::*;
 
 /// A prompt whose first `n` choices have at least `n_output` tokens each.
-fn lively_choices(n_prompt: usize, n: u32, n_output: usize) -> Vec<TokenId> {
+pub(super) fn lively_choices(n_prompt: usize, n: u32, n_output: usize) -> Vec<TokenId> {
     let is_lively = |prompt: &Vec<TokenId>| {
         let lens = (0..n).map(|choice| alone_choice(prompt, choice, n_output as u32, 1000).len());
         lens.min() == Some(n_output)
@@ -35,7 +35,7 @@ fn one_prefill_serves_all_choices_and_full_blocks_are_shared() {
         .scheduler
         .members(group)
         .into_iter()
-        .map(|id| world.scheduler.block_table(id))
+        .map(|id| &world.scheduler.block_tables(id)[0][..])
         .collect();
     assert!(tables.iter().all(|table| table[..2] == tables[0][..2]));
     let last: BTreeSet<u32> = tables.iter().map(|table| table[2]).collect();
@@ -100,7 +100,7 @@ fn a_reserved_group_has_a_block_for_each_choice() {
         panic!("not granted")
     };
     let grant = world.scheduler.grant(group);
-    assert_eq!((grant.n_blocks_total, grant.n_blocks_held), (3, 0));
+    assert_eq!((grant.n_blocks_total, grant.layer_groups[0].n_blocks_held), (3, 0));
     // The context, one to grow into, and a copy of the last one for each of the others.
     assert_eq!(world.scheduler.ledger().reserved, 3 + 1 + 2);
     assert_eq!(world.scheduler.load().n_reserved, 3);
@@ -191,7 +191,7 @@ fn what_is_still_read_is_copied_at_the_resumption() {
         }
         world.scheduler.pause(group).unwrap();
         for id in world.scheduler.members(group) {
-            let blocks = world.scheduler.computed_blocks(id);
+            let blocks = world.scheduler.computed_blocks(id, 0);
             world.pins.extend(blocks.blocks.iter().map(|(block, _)| *block));
         }
         let resumed = world.resume(group);
@@ -238,7 +238,10 @@ fn a_moved_group_receives_its_prompt_once() {
     };
     let group = world.reserve_moved(&state, 2).unwrap();
     let grants = world.scheduler.grants_moved(group, 3);
-    let shape = |grant: &Grant| (grant.n_blocks_held, grant.n_blocks_total, grant.blocks.len());
+    let shape = |grant: &Grant| {
+        let n_held = grant.layer_groups[0].n_blocks_held;
+        (n_held, grant.n_blocks_total, grant.blocks().count())
+    };
     // The finished one; 13 tokens and two blocks more; 16 tokens and two blocks more, of which two are the prompt's.
     assert_eq!(
         grants.iter().map(shape).collect::<Vec<_>>(),

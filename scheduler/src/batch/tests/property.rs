@@ -109,12 +109,19 @@ proptest! {
         n_blocks in 6..24usize,
         budget in 4..16usize,
         is_cached in any::<bool>(),
-        window in prop::option::of((1..12usize, 1..4usize, 0..3usize)),
+        windows in prop_oneof![
+            prop::collection::vec(prop::option::of((1..12usize, 1..4usize, 0..3usize)), 1),
+            prop::collection::vec(prop::option::of((1..12usize, 1..4usize, 0..3usize)), 2..4),
+        ],
         facts in prop::collection::vec(fact(), 1..60),
     ) {
         let prefix_caching = if is_cached { PrefixCaching::On } else { PrefixCaching::Off };
-        let window = window.map(|(n_tokens, grain, slack)| SlidingWindow { n_tokens, grain, slack });
-        let mut world = World::new(BatchConfig { max_batch_tokens: budget, prefix_caching, window, ..config(n_blocks) });
+        let window = |(n_tokens, grain, slack)| SlidingWindow { n_tokens, grain, slack };
+        let windows: Vec<_> = windows.into_iter().map(|kind| kind.map(window)).collect();
+        let mut config = BatchConfig { max_batch_tokens: budget, prefix_caching, windows, ..config(n_blocks) };
+        // As long as fits, although not without giving blocks up.
+        config.max_model_len = config.longest_sequence(4 * 24);
+        let mut world = World::new(config);
         let max_model_len = world.scheduler.config().max_model_len;
         let mut asked: BTreeMap<GroupId, (Vec<TokenId>, u32, u32)> = BTreeMap::new();
         let mut prefills: BTreeSet<GroupId> = BTreeSet::new();
@@ -190,8 +197,10 @@ proptest! {
                     if let Some(group) = any_of(&groups_in(&world, Phase::Paused), i) {
                         if pinned {
                             for id in world.scheduler.members(group) {
-                                let blocks = world.scheduler.computed_blocks(id);
-                                world.pins.extend(blocks.blocks.iter().map(|(block, _)| *block));
+                                for layer_group in 0..world.scheduler.config().n_groups() {
+                                    let blocks = world.scheduler.computed_blocks(id, layer_group).blocks;
+                                    world.pins.extend(blocks.iter().map(|(block, _)| *block));
+                                }
                             }
                         }
                         world.resume(group);
@@ -213,8 +222,8 @@ proptest! {
                 Fact::Release(i, pinned) => {
                     if let Some(&group) = groups_in(&world, Phase::HandingOver).get(i) {
                         if pinned {
-                            let table = world.scheduler.block_table(group.sequence(0));
-                            let blocks = table.iter().filter(|&&block| block != RELEASED_BLOCK);
+                            let tables = world.scheduler.block_tables(group.sequence(0)).iter().flatten();
+                            let blocks = tables.filter(|&&block| block != RELEASED_BLOCK);
                             world.pins.extend(blocks.map(|&block| BlockId(block)));
                         }
                         world.remove_group(group);

@@ -112,8 +112,8 @@ pub(super) fn config(n_blocks: usize) -> BatchConfig {
 
 pub(super) struct World {
     pub(super) scheduler: BatchScheduler,
-    /// `[n_blocks][block_size]`: what the KV memory was computed from.
-    memory: Vec<[Option<TokenId>; BLOCK_SIZE]>,
+    /// `[n_blocks][block_size]`: what the KV memory was computed from, and in which layer group.
+    memory: Vec<[Option<(usize, TokenId)>; BLOCK_SIZE]>,
     pub(super) pins: BTreeSet<BlockId>,
     /// As a reader of the memory knows them.
     generations: BTreeMap<BlockId, Generation>,
@@ -230,10 +230,12 @@ impl World {
     }
 
     fn land(&mut self, grant: &Grant, tokens: &[TokenId]) {
-        for (i, (block, _)) in grant.blocks.iter().enumerate() {
-            let start = (grant.n_blocks_held + i) * BLOCK_SIZE;
-            for (slot, &token) in tokens.iter().skip(start).take(BLOCK_SIZE).enumerate() {
-                self.memory[block.0 as usize][slot] = Some(token);
+        for (layer_group, grant) in grant.layer_groups.iter().enumerate() {
+            for (i, (block, _)) in grant.blocks.iter().enumerate() {
+                let start = (grant.n_blocks_held + i) * BLOCK_SIZE;
+                for (slot, &token) in tokens.iter().skip(start).take(BLOCK_SIZE).enumerate() {
+                    self.memory[block.0 as usize][slot] = Some((layer_group, token));
+                }
             }
         }
     }
@@ -253,18 +255,34 @@ impl World {
 
     /// Reads the first `n` tokens of a sequence back from memory through its table.
     pub(super) fn read_back(&self, id: SequenceId, n: usize) -> Vec<TokenId> {
-        let table = self.scheduler.block_table(id);
+        let tables = self.scheduler.block_tables(id);
         let tokens = self.scheduler.tokens(id);
-        (0..n)
-            .map(|pos| {
-                // Nobody sees it, so nobody has it: the tokens stand for what it was.
-                if table[pos / BLOCK_SIZE] == RELEASED_BLOCK {
-                    return tokens[pos];
-                }
-                let slot = self.memory[table[pos / BLOCK_SIZE] as usize][pos % BLOCK_SIZE];
-                slot.unwrap_or_else(|| panic!("position {pos} of {id:?} was never written"))
-            })
-            .collect()
+        let read = |layer_group: usize, pos: usize| {
+            let block = tables[layer_group][pos / BLOCK_SIZE];
+            // Nobody sees it, so nobody has it: the tokens stand for what it was.
+            if block == RELEASED_BLOCK {
+                return tokens[pos];
+            }
+            let slot = self.memory[block as usize][pos % BLOCK_SIZE];
+            let (written_for, token) = slot.unwrap_or_else(|| panic!("position {pos} of {id:?} was never written"));
+            assert_eq!(
+                written_for, layer_group,
+                "position {pos} of {id:?} is in a block of another group"
+            );
+            token
+        };
+        let read_all = |pos: usize| {
+            let token = read(0, pos);
+            for layer_group in 1..tables.len() {
+                assert_eq!(
+                    read(layer_group, pos),
+                    token,
+                    "position {pos} of {id:?}, group {layer_group}"
+                );
+            }
+            token
+        };
+        (0..n).map(read_all).collect()
     }
 
     /// The transfer of a reservation's KV, its first token, and the join.
@@ -320,28 +338,29 @@ impl World {
         let mut sampled = Vec::new();
         for item in &batch.items {
             let tokens = self.scheduler.tokens(item.sequence).to_vec();
-            let table = self.scheduler.block_table(item.sequence).to_vec();
             let end = item.start_pos + item.n_tokens;
-            if let Some(window) = self.scheduler.config().window {
+            let windows = self.scheduler.config().windows.clone();
+            for (layer_group, window) in windows.iter().enumerate() {
+                let table = self.scheduler.block_tables(item.sequence)[layer_group].clone();
                 let n_released = table.iter().filter(|&&block| block == RELEASED_BLOCK).count();
-                let first_seen = (item.start_pos + 1).saturating_sub(window.n_tokens);
+                let seen = window.map_or(usize::MAX, |window| window.n_tokens);
                 assert!(
-                    n_released * BLOCK_SIZE <= first_seen,
-                    "a query at {} sees a released block",
+                    n_released * BLOCK_SIZE <= (item.start_pos + 1).saturating_sub(seen),
+                    "a query at {} sees a released block of group {layer_group}",
                     item.start_pos
                 );
                 self.n_released = self.n_released.max(n_released);
-            }
-            for (block, generation) in self.scheduler.computed_blocks(item.sequence).blocks {
-                assert_eq!(self.generations.get(&block), Some(&generation), "told of {block:?}");
-            }
-            for pos in item.start_pos..end {
-                let block = table[pos / BLOCK_SIZE];
-                assert!(
-                    !self.pins.contains(&BlockId(block)),
-                    "block {block} is written while a transfer reads it"
-                );
-                self.memory[block as usize][pos % BLOCK_SIZE] = Some(tokens[pos]);
+                for (block, generation) in self.scheduler.computed_blocks(item.sequence, layer_group).blocks {
+                    assert_eq!(self.generations.get(&block), Some(&generation), "told of {block:?}");
+                }
+                for pos in item.start_pos..end {
+                    let block = table[pos / BLOCK_SIZE];
+                    assert!(
+                        !self.pins.contains(&BlockId(block)),
+                        "block {block} is written while a transfer reads it"
+                    );
+                    self.memory[block as usize][pos % BLOCK_SIZE] = Some((layer_group, tokens[pos]));
+                }
             }
             self.n_computed += item.n_tokens;
         }

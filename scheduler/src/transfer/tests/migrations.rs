@@ -34,11 +34,12 @@ impl Group {
         !self.is_preempted && self.outputs.iter().any(|(_, has_ended)| !has_ended)
     }
 
-    fn ends(&self, from: &[u32], whole: bool) -> Vec<u32> {
+    fn ends(&self, from: &[Vec<u32>], whole: bool) -> Vec<u32> {
+        let least = |choice: usize| *from[choice].iter().min().unwrap();
         (0..from.len())
             .map(|choice| match (self.outputs[choice].1, whole) {
-                (true, _) => self.n_prompt_blocks().max(from[choice]),
-                (false, false) => (self.n_kv(choice) / self.block_size).max(from[choice]),
+                (true, _) => self.n_prompt_blocks().max(least(choice)),
+                (false, false) => (self.n_kv(choice) / self.block_size).max(least(choice)),
                 (false, true) => self.n_kv(choice).div_ceil(self.block_size),
             })
             .collect()
@@ -236,8 +237,8 @@ impl World {
         assert!(self.written.values().all(|&n| n == 1), "{:?}", self.written);
         for (choice, owed) in (0..).zip(&self.owed) {
             let (OwedBlocks::All(end) | OwedBlocks::Shared(end)) = *owed;
-            for layer in 0..self.plan.n_layers {
-                for block in self.plan.choices[choice as usize].first_block..end {
+            for layer in 0..self.plan.layer_groups.len() as u32 {
+                for block in self.plan.first_block(choice, layer)..end {
                     assert!(
                         self.written.contains_key(&(choice, layer, block)),
                         "block {block} of choice {choice}"
@@ -292,46 +293,63 @@ fn limits() -> impl Strategy<Value = MigrationLimits> {
 fn groups() -> impl Strategy<Value = (Group, TransferPlan)> {
     let choice = (1u32..12, 0u32..6, 0u32..4, prop::bool::weighted(0.2));
     let choices = prop::collection::vec(choice, 1..4);
-    (1u32..12, 1u32..5, 1u32..4, 0u32..5, choices).prop_map(|(n_prompt, block_size, n_layers, n_slack, mut choices)| {
-        choices[0].3 &= choices.len() > 1;
-        if choices.iter().all(|choice| choice.3) {
-            choices[0].3 = false;
-        }
-        let n_prompt_blocks = n_prompt / block_size;
-        let mut outputs = Vec::new();
-        let mut plans = Vec::new();
-        let mut has_holder = false;
-        for (n_tokens, n_unknown, n_hits, has_ended) in choices {
-            outputs.push((n_tokens, has_ended));
-            plans.push(if has_ended {
-                ChoicePlan {
-                    first_block: n_prompt_blocks,
-                    n_blocks: n_prompt_blocks,
-                }
-            } else {
-                let n_known = n_tokens.saturating_sub(n_unknown).max(1);
-                let n_kv = n_prompt + n_known - 1;
-                let shared = if has_holder { n_prompt_blocks } else { 0 };
-                has_holder = true;
-                ChoicePlan {
-                    first_block: shared.max(n_hits).min(n_kv / block_size),
-                    n_blocks: n_kv.div_ceil(block_size) + n_slack,
-                }
-            });
-        }
-        let group = Group {
-            n_prompt,
-            block_size,
-            outputs,
-            is_paused: false,
-            is_preempted: false,
-        };
-        let plan = TransferPlan {
-            n_layers,
-            choices: plans,
-        };
-        (group, plan)
-    })
+    // Of the layers of the second group nobody sees the first blocks.
+    let layers = prop_oneof![
+        prop::collection::vec(Just(0u32), 1..4),
+        Just(vec![0, 1]),
+        Just(vec![1, 0, 1])
+    ];
+    let unseen = 0u32..6;
+    (1u32..12, 1u32..5, layers, unseen, 0u32..5, choices).prop_map(
+        |(n_prompt, block_size, layer_groups, n_unseen, n_slack, mut choices)| {
+            let n_groups = *layer_groups.iter().max().unwrap() as usize + 1;
+            let shortest = choices
+                .iter()
+                .filter(|choice| !choice.3)
+                .map(|(n_tokens, n_unknown, ..)| n_tokens.saturating_sub(*n_unknown).max(1))
+                .min();
+            let n_unseen = n_unseen.min((n_prompt + shortest.unwrap_or(1) - 1) / block_size);
+            choices[0].3 &= choices.len() > 1;
+            if choices.iter().all(|choice| choice.3) {
+                choices[0].3 = false;
+            }
+            let n_prompt_blocks = n_prompt / block_size;
+            let mut outputs = Vec::new();
+            let mut plans = Vec::new();
+            let mut has_holder = false;
+            for (n_tokens, n_unknown, n_hits, has_ended) in choices {
+                outputs.push((n_tokens, has_ended));
+                plans.push(if has_ended {
+                    ChoicePlan {
+                        first_blocks: vec![n_prompt_blocks; n_groups],
+                        n_blocks: n_prompt_blocks,
+                    }
+                } else {
+                    let n_known = n_tokens.saturating_sub(n_unknown).max(1);
+                    let n_kv = n_prompt + n_known - 1;
+                    let shared = if has_holder { n_prompt_blocks } else { 0 };
+                    has_holder = true;
+                    let first = shared.max(n_hits).min(n_kv / block_size);
+                    ChoicePlan {
+                        first_blocks: [first, first.max(n_unseen)][..n_groups].to_vec(),
+                        n_blocks: n_kv.div_ceil(block_size) + n_slack,
+                    }
+                });
+            }
+            let group = Group {
+                n_prompt,
+                block_size,
+                outputs,
+                is_paused: false,
+                is_preempted: false,
+            };
+            let plan = TransferPlan {
+                layer_groups,
+                choices: plans,
+            };
+            (group, plan)
+        },
+    )
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -421,9 +439,9 @@ fn plain() -> World {
         is_preempted: false,
     };
     let plan = TransferPlan {
-        n_layers: 1,
+        layer_groups: vec![0],
         choices: vec![ChoicePlan {
-            first_block: 0,
+            first_blocks: vec![0],
             n_blocks: 6,
         }],
     };
