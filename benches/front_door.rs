@@ -28,6 +28,7 @@ fn start(runtime: &Runtime) -> SocketAddr {
         default_sampling: DefaultSampling::default(),
         max_model_len: 4096,
         vocab_size: VOCAB_SIZE,
+        hidden_size: 4,
         dtype: "none".to_owned(),
         parsers: OutputParsers::default(),
     };

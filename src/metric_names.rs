@@ -10,10 +10,10 @@ pub const INSTANCE_PREFIX: &str = "baton_instance_";
 /// Gauge: 1 while an instance's ledger of blocks adds up.
 pub const INSTANCE_LEDGER_WHOLE: &str = "baton_instance_ledger_whole";
 
-/// Counter, labels `endpoint`, `outcome`: requests that ended. Outcomes: `stop`, `length`, `abort`, `cancelled`, `invalid`,
+/// Counter, labels `endpoint`, `outcome`: requests that ended; each input of an embeddings request is one. Outcomes: `stop`, `length`, `abort`, `cancelled`, `invalid`,
 /// `unauthorized`, `not_found`, `over_capacity`, `unavailable`, `deadline`, `internal`.
 pub const REQUESTS: &str = "baton_requests";
-/// Counter: prompt tokens of requests that produced a first token; once per request, whatever was replayed.
+/// Counter: prompt tokens of requests that produced a first token or an embedding; once per request, whatever was replayed.
 pub const PROMPT_TOKENS: &str = "baton_prompt_tokens";
 /// Counter: prompt tokens of those that a prefix cache held.
 pub const CACHED_PROMPT_TOKENS: &str = "baton_cached_prompt_tokens";

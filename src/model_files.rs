@@ -98,6 +98,7 @@ pub fn served_model(
         },
         max_model_len: max_model_len.unwrap_or(limit).min(limit),
         vocab_size: u32::try_from(folder.config.vocab_size).context("vocab_size")?,
+        hidden_size: u32::try_from(folder.config.hidden_size).context("hidden_size")?,
         dtype,
         parsers,
     })

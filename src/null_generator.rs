@@ -5,15 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use baton_scheduler::block_events::BlockEvent;
 use baton_scheduler::ids::{InstanceId, Nanos, Role, TokenId};
 use baton_scheduler::request::{Failure, Finish, Token, TokenLogprobs};
 use baton_scheduler::timeline::Moment;
-use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant as TimerInstant;
 
-use crate::door::{DoorEvent, DoorLoad, Generator, InstanceView, Rejection, RequestStream, Submission, Usage};
+use crate::door::{
+    DoorEvent, DoorLoad, EmbedError, Generator, InstanceView, Rejection, RequestStream, Submission, Usage,
+};
 
 /// How the null model behaves.
 #[derive(Clone, Debug)]
@@ -27,6 +31,8 @@ pub struct NullOptions {
     pub token_ids: Vec<TokenId>,
     /// Requests that run at once.
     pub max_running: usize,
+    /// Length of what it gives as an embedding.
+    pub embedding_size: usize,
     /// Requests that wait; one more is refused.
     pub max_queued: usize,
 }
@@ -38,6 +44,7 @@ impl Default for NullOptions {
             token_every: Duration::ZERO,
             token_ids: vec![0],
             max_running: 1024,
+            embedding_size: 4,
             max_queued: 1024,
         }
     }
@@ -123,6 +130,21 @@ impl Drop for Queued<'_> {
     }
 }
 
+/// Counts how an embedding ended.
+struct CountedEnd<'a> {
+    counts: &'a watch::Sender<NullCounts>,
+    is_whole: bool,
+}
+
+impl Drop for CountedEnd<'_> {
+    fn drop(&mut self) {
+        self.counts.send_modify(|counts| match self.is_whole {
+            true => counts.n_ended += 1,
+            false => counts.n_cancelled += 1,
+        });
+    }
+}
+
 impl Generator for NullGenerator {
     fn submit(&self, mut submission: Submission) -> BoxFuture<'_, Result<RequestStream, Rejection>> {
         async move {
@@ -145,6 +167,40 @@ impl Generator for NullGenerator {
             Ok(stream)
         }
         .boxed()
+    }
+
+    fn embed(&self, submission: Submission) -> BoxFuture<'_, Result<Vec<f32>, EmbedError>> {
+        async move {
+            let _permit = self.admit().await?;
+            self.counts.send_modify(|counts| counts.n_started += 1);
+            let mut end = CountedEnd {
+                counts: &self.counts,
+                is_whole: false,
+            };
+            let embed = async {
+                tokio::time::sleep(self.options.first_token_after).await;
+                // As meaningless as its tokens: a wave that the prompt's length shifts.
+                let n_tokens = submission.request.prompt_ids.len();
+                (0..self.options.embedding_size)
+                    .map(|i| ((n_tokens + i) as f32).sin())
+                    .collect()
+            };
+            let embedding = match submission.deadline {
+                Some(left) => tokio::time::timeout(left, embed)
+                    .await
+                    .map_err(|_| Failure::DeadlineExceeded)?,
+                None => embed.await,
+            };
+            end.is_whole = true;
+            Ok(embedding)
+        }
+        .boxed()
+    }
+
+    /// It has no cache.
+    fn kv_events(&self) -> Result<BoxStream<'static, Vec<BlockEvent>>, Failure> {
+        let nothing = futures::stream::iter([vec![BlockEvent::Cleared]]);
+        Ok(nothing.chain(futures::stream::pending()).boxed())
     }
 
     fn load(&self) -> DoorLoad {

@@ -1,10 +1,10 @@
-//! The seam between the step loop and a model: one step's tokens in, logits out, KV written on the way.
+//! The seam between the step loop and a model: one step's tokens in, logits or hidden states out, KV written on the way.
 
 use baton_kernels::{KernelError, KvCache, KvLayout};
 use baton_scheduler::ids::TokenId;
 use baton_scheduler::layer_groups::LayerGroups;
 
-/// Which of a sequence's new rows need logits.
+/// What comes back of a sequence's new rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogitsWanted {
     /// None: a prefill chunk that is not the prompt's last.
@@ -13,6 +13,17 @@ pub enum LogitsWanted {
     Last,
     /// Every row: prompt log-probabilities.
     All,
+    /// No logits, but the hidden state of every row.
+    Hidden,
+}
+
+/// What a step gives, sequences in order, rows in order.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StepOutput<'a> {
+    /// `[n_logit_rows, vocab_size]`
+    pub logits: &'a [f32],
+    /// `[n_hidden_rows, hidden_size]`: what the final norm gives, which the output matrix would turn into logits.
+    pub hidden: &'a [f32],
 }
 
 /// One sequence's share of a step.
@@ -27,7 +38,7 @@ pub struct StepSequence<'a> {
     /// Which of the model's rotary tables turns it: 0, or 1 for a sequence that may outgrow the short context of a model
     /// with two. The same in every step of a sequence.
     pub rope_variant: usize,
-    /// Rows whose logits come back.
+    /// What comes back of its rows.
     pub logits: LogitsWanted,
 }
 
@@ -35,6 +46,9 @@ pub struct StepSequence<'a> {
 pub trait ForwardPass: Send + 'static {
     /// Entries of the vocabulary: columns of the logits.
     fn vocab_size(&self) -> usize;
+
+    /// Columns of the hidden states.
+    fn hidden_size(&self) -> usize;
 
     /// Device kind, instruction set and dtypes; equal classes give equal bits.
     fn numerics_class(&self) -> String;
@@ -52,11 +66,9 @@ pub trait ForwardPass: Send + 'static {
 
     /// Computes one step. `on_layer(layer, kv)`, with the number of the model's layer, is called as soon as that layer's K and V of every new token are in memory,
     /// so that their transfer can start; it must return quickly and must not write the cache.
-    ///
-    /// Returns the wanted logits, `[n_wanted_rows, vocab_size]` row major, sequences in order, rows in order.
     fn step(
         &mut self,
         sequences: &[StepSequence<'_>],
         on_layer: &mut dyn FnMut(usize, &mut KvCache),
-    ) -> Result<&[f32], KernelError>;
+    ) -> Result<StepOutput<'_>, KernelError>;
 }

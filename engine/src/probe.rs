@@ -233,6 +233,7 @@ impl Worker for Service {
     type GenerateStream = Empty<Result<cluster::GenerateEvent, Status>>;
     type PrefillStream = ReceiverStream<Result<cluster::TransferFrame, Status>>;
     type AttachStream = Empty<Result<cluster::GenerateEvent, Status>>;
+    type KvEventsStream = Empty<Result<cluster::KvChanges, Status>>;
     type MigrateStream = Empty<Result<cluster::TransferFrame, Status>>;
 
     async fn generate(&self, _: Request<cluster::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
@@ -248,6 +249,14 @@ impl Worker for Service {
     }
 
     async fn resume(&self, _: Request<cluster::ResumeRequest>) -> Result<Response<cluster::ResumeResponse>, Status> {
+        only_kv()
+    }
+
+    async fn kv_events(&self, _: Request<cluster::KvEventsRequest>) -> Result<Response<Self::KvEventsStream>, Status> {
+        only_kv()
+    }
+
+    async fn embed(&self, _: Request<cluster::EmbedRequest>) -> Result<Response<cluster::EmbedResponse>, Status> {
         only_kv()
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use baton_scheduler::block_events::{BlockEvent, StoredBlock};
 use baton_scheduler::cost::StepSample;
 use baton_scheduler::ids::{Epoch, Fingerprint, Incarnation, InstanceId, Nanos, RequestId, Role};
 use baton_scheduler::placement::{InstanceInfo, InstanceLoad};
@@ -212,6 +213,38 @@ impl TryFrom<cluster::PortableState> for PortableState {
     }
 }
 
+impl TryFrom<cluster::EmbedRequest> for Request {
+    type Error = WireError;
+
+    fn try_from(wire: cluster::EmbedRequest) -> Result<Self, WireError> {
+        let id = request_id_from_wire("request_id", &wire.request_id)?;
+        if wire.prompt_ids.is_empty() {
+            return Err(bad("prompt_ids", "empty", "at least one token"));
+        }
+        Ok(Request::to_embed(id, Arc::from(wire.prompt_ids), wire.cache_salt))
+    }
+}
+
+/// What an instance answered to [`cluster::EmbedRequest`]; an answer that says nothing is a failure.
+pub fn embedding_from_wire(wire: cluster::EmbedResponse) -> Result<Vec<f32>, Failure> {
+    use cluster::embed_response::Answer;
+    match wire.answer {
+        Some(Answer::Embedding(embedding)) => Ok(embedding.values),
+        Some(Answer::Failure(failure)) => Err(failure.into()),
+        None => Err(Failure::Internal("an answer of an unknown kind".into())),
+    }
+}
+
+/// The answer to [`cluster::EmbedRequest`].
+pub fn embedding_to_wire(embedded: Result<Vec<f32>, Failure>) -> cluster::EmbedResponse {
+    use cluster::embed_response::Answer;
+    let answer = match embedded {
+        Ok(values) => Answer::Embedding(cluster::Embedding { values }),
+        Err(failure) => Answer::Failure((&failure).into()),
+    };
+    cluster::EmbedResponse { answer: Some(answer) }
+}
+
 /// What choice number `choice` has produced.
 pub fn choice_to_wire(choice: u32, state: &ChoiceState) -> cluster::Choice {
     cluster::Choice {
@@ -264,7 +297,7 @@ pub fn prefix_events_to_wire(events: &[PrefixEvent]) -> cluster::PrefixEvents {
     }
     let keys = |wanted: bool| {
         let of_kind = present.iter().filter(move |&(_, stored)| *stored == wanted);
-        of_kind.map(|(key, _)| key.0.to_be_bytes().to_vec()).collect()
+        of_kind.map(|(key, _)| key_to_wire(*key)).collect()
     };
     cluster::PrefixEvents {
         cleared,
@@ -273,15 +306,20 @@ pub fn prefix_events_to_wire(events: &[PrefixEvent]) -> cluster::PrefixEvents {
     }
 }
 
+fn key_to_wire(key: PrefixKey) -> Vec<u8> {
+    key.0.to_be_bytes().to_vec()
+}
+
+fn key_from_wire(field: &'static str, bytes: &[u8]) -> Result<PrefixKey, WireError> {
+    let bytes: [u8; 16] = bytes
+        .try_into()
+        .map_err(|_| bad(field, format!("{} bytes", bytes.len()), "16 bytes"))?;
+    Ok(PrefixKey(u128::from_be_bytes(bytes)))
+}
+
 /// The events of a message, to be applied in order.
 pub fn prefix_events_from_wire(wire: &cluster::PrefixEvents) -> Result<Vec<PrefixEvent>, WireError> {
-    let key = |bytes: &Vec<u8>| {
-        let bytes: [u8; 16] = bytes
-            .as_slice()
-            .try_into()
-            .map_err(|_| bad("prefix.key", format!("{} bytes", bytes.len()), "16 bytes"))?;
-        Ok(PrefixKey(u128::from_be_bytes(bytes)))
-    };
+    let key = |bytes: &Vec<u8>| key_from_wire("prefix.key", bytes);
     let mut events = Vec::with_capacity(1 + wire.stored.len() + wire.removed.len());
     events.extend(wire.cleared.then_some(PrefixEvent::Cleared));
     for bytes in &wire.removed {
@@ -307,6 +345,46 @@ pub fn first_blocks_to_wire(first_blocks: &[u32]) -> (u32, Vec<u32>) {
         [only] => (*only, Vec::new()),
         groups => (groups[0], groups.to_vec()),
     }
+}
+
+/// Changes of cached blocks, in order.
+pub fn kv_changes_to_wire(events: &[BlockEvent]) -> cluster::KvChanges {
+    use cluster::kv_change::Change;
+    let change = |event: &BlockEvent| match event {
+        BlockEvent::Stored(block) => Change::Stored(cluster::StoredBlock {
+            key: key_to_wire(block.key),
+            parent: block.parent.map(key_to_wire).unwrap_or_default(),
+            token_ids: block.tokens.to_vec(),
+        }),
+        BlockEvent::Removed(key) => Change::Removed(key_to_wire(*key)),
+        BlockEvent::Cleared => Change::Cleared(true),
+    };
+    let changes = events.iter().map(|event| cluster::KvChange {
+        change: Some(change(event)),
+    });
+    cluster::KvChanges {
+        changes: changes.collect(),
+    }
+}
+
+/// The same back; a change of an unknown kind is left out.
+pub fn kv_changes_from_wire(wire: cluster::KvChanges) -> Result<Vec<BlockEvent>, WireError> {
+    use cluster::kv_change::Change;
+    let known = wire.changes.into_iter().filter_map(|change| change.change);
+    known
+        .map(|change| match change {
+            Change::Stored(block) => Ok(BlockEvent::Stored(StoredBlock {
+                key: key_from_wire("stored.key", &block.key)?,
+                parent: match &*block.parent {
+                    [] => None,
+                    parent => Some(key_from_wire("stored.parent", parent)?),
+                },
+                tokens: Arc::from(block.token_ids),
+            })),
+            Change::Removed(key) => Ok(BlockEvent::Removed(key_from_wire("removed", &key)?)),
+            Change::Cleared(_) => Ok(BlockEvent::Cleared),
+        })
+        .collect()
 }
 
 /// What a worker says of itself when it joins.

@@ -54,7 +54,7 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 
 /// The newest protocol version this build speaks; it also speaks the one before.
 ///
-/// Version 2 added groups of choices, penalties, the other adjustments of the distribution, constraints, checksums and moves.
+/// Version 2 added groups of choices, penalties, the other adjustments of the distribution, constraints, checksums, moves and embeddings.
 /// A request that needs them is not given to a peer of version 1, which would not see the fields. A release settles a version;
 /// 2 is not released yet.
 pub const PROTOCOL_VERSION: u32 = 2;

@@ -521,7 +521,7 @@ impl Arbiter {
 }
 
 /// Another pair may agree where this one did not, so an incompatible peer is worth another placement.
-fn is_retried(failure: &Failure) -> bool {
+pub fn is_retried(failure: &Failure) -> bool {
     failure.is_retryable() || matches!(failure, Failure::Incompatible(_))
 }
 

@@ -15,9 +15,10 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::block_events::BlockEvent;
 use crate::block_pool::{BlockPool, IsPinned, Ledger};
 use crate::ids::{BlockId, Generation, Nanos, SequenceId, TokenId};
-use crate::prefix_cache::{PrefixCache, PrefixEvent, PrefixHasher, Registered};
+use crate::prefix_cache::{Offered, PrefixCache, PrefixEvent, PrefixHasher, Registered};
 use crate::request::{Failure, PortableState};
 
 pub use block_table::RELEASED_BLOCK;
@@ -170,9 +171,13 @@ impl BatchScheduler {
     /// # Errors
     /// `Invalid` when it can never run, `Busy` when the line is full.
     pub fn submit(&mut self, state: &PortableState, kind: SequenceKind) -> Result<GroupId, Failure> {
-        self.config.check(state)?;
-        if kind == SequenceKind::PrefillForHandoff {
-            self.config.check_handoff(state)?;
+        match kind {
+            SequenceKind::Embedded => self.config.check_embedded(&state.request)?,
+            SequenceKind::PrefillForHandoff => {
+                self.config.check(state)?;
+                self.config.check_handoff(state)?;
+            }
+            SequenceKind::Local | SequenceKind::Received | SequenceKind::Moved => self.config.check(state)?,
         }
         if self.waiting.len() >= self.config.max_waiting {
             return Err(Failure::Busy(format!("{} sequences are waiting", self.waiting.len())));
@@ -229,6 +234,9 @@ impl BatchScheduler {
             );
             if !tokens.is_empty() {
                 self.append(item.sequence, tokens, is_pinned, &mut committed);
+            } else if self.is_embedded(item.sequence) && self.sequences[&item.sequence].n_left() == 0 {
+                committed.embedded.push(self.sequences[&item.sequence].group);
+                self.remove(item.sequence, is_pinned);
             }
         }
         committed
@@ -286,6 +294,11 @@ impl BatchScheduler {
     /// Whether every row of the sequence's prompt is wanted for log-probabilities, now that none has been reported.
     pub fn wants_prompt_logits(&self, id: SequenceId) -> bool {
         self.sequences[&id].wants_prompt_logits()
+    }
+
+    /// Whether the hidden state of every row of the sequence is wanted, and no token.
+    pub fn is_embedded(&self, id: SequenceId) -> bool {
+        self.sequences[&id].kind == SequenceKind::Embedded
     }
 
     /// The ids of the sequence's blocks, in order, one table for each layer group; [`RELEASED_BLOCK`] for those that no query
@@ -359,6 +372,21 @@ impl BatchScheduler {
     /// The prefix cache's changes since the last call.
     pub fn take_prefix_events(&mut self) -> Vec<PrefixEvent> {
         self.cache.take_events()
+    }
+
+    /// Keeps changes of cached blocks with their tokens from now on; answers what is cached, as events.
+    pub fn watch_blocks(&mut self) -> Vec<BlockEvent> {
+        self.cache.watch_blocks()
+    }
+
+    /// Those changes since the last call.
+    pub fn take_block_events(&mut self) -> Vec<BlockEvent> {
+        self.cache.take_block_events()
+    }
+
+    /// Keeps them no more.
+    pub fn unwatch_blocks(&mut self) {
+        self.cache.unwatch_blocks();
     }
 
     /// The prefix cache's whole contents, as events.
@@ -519,6 +547,13 @@ impl BatchScheduler {
         for block_idx in sequence.n_registered..sequence.n_computed / block_size {
             let tokens = &sequence.tokens[block_idx * block_size..(block_idx + 1) * block_size];
             let key = sequence.keys[block_idx];
+            let offered = Offered {
+                key,
+                parent: block_idx.checked_sub(1).map(|idx| sequence.keys[idx]),
+                block_idx,
+                salt: sequence.salt,
+                tokens,
+            };
             for layer_group in 0..self.config.n_groups() {
                 // What came from elsewhere came without the blocks that nobody sees here.
                 if block_idx < sequence.tables.n_released(layer_group) {
@@ -526,7 +561,7 @@ impl BatchScheduler {
                 }
                 let block = sequence.tables.get(layer_group, block_idx);
                 let block = block.expect("a block is offered before it is given up");
-                match self.cache.register(&mut self.pool, key, tokens, layer_group, block) {
+                match self.cache.register(&mut self.pool, offered, layer_group, block) {
                     Registered::New | Registered::Collision => {}
                     Registered::Duplicate(other) => {
                         let other = self.pool.hold(other);

@@ -2,6 +2,7 @@
 
 pub mod arbiter;
 pub mod batch;
+pub mod block_events;
 pub mod block_pool;
 pub mod cost;
 pub mod ids;

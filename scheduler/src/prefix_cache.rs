@@ -2,9 +2,11 @@
 //! Owns no blocks: the pool keeps what this names, and tells it what was evicted. Full blocks only.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::block_events::{BlockEvent, StoredBlock};
 use crate::block_pool::{BlockPool, HeldBlock, IsPinned};
 use crate::ids::{BlockId, Fingerprint, SequenceId, TokenId};
 
@@ -104,12 +106,45 @@ pub enum Registered {
     Collision,
 }
 
+/// A full block as it is offered.
+#[derive(Clone, Copy, Debug)]
+pub struct Offered<'a> {
+    /// Names it.
+    pub key: PrefixKey,
+    /// The block before it; `None` for the first of a sequence.
+    pub parent: Option<PrefixKey>,
+    /// Its place in its sequence.
+    pub block_idx: usize,
+    /// What the keys of its sequence are salted with; 0 for none.
+    pub salt: u64,
+    /// Its own tokens.
+    pub tokens: &'a [TokenId],
+}
+
 /// At least one of its blocks is there.
 #[derive(Debug)]
 struct Entry {
     /// Of each layer group.
     blocks: Box<[Option<BlockId>]>,
-    tokens: Box<[TokenId]>,
+    parent: Option<PrefixKey>,
+    block_idx: usize,
+    salt: u64,
+    tokens: Arc<[TokenId]>,
+}
+
+impl Entry {
+    /// Whether its tokens alone say what it is. Salted blocks are nobody's business but their requests'.
+    fn is_plain(&self) -> bool {
+        self.salt == 0
+    }
+
+    fn stored(&self, key: PrefixKey) -> BlockEvent {
+        BlockEvent::Stored(StoredBlock {
+            key,
+            parent: self.parent,
+            tokens: Arc::clone(&self.tokens),
+        })
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -129,6 +164,8 @@ pub struct PrefixCache {
     max_events: usize,
     /// Events were dropped, so that the next taker gets the whole contents instead.
     has_overflowed: bool,
+    /// Changes of plain blocks with their tokens, while somebody asks for them.
+    block_events: Option<Vec<BlockEvent>>,
 }
 
 impl PrefixCache {
@@ -142,6 +179,7 @@ impl PrefixCache {
             events: Vec::new(),
             max_events,
             has_overflowed: false,
+            block_events: None,
         }
     }
 
@@ -195,14 +233,17 @@ impl PrefixCache {
     pub fn register(
         &mut self,
         pool: &mut BlockPool,
-        key: PrefixKey,
-        tokens: &[TokenId],
+        offered: Offered<'_>,
         layer_group: usize,
         block: &HeldBlock,
     ) -> Registered {
+        let Offered { key, tokens, .. } = offered;
         let n_groups = self.n_groups;
         let entry = self.entries.entry(key).or_insert_with(|| Entry {
             blocks: vec![None; n_groups].into(),
+            parent: offered.parent,
+            block_idx: offered.block_idx,
+            salt: offered.salt,
             tokens: tokens.into(),
         });
         if *entry.tokens != *tokens {
@@ -215,7 +256,12 @@ impl PrefixCache {
                 entry.blocks[layer_group] = Some(block.id());
                 pool.keep_cached(block);
                 self.key_of_block.insert(block.id(), (key, layer_group));
-                self.record(layer_group, PrefixEvent::Stored(key));
+                if layer_group == TOLD_GROUP {
+                    if let Some(events) = self.block_events.as_mut().filter(|_| entry.is_plain()) {
+                        events.push(entry.stored(key));
+                    }
+                    self.record(PrefixEvent::Stored(key));
+                }
                 Registered::New
             }
         }
@@ -230,10 +276,17 @@ impl PrefixCache {
         let (key, layer_group) = self.key_of_block.remove(&evicted).expect("an evicted block has a key");
         let entry = self.entries.get_mut(&key).expect("a cached block has an entry");
         entry.blocks[layer_group] = None;
+        if layer_group == TOLD_GROUP
+            && let Some(events) = self.block_events.as_mut().filter(|_| entry.is_plain())
+        {
+            events.push(BlockEvent::Removed(key));
+        }
         if entry.blocks.iter().all(Option::is_none) {
             self.entries.remove(&key);
         }
-        self.record(layer_group, PrefixEvent::Removed(key));
+        if layer_group == TOLD_GROUP {
+            self.record(PrefixEvent::Removed(key));
+        }
         pool.allocate()
     }
 
@@ -276,18 +329,37 @@ impl PrefixCache {
 
     /// [`PrefixEvent::Cleared`] and the whole contents.
     pub fn snapshot(&self) -> Vec<PrefixEvent> {
-        let told = self
-            .entries
-            .iter()
-            .filter(|(_, entry)| entry.blocks[TOLD_GROUP].is_some());
-        let stored = told.map(|(&key, _)| PrefixEvent::Stored(key));
+        let stored = self.told().map(|(key, _)| PrefixEvent::Stored(key));
         std::iter::once(PrefixEvent::Cleared).chain(stored).collect()
     }
 
-    fn record(&mut self, layer_group: usize, event: PrefixEvent) {
-        if layer_group != TOLD_GROUP {
-            return;
-        }
+    /// From now on changes of plain blocks are kept with their tokens, to be taken after every step. Answers what is there now:
+    /// [`BlockEvent::Cleared`] and the whole contents, parents before their children.
+    pub fn watch_blocks(&mut self) -> Vec<BlockEvent> {
+        self.block_events.get_or_insert_default();
+        let mut plain: Vec<_> = self.told().filter(|(_, entry)| entry.is_plain()).collect();
+        plain.sort_by_key(|(_, entry)| entry.block_idx);
+        let stored = plain.into_iter().map(|(key, entry)| entry.stored(key));
+        std::iter::once(BlockEvent::Cleared).chain(stored).collect()
+    }
+
+    /// The changes since the last call; none unless they are watched.
+    pub fn take_block_events(&mut self) -> Vec<BlockEvent> {
+        self.block_events.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Nobody asks for changes any more.
+    pub fn unwatch_blocks(&mut self) {
+        self.block_events = None;
+    }
+
+    /// The entries that those outside know.
+    fn told(&self) -> impl Iterator<Item = (PrefixKey, &Entry)> {
+        let entries = self.entries.iter().map(|(&key, entry)| (key, entry));
+        entries.filter(|(_, entry)| entry.blocks[TOLD_GROUP].is_some())
+    }
+
+    fn record(&mut self, event: PrefixEvent) {
         if self.events.len() < self.max_events {
             self.events.push(event);
         } else {
@@ -312,6 +384,16 @@ mod tests {
         false
     }
 
+    fn offered(key: PrefixKey, tokens: &[TokenId]) -> Offered<'_> {
+        Offered {
+            key,
+            parent: None,
+            block_idx: 0,
+            salt: 0,
+            tokens,
+        }
+    }
+
     fn store(cache: &mut PrefixCache, pool: &mut BlockPool, salt: u64, tokens: &[TokenId]) -> Vec<HeldBlock> {
         let keys = hasher().keys(salt, tokens);
         let blocks = keys
@@ -319,7 +401,7 @@ mod tests {
             .zip(tokens.chunks_exact(BLOCK_SIZE))
             .map(|(&key, block_tokens)| {
                 let block = cache.allocate(pool, &unpinned).unwrap();
-                cache.register(pool, key, block_tokens, 0, &block);
+                cache.register(pool, offered(key, block_tokens), 0, &block);
                 block
             });
         blocks.collect()
@@ -339,6 +421,57 @@ mod tests {
                 PrefixEvent::Cleared => mirror.clear(),
             }
         }
+    }
+
+    fn watch(blocks: &mut BTreeMap<PrefixKey, Arc<[TokenId]>>, events: Vec<BlockEvent>) {
+        for event in events {
+            match event {
+                BlockEvent::Stored(block) => {
+                    assert!(blocks.insert(block.key, block.tokens).is_none(), "stored twice");
+                }
+                BlockEvent::Removed(key) => assert!(blocks.remove(&key).is_some(), "removed what was not stored"),
+                BlockEvent::Cleared => blocks.clear(),
+            }
+        }
+    }
+
+    #[test]
+    fn parents_are_told_before_their_children_and_nothing_is_kept_for_nobody() {
+        let (mut cache, mut pool) = (PrefixCache::new(16, 1), BlockPool::new(9));
+        let tokens: Vec<TokenId> = (0..32).collect();
+        let keys = hasher().keys(0, &tokens);
+        let mut held = Vec::new();
+        for (block_idx, block_tokens) in tokens.chunks_exact(BLOCK_SIZE).enumerate() {
+            let block = cache.allocate(&mut pool, &unpinned).unwrap();
+            let parent = block_idx.checked_sub(1).map(|idx| keys[idx]);
+            let offered = Offered {
+                parent,
+                block_idx,
+                ..offered(keys[block_idx], block_tokens)
+            };
+            assert_eq!(cache.register(&mut pool, offered, 0, &block), Registered::New);
+            held.push(block);
+        }
+        assert!(cache.take_block_events().is_empty());
+        let snapshot = cache.watch_blocks();
+        assert_eq!(snapshot[0], BlockEvent::Cleared);
+        for (block_idx, event) in snapshot[1..].iter().enumerate() {
+            let BlockEvent::Stored(block) = event else {
+                panic!("{event:?}")
+            };
+            assert_eq!(
+                (block.key, block.tokens[0] as usize),
+                (keys[block_idx], block_idx * BLOCK_SIZE)
+            );
+            assert_eq!(block.parent, block_idx.checked_sub(1).map(|idx| keys[idx]));
+        }
+        held.into_iter().for_each(|block| pool.release(block, &unpinned));
+        let _one = cache.allocate(&mut pool, &unpinned).unwrap();
+        let _other = cache.allocate(&mut pool, &unpinned).unwrap();
+        assert_eq!(cache.take_block_events(), [BlockEvent::Removed(keys[0])]);
+        cache.unwatch_blocks();
+        let _third = cache.allocate(&mut pool, &unpinned).unwrap();
+        assert!(cache.take_block_events().is_empty());
     }
 
     #[test]
@@ -362,18 +495,18 @@ mod tests {
         let key = hasher().keys(0, &[1, 2, 3, 4])[0];
         let block = cache.allocate(&mut pool, &unpinned).unwrap();
         assert_eq!(
-            cache.register(&mut pool, key, &[1, 2, 3, 4], 0, &block),
+            cache.register(&mut pool, offered(key, &[1, 2, 3, 4]), 0, &block),
             Registered::New
         );
         assert_eq!(lookup(&cache, &[key], &[1, 2, 3, 4]), [block.id()]);
         assert!(lookup(&cache, &[key], &[1, 2, 3, 5]).is_empty());
         let other = cache.allocate(&mut pool, &unpinned).unwrap();
         assert_eq!(
-            cache.register(&mut pool, key, &[1, 2, 3, 5], 0, &other),
+            cache.register(&mut pool, offered(key, &[1, 2, 3, 5]), 0, &other),
             Registered::Collision
         );
         assert_eq!(
-            cache.register(&mut pool, key, &[1, 2, 3, 4], 0, &other),
+            cache.register(&mut pool, offered(key, &[1, 2, 3, 4]), 0, &other),
             Registered::Duplicate(block.id())
         );
     }
@@ -417,18 +550,25 @@ mod tests {
         ) {
             let (mut cache, mut pool) = (PrefixCache::new(max_events, 1), BlockPool::new(5));
             let mut mirror = std::collections::BTreeSet::new();
+            let mut watcher = BTreeMap::new();
+            watch(&mut watcher, cache.watch_blocks());
             for (tokens, is_taken) in prompts {
                 let keys = hasher().keys(0, &tokens);
                 let mut held: Vec<HeldBlock> =
                     lookup(&cache, &keys, &tokens).into_iter().map(|id| pool.hold(id)).collect();
                 for (key, block_tokens) in keys.iter().zip(tokens.chunks_exact(BLOCK_SIZE)).skip(held.len()) {
                     let Some(block) = cache.allocate(&mut pool, &unpinned) else { break };
-                    prop_assert_eq!(cache.register(&mut pool, *key, block_tokens, 0, &block), Registered::New);
+                    let salt = u64::from(tokens[0] == 2);
+                    let offered = Offered { salt, ..offered(*key, block_tokens) };
+                    prop_assert_eq!(cache.register(&mut pool, offered, 0, &block), Registered::New);
                     held.push(block);
                 }
                 held.into_iter().rev().for_each(|block| pool.release(block, &unpinned));
                 pool.check();
                 prop_assert_eq!(pool.ledger().cached, cache.n_entries());
+                watch(&mut watcher, cache.take_block_events());
+                let plain = cache.entries.iter().filter(|(_, entry)| entry.salt == 0);
+                prop_assert!(plain.map(|(key, entry)| (*key, &*entry.tokens)).eq(watcher.iter().map(|(key, tokens)| (*key, &**tokens))));
                 if is_taken {
                     apply(&mut mirror, cache.take_events());
                     prop_assert!(mirror.iter().eq(cache.entries.keys()));
@@ -455,7 +595,7 @@ mod tests {
             for (block_idx, block_tokens) in tokens.chunks_exact(BLOCK_SIZE).enumerate() {
                 for layer_group in (0..n_groups).filter(|&layer_group| !is_hole(block_idx, layer_group)) {
                     let block = cache.allocate(&mut pool, &unpinned).unwrap();
-                    let registered = cache.register(&mut pool, keys[block_idx], block_tokens, layer_group, &block);
+                    let registered = cache.register(&mut pool, offered(keys[block_idx], block_tokens), layer_group, &block);
                     prop_assert_eq!(registered, Registered::New);
                 }
             }

@@ -30,7 +30,7 @@ impl Constraint {
 /// How tokens are chosen and when generation ends. Resolved: nothing here is left to a default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
-    /// Upper bound on generated tokens, at least 1.
+    /// Upper bound on generated tokens, at least 1; 0 of a request that is embedded.
     pub max_tokens: u32,
     /// No stop id is generated before this many tokens, at most `max_tokens`.
     pub min_tokens: u32,
@@ -112,6 +112,20 @@ pub const SHORT_ROPE: usize = 0;
 pub const LONG_ROPE: usize = 1;
 
 impl Request {
+    /// For the hidden states of `prompt_ids`: nothing is generated.
+    pub fn to_embed(id: RequestId, prompt_ids: Arc<[TokenId]>, cache_salt: u64) -> Request {
+        let sampling = SamplingParams {
+            max_tokens: 0,
+            ..SamplingParams::default()
+        };
+        Request {
+            id,
+            prompt_ids,
+            sampling,
+            cache_salt,
+        }
+    }
+
     /// Which rotary table turns its sequences. A cached key cannot be turned again, so this is settled by what the request may
     /// grow to, and stays: on every instance, after every move and replay. `short_context` is in tokens; `None` where a model
     /// has one table.

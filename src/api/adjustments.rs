@@ -229,6 +229,7 @@ mod tests {
             root: "/models/m".into(),
             folder: None,
             vocab_size: tokenizer.n_ids() as u32,
+            hidden_size: 4,
             tokenizer: Some(tokenizer.clone()),
             chat_template: None,
             eos_token_ids: vec![2],

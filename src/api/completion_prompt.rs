@@ -1,4 +1,4 @@
-//! The `prompt` of a completions request in its four forms: a text, texts, token ids, or lists of token ids.
+//! The `prompt` of a completions request, or the `input` of an embeddings request, in its four forms: a text, texts, token ids, or lists of token ids.
 
 use baton_scheduler::ids::TokenId;
 use serde_json::Value;
@@ -21,41 +21,60 @@ pub enum CompletionPrompt {
 impl CompletionPrompt {
     /// Takes `prompt`: 1 to `max_prompts` of them.
     pub fn take(fields: &mut Fields, max_prompts: usize) -> Result<Vec<CompletionPrompt>, ApiError> {
+        CompletionPrompt::take_named(fields, "prompt", max_prompts)
+    }
+
+    /// Takes what the endpoint calls `name`.
+    pub fn take_named(
+        fields: &mut Fields,
+        name: &'static str,
+        max_prompts: usize,
+    ) -> Result<Vec<CompletionPrompt>, ApiError> {
         const EXPECTED: &str = "a string, an array of strings, an array of token ids, or an array of those";
-        let prompts = match fields.take("prompt") {
-            None => return Err(ApiError::expected("prompt", "missing", EXPECTED)),
+        let prompts = match fields.take(name) {
+            None => return Err(ApiError::expected(name, "missing", EXPECTED)),
             Some(Value::String(text)) => vec![CompletionPrompt::Text(text)],
             Some(Value::Array(values)) => match values.first() {
-                None => return Err(ApiError::expected("prompt", "an empty array", EXPECTED)),
-                Some(Value::Number(_)) => vec![CompletionPrompt::Ids(ids(None, &values)?)],
+                None => return Err(ApiError::expected(name, "an empty array", EXPECTED)),
+                Some(Value::Number(_)) => vec![CompletionPrompt::Ids(ids(name, None, &values)?)],
                 Some(Value::String(_) | Value::Array(_)) => values
                     .into_iter()
                     .enumerate()
-                    .map(|(idx, value)| one(idx, value))
+                    .map(|(idx, value)| one(name, idx, value))
                     .collect::<Result<_, _>>()?,
                 Some(other) => {
                     return Err(ApiError::field(
-                        "prompt",
-                        format!("prompt[0] is {}, expected {EXPECTED}", kind_of(other)),
+                        name,
+                        format!("{name}[0] is {}, expected {EXPECTED}", kind_of(other)),
                     ));
                 }
             },
-            Some(other) => return Err(ApiError::expected("prompt", kind_of(&other), EXPECTED)),
+            Some(other) => return Err(ApiError::expected(name, kind_of(&other), EXPECTED)),
         };
         if prompts.len() > max_prompts {
-            let found = format!("an array of {} prompts", prompts.len());
-            return Err(ApiError::expected("prompt", found, format!("at most {max_prompts}")));
+            let found = format!("an array of {} {name}s", prompts.len());
+            return Err(ApiError::expected(name, found, format!("at most {max_prompts}")));
         }
         Ok(prompts)
     }
 
     /// Its ids, checked against the model.
     pub fn ids(&self, model: &ServedModel, special_tokens: SpecialTokens) -> Result<Vec<TokenId>, ApiError> {
+        self.ids_named("prompt", model, special_tokens)
+    }
+
+    /// The same of what the endpoint calls `name`.
+    pub fn ids_named(
+        &self,
+        name: &'static str,
+        model: &ServedModel,
+        special_tokens: SpecialTokens,
+    ) -> Result<Vec<TokenId>, ApiError> {
         let ids = match self {
-            CompletionPrompt::Text(text) => encode(model, "prompt", text, special_tokens)?,
+            CompletionPrompt::Text(text) => encode(model, name, text, special_tokens)?,
             CompletionPrompt::Ids(ids) => ids.clone(),
         };
-        check_prompt_ids("prompt", &ids, model)?;
+        check_prompt_ids(name, &ids, model)?;
         Ok(ids)
     }
 
@@ -71,30 +90,30 @@ impl CompletionPrompt {
     }
 }
 
-fn one(idx: usize, value: Value) -> Result<CompletionPrompt, ApiError> {
+fn one(name: &'static str, idx: usize, value: Value) -> Result<CompletionPrompt, ApiError> {
     match value {
         Value::String(text) => Ok(CompletionPrompt::Text(text)),
-        Value::Array(values) => ids(Some(idx), &values).map(CompletionPrompt::Ids),
+        Value::Array(values) => ids(name, Some(idx), &values).map(CompletionPrompt::Ids),
         other => {
             let found = kind_of(&other);
             Err(ApiError::field(
-                "prompt",
-                format!("prompt[{idx}] is {found}, expected a string or an array of token ids"),
+                name,
+                format!("{name}[{idx}] is {found}, expected a string or an array of token ids"),
             ))
         }
     }
 }
 
-fn ids(prompt_idx: Option<usize>, values: &[Value]) -> Result<Vec<TokenId>, ApiError> {
+fn ids(name: &'static str, prompt_idx: Option<usize>, values: &[Value]) -> Result<Vec<TokenId>, ApiError> {
     let ids = values
         .iter()
         .enumerate()
-        .map(|(idx, value)| token_id("prompt", idx, value))
+        .map(|(idx, value)| token_id(name, idx, value))
         .collect();
     match prompt_idx {
         None => ids,
         Some(prompt_idx) => ids.map_err(|error: ApiError| {
-            let message = format!("in prompt[{prompt_idx}]: {}", error.message);
+            let message = format!("in {name}[{prompt_idx}]: {}", error.message);
             ApiError { message, ..error }
         }),
     }

@@ -14,7 +14,7 @@ use tonic::Code;
 use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use crate::door::Rejection;
+use crate::door::{EmbedError, Rejection};
 
 /// What kind of error; decides every code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -243,6 +243,15 @@ impl From<Failure> for ApiError {
             Failure::DeadlineExceeded => ApiError::new(ErrorKind::Deadline, message),
             Failure::Cancelled => ApiError::new(ErrorKind::Cancelled, message),
             Failure::Internal(_) => ApiError::new(ErrorKind::Internal, message),
+        }
+    }
+}
+
+impl From<EmbedError> for ApiError {
+    fn from(error: EmbedError) -> ApiError {
+        match error {
+            EmbedError::Rejected(rejection) => rejection.into(),
+            EmbedError::Failed(failure) => failure.into(),
         }
     }
 }

@@ -1,10 +1,11 @@
-//! The fields that the two OpenAI endpoints take, as JSON Schema: what `/openapi.json` shows, and what other protocols may
+//! The fields that the OpenAI endpoints take, as JSON Schema: what `/openapi.json` shows, and what other protocols may
 //! name. Values are checked where they are parsed, not here.
 
 use serde_json::{Value, json};
 
 use super::adjustments::{LONGEST_BAD_WORD, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES};
 use super::constraints::MAX_CHOICE_TEXTS;
+use super::embeddings::MAX_INPUTS;
 use super::options::{
     LONGEST_STOP_STRING, MAX_CHOICES, MAX_LOGPROBS, MAX_PENALTY, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS,
 };
@@ -17,8 +18,10 @@ pub enum On {
     Chat,
     /// `/v1/completions`.
     Completions,
-    /// Both.
+    /// These two.
     Both,
+    /// `/v1/embeddings`.
+    Embeddings,
 }
 
 /// One field.
@@ -418,14 +421,85 @@ pub const FIELDS: &[FieldRow] = &[
         "request_id",
         On::Both,
         "The request's name in answers and logs; the header x-request-id wins.",
-        || json!({"type": "string", "minLength": 1, "maxLength": LONGEST_LABEL, "pattern": "^[ -~]*[!-~][ -~]*$"}),
+        label,
+    ),
+    row(
+        "model",
+        On::Embeddings,
+        "A name of the served model; may be left out.",
+        || json!({"anyOf": [{"$ref": "#/components/schemas/Model"}]}),
+    ),
+    row(
+        "input",
+        On::Embeddings,
+        "A text or its token ids, or an array of such inputs. Required.",
+        || {
+            json!({"anyOf": [
+                {"type": "string"},
+                token_ids(1),
+                {
+                    "type": "array", "minItems": 1, "maxItems": MAX_INPUTS,
+                    "items": {"anyOf": [{"type": "string"}, token_ids(0)]},
+                },
+            ]})
+        },
+    ),
+    row(
+        "encoding_format",
+        On::Embeddings,
+        "Numbers, or the base64 of their 32-bit floats, little endian. Default: float.",
+        || json!({"enum": ["float", "base64", null]}),
+    ),
+    row(
+        "dimensions",
+        On::Embeddings,
+        "Only the length that the model's embeddings have.",
+        || integer(1, i64::from(u32::MAX)),
+    ),
+    row(
+        "normalize",
+        On::Embeddings,
+        "Scale each embedding to length 1. Default: true.",
+        boolean,
+    ),
+    row(
+        "truncate_prompt_tokens",
+        On::Embeddings,
+        "Read only the last tokens of a longer input: so many, or with -1 as many as the model's length. Default: refuse it.",
+        || integer(-1, i64::from(u32::MAX)),
+    ),
+    row(
+        "add_special_tokens",
+        On::Embeddings,
+        "Encode with the tokenizer's own special tokens. Default: true.",
+        boolean,
+    ),
+    row("user", On::Embeddings, "Not read.", text),
+    row(
+        "cache_salt",
+        On::Embeddings,
+        "Only requests with the same salt share cached prefixes.",
+        || json!({"type": "string", "minLength": 1}),
+    ),
+    row("priority", On::Embeddings, "Lower is more urgent. Default: 0.", || {
+        integer(i64::from(i32::MIN), i64::from(i32::MAX))
+    }),
+    row(
+        "request_id",
+        On::Embeddings,
+        "The request's name in answers and logs; the header x-request-id wins.",
+        label,
     ),
 ];
 
 impl FieldRow {
     /// The rows of an endpoint.
     pub fn of(on: On) -> impl Iterator<Item = &'static FieldRow> {
-        FIELDS.iter().filter(move |row| row.on == On::Both || row.on == on)
+        let is_taken = move |row: &&FieldRow| match on {
+            On::Embeddings => row.on == On::Embeddings,
+            On::Chat | On::Completions | On::Both => row.on == On::Both || row.on == on,
+        };
+        FIELDS.iter().filter(is_taken)
     }
 
     /// Its JSON Schema with its description; `null` always means absent.
@@ -460,6 +534,10 @@ fn text() -> Value {
 
 fn texts() -> Value {
     json!({"type": "array", "minItems": 1, "maxItems": MAX_CHOICE_TEXTS, "items": {"type": "string", "minLength": 1}})
+}
+
+fn label() -> Value {
+    json!({"type": "string", "minLength": 1, "maxLength": LONGEST_LABEL, "pattern": "^[ -~]*[!-~][ -~]*$"})
 }
 
 fn penalty() -> Value {

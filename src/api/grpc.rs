@@ -23,6 +23,7 @@ use super::ApiState;
 use super::adjustments::{MIN_P_RANGE, allowed_token_ids, bad_words, check_min_tokens, is_min_p, logit_bias};
 use super::call::beside_runtime;
 use super::constraints::{choice, constrain, json_schema};
+use super::embed::{EmbedOptions, embed, embed_job, normalized};
 use super::encode::{SpecialTokens, encode};
 use super::error::{ApiError, ErrorKind};
 use super::health::HealthService;
@@ -96,10 +97,7 @@ impl BatonService {
         let received = self.state.generator().now();
         let deadline = deadline(headers)?;
         let objectives = objectives::from_headers(headers)?;
-        let label = match request.request_id.as_str() {
-            "" => RequestLabel::from_headers(headers)?.unwrap_or_else(RequestLabel::fresh),
-            text => RequestLabel::parse("request_id", text)?,
-        };
+        let label = label(headers, &request.request_id)?;
         let is_constrained = request
             .sampling
             .as_ref()
@@ -147,6 +145,48 @@ impl BatonService {
             })
         };
         beside_runtime(&self.state, n_bytes, job).await?
+    }
+
+    async fn embed_job(&self, headers: &HeaderMap, request: wire::EmbedRequest) -> Result<Job, ApiError> {
+        use wire::embed_request::Prompt;
+        let received = self.state.generator().now();
+        let deadline = deadline(headers)?;
+        let label = label(headers, &request.request_id)?;
+        let n_bytes = match &request.prompt {
+            Some(Prompt::Text(text)) => text.len(),
+            Some(Prompt::TokenIds(_)) | None => 0,
+        };
+        let state = self.state.clone();
+        let job = move || {
+            let model = state.model();
+            if !request.model.is_empty() && !model.answers_to(&request.model) {
+                return Err(ApiError::unknown_model(&request.model));
+            }
+            let prompt_ids = match request.prompt {
+                Some(Prompt::Text(text)) => encode(model, "text", &text, SpecialTokens::Added)?,
+                Some(Prompt::TokenIds(ids)) => ids.ids,
+                None => return Err(ApiError::expected("prompt", "missing", "text or token_ids")),
+            };
+            check_prompt_ids("prompt", &prompt_ids, model)?;
+            let options = EmbedOptions {
+                endpoint: Endpoint::Embed,
+                label,
+                cache_salt: 0,
+                priority: 0,
+                deadline,
+                received,
+            };
+            embed_job(&state, options, prompt_ids.into())
+        };
+        beside_runtime(&self.state, n_bytes, job).await?
+    }
+}
+
+/// The name in the message, else in the header, else a fresh one.
+pub(super) fn label(headers: &HeaderMap, request_id: &str) -> Result<RequestLabel, ApiError> {
+    match request_id {
+        "" => Ok(RequestLabel::from_headers(headers)?.unwrap_or_else(RequestLabel::fresh)),
+        text => RequestLabel::parse("request_id", text),
     }
 }
 
@@ -393,6 +433,25 @@ impl Baton for BatonService {
             .map_err(|_| Status::internal("request id is not ASCII"))?;
         response.metadata_mut().insert("x-request-id", value);
         Ok(response)
+    }
+
+    async fn embed(&self, request: Request<wire::EmbedRequest>) -> Result<Response<wire::EmbedResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        let normalize = request.normalize.unwrap_or(true);
+        let job = self.embed_job(metadata.as_ref(), request).await.map_err(|error| {
+            self.state.metrics().refused(Endpoint::Embed, &error);
+            error.to_status()
+        })?;
+        let (label, n_tokens) = (job.label.clone(), job.prompt_ids.len());
+        let embedding = embed(&self.state, job).await.map_err(|error| error.to_status())?;
+        Ok(Response::new(wire::EmbedResponse {
+            request_id: label.as_str().to_owned(),
+            embedding: if normalize { normalized(embedding) } else { embedding },
+            usage: Some(wire::Usage {
+                prompt_tokens: n_tokens as u32,
+                ..wire::Usage::default()
+            }),
+        }))
     }
 
     async fn abort(&self, request: Request<wire::AbortRequest>) -> Result<Response<wire::AbortResponse>, Status> {

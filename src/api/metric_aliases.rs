@@ -181,6 +181,19 @@ impl MetricAliases {
         self.generation_tokens.inc();
     }
 
+    /// A prompt was embedded, so that nothing of it was generated.
+    pub(super) fn embedded(&self, n_prompt_tokens: u32, timeline: &Timeline) {
+        let finished_reason = FinishReason::Stop.as_str();
+        self.request_success
+            .get_or_create(&ReasonLabels { finished_reason })
+            .inc();
+        self.prompt_tokens.inc_by(u64::from(n_prompt_tokens));
+        self.request_prompt_tokens.observe(f64::from(n_prompt_tokens));
+        if let Some(length) = timeline.between(Moment::Received, Moment::Finished) {
+            self.e2e_request_latency.observe(length.as_secs_f64());
+        }
+    }
+
     /// A request ended well.
     pub(super) fn finished(
         &self,

@@ -109,6 +109,12 @@ pub enum Endpoint {
     GenerateV2,
     /// `vllm.grpc.engine.VllmEngine/Generate`.
     VllmGenerate,
+    /// `/v1/embeddings`.
+    Embeddings,
+    /// `baton.v1.Baton/Embed`.
+    Embed,
+    /// `vllm.grpc.engine.VllmEngine/Embed`.
+    VllmEmbed,
 }
 
 impl Endpoint {
@@ -120,6 +126,9 @@ impl Endpoint {
             Endpoint::Infer => "infer",
             Endpoint::GenerateV2 => "v2_generate",
             Endpoint::VllmGenerate => "vllm_generate",
+            Endpoint::Embeddings => "embeddings",
+            Endpoint::Embed => "embed",
+            Endpoint::VllmEmbed => "vllm_embed",
         }
     }
 }
@@ -223,7 +232,7 @@ impl ApiMetrics {
         registry.register(names::REQUESTS, "Requests that ended", all.requests);
         registry.register(
             names::PROMPT_TOKENS,
-            "Prompt tokens of requests that produced a token",
+            "Prompt tokens of requests that produced a token or an embedding",
             all.prompt_tokens,
         );
         registry.register(
@@ -391,6 +400,21 @@ impl Recorder {
             self.judge(false);
         }
         self.count(reason.as_str());
+    }
+
+    /// The prompt was embedded.
+    pub fn embedded(&mut self) {
+        let metrics = self.state.metrics();
+        self.timeline.mark(Moment::Finished, self.state.generator().now());
+        metrics.prompt_tokens.inc_by(u64::from(self.n_prompt_tokens));
+        metrics.request_prompt_tokens.observe(f64::from(self.n_prompt_tokens));
+        if let Some(length) = self.timeline.between(Moment::Received, Moment::Finished) {
+            metrics.e2e_request_latency.observe(length.as_secs_f64());
+        }
+        if let Some(aliases) = &metrics.aliases {
+            aliases.embedded(self.n_prompt_tokens, &self.timeline);
+        }
+        self.count(FinishReason::Stop.as_str());
     }
 
     /// Counts the latencies that were asked for. Of several choices the slowest counts.

@@ -12,6 +12,8 @@ mod completion_choice;
 mod completion_prompt;
 mod completions;
 pub mod constraints;
+mod embed;
+mod embeddings;
 mod encode;
 mod error;
 mod fan_in;
@@ -221,6 +223,7 @@ pub fn router(state: ApiState, more: Router) -> Router {
     let http = Router::new()
         .route("/v1/chat/completions", post(chat::handle))
         .route("/v1/completions", post(completions::handle))
+        .route("/v1/embeddings", post(embeddings::handle))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::retrieve))
         .route("/v2/models/{model}/generate", post(kserve::rest::generate))

@@ -68,6 +68,7 @@ mod tests {
             default_sampling: super::super::DefaultSampling::default(),
             max_model_len: 100,
             vocab_size: 64,
+            hidden_size: 4,
             dtype: "f32".into(),
             parsers: super::super::OutputParsers::default(),
         }

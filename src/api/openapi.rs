@@ -101,6 +101,7 @@ fn paths() -> Value {
     json!({
         "/v1/chat/completions": post("Answers to a conversation", "ChatRequest", both, "Error", GENERATE_ERRORS),
         "/v1/completions": post("Continuations of prompts", "CompletionRequest", both, "Error", GENERATE_ERRORS),
+        "/v1/embeddings": post("Embeddings of inputs", "EmbeddingRequest", &["application/json"], "Error", GENERATE_ERRORS),
         "/v2/models/{model}/generate": of_model(generate(), &["model"]),
         "/v2/models/{model}/versions/{version}/generate": of_model(generate(), &["model", "version"]),
         "/v2/models/{model}/generate_stream": of_model(generate_stream(), &["model"]),
@@ -155,6 +156,7 @@ fn schemas() -> Value {
     json!({
         "ChatRequest": request(On::Chat, &["messages"]),
         "CompletionRequest": request(On::Completions, &["prompt"]),
+        "EmbeddingRequest": request(On::Embeddings, &["input"]),
         "TokenizeRequest": tokenize(),
         "DetokenizeRequest": {
             "type": "object",
@@ -299,7 +301,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::super::fields::tests::asked_for;
-    use super::super::{chat, completions, tests};
+    use super::super::{chat, completions, embeddings, tests};
     use super::*;
 
     fn properties(schema: &str) -> BTreeSet<String> {
@@ -327,12 +329,15 @@ mod tests {
         assert_eq!(without_inner(asked), properties("ChatRequest"));
         let asked = asked_for(|| assert!(completions::parses(&server.state, body(r#""prompt": "a""#).as_bytes())));
         assert_eq!(without_inner(asked), properties("CompletionRequest"));
+        let asked = asked_for(|| assert!(embeddings::parses(&server.state, br#"{"input": "a"}"#)));
+        assert_eq!(asked, properties("EmbeddingRequest"));
     }
 
     #[test]
     fn each_path_and_field_is_in_the_documentation() {
         let written = include_str!("../../docs/api.md");
-        for row in FieldRow::of(On::Chat).chain(FieldRow::of(On::Completions)) {
+        let rows = FieldRow::of(On::Chat).chain(FieldRow::of(On::Completions));
+        for row in rows.chain(FieldRow::of(On::Embeddings)) {
             assert!(written.contains(&format!("`{}`", row.name)), "{}", row.name);
         }
         let document = document(&["a".to_owned()], false);

@@ -79,12 +79,7 @@ pub struct CommonOptions {
 impl CommonOptions {
     /// Takes the shared fields out of `fields`.
     pub fn take(fields: &mut Fields, model: &ServedModel) -> Result<CommonOptions, ApiError> {
-        if let Some(name) = fields.string("model")?
-            && !name.is_empty()
-            && !model.answers_to(&name)
-        {
-            return Err(ApiError::unknown_model(&name));
-        }
+        check_model(fields, model)?;
         let max_tokens = fields.integer("max_tokens", 0..=i64::from(u32::MAX))?.map(|n| n as u32);
         let ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
         let defaults = model.default_sampling;
@@ -146,30 +141,15 @@ impl CommonOptions {
             stream: stream_options(fields)?,
             return_token_ids: fields.boolean("return_token_ids")?.unwrap_or(false),
             tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
-            cache_salt: match fields.string("cache_salt")? {
-                None => 0,
-                Some(salt) if salt.is_empty() => {
-                    return Err(ApiError::expected(
-                        "cache_salt",
-                        "an empty string",
-                        "a string that is not empty",
-                    ));
-                }
-                Some(salt) => salt_of(&salt),
-            },
-            priority: fields
-                .integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?
-                .map_or(0, |priority| priority as i32),
+            cache_salt: cache_salt(fields)?,
+            priority: priority(fields)?,
             timeline: fields.boolean("timeline")?.unwrap_or(false),
             objectives: objectives::take(fields)?,
             prompt_logprobs: fields
                 .integer("prompt_logprobs", 0..=i64::from(MAX_LOGPROBS))?
                 .map(|n| n as u8),
             add_special_tokens: fields.boolean("add_special_tokens")?,
-            label: match fields.string("request_id")? {
-                Some(text) => Some(RequestLabel::parse("request_id", &text)?),
-                None => None,
-            },
+            label: label(fields)?,
         })
     }
 
@@ -183,6 +163,39 @@ impl CommonOptions {
             _ => Ok(()),
         }
     }
+}
+
+/// Refuses the name of another model.
+pub fn check_model(fields: &mut Fields, model: &ServedModel) -> Result<(), ApiError> {
+    match fields.string("model")? {
+        Some(name) if !name.is_empty() && !model.answers_to(&name) => Err(ApiError::unknown_model(&name)),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// What separates prefix caches; 0 when not asked for.
+pub fn cache_salt(fields: &mut Fields) -> Result<u64, ApiError> {
+    match fields.string("cache_salt")? {
+        None => Ok(0),
+        Some(salt) if salt.is_empty() => Err(ApiError::expected(
+            "cache_salt",
+            "an empty string",
+            "a string that is not empty",
+        )),
+        Some(salt) => Ok(salt_of(&salt)),
+    }
+}
+
+/// Lower is more urgent; 0 when not asked for.
+pub fn priority(fields: &mut Fields) -> Result<i32, ApiError> {
+    let priority = fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?;
+    Ok(priority.map_or(0, |priority| priority as i32))
+}
+
+/// The request's name in its body.
+pub fn label(fields: &mut Fields) -> Result<Option<RequestLabel>, ApiError> {
+    let text = fields.string("request_id")?;
+    text.map(|text| RequestLabel::parse("request_id", &text)).transpose()
 }
 
 fn penalty(fields: &mut Fields, name: &'static str) -> Result<f32, ApiError> {
@@ -338,6 +351,7 @@ mod tests {
             },
             max_model_len: 100,
             vocab_size: 64,
+            hidden_size: 4,
             dtype: "f32".into(),
             parsers: OutputParsers::default(),
         }

@@ -45,6 +45,36 @@ pub struct Job {
     pub timeline: Timeline,
 }
 
+impl Job {
+    /// What the generator is asked, unless it is too late.
+    pub fn submission(self, state: &ApiState) -> Result<Submission, ApiError> {
+        if state.is_stopping() {
+            return Err(ApiError::new(ErrorKind::Unavailable, "the server is shutting down"));
+        }
+        let deadline = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+        if deadline == Some(Duration::ZERO) {
+            return Err(Failure::DeadlineExceeded.into());
+        }
+        let id = RequestId(Uuid::new_v4().as_u128());
+        let (n, max_tokens) = (self.sampling.n, self.sampling.max_tokens);
+        let (label, n_prompt_tokens) = (self.label.as_str(), self.prompt_ids.len());
+        tracing::debug!(request_id = label, %id, n_prompt_tokens, n, max_tokens, "request accepted");
+        Ok(Submission {
+            request: Request {
+                id,
+                prompt_ids: self.prompt_ids,
+                sampling: self.sampling,
+                cache_salt: self.cache_salt,
+            },
+            priority: self.priority,
+            deadline,
+            objectives: self.objectives,
+            label: self.label.shared(),
+            timeline: self.timeline,
+        })
+    }
+}
+
 /// What an [`OutputStream`] gives.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Output {
@@ -120,30 +150,7 @@ impl OutputStream {
     }
 
     async fn admit(&mut self, job: Job) -> Result<(), ApiError> {
-        if self.state.is_stopping() {
-            return Err(ApiError::new(ErrorKind::Unavailable, "the server is shutting down"));
-        }
-        let deadline = job.deadline.map(|at| at.saturating_duration_since(Instant::now()));
-        if deadline == Some(Duration::ZERO) {
-            return Err(Failure::DeadlineExceeded.into());
-        }
-        let id = RequestId(Uuid::new_v4().as_u128());
-        let (label, n_prompt_tokens, n) = (job.label.as_str(), self.n_prompt_tokens, job.sampling.n);
-        let max_tokens = self.limits.max_tokens;
-        tracing::debug!(request_id = label, %id, n_prompt_tokens, n, max_tokens, "request accepted");
-        let submission = Submission {
-            request: Request {
-                id,
-                prompt_ids: job.prompt_ids,
-                sampling: job.sampling,
-                cache_salt: job.cache_salt,
-            },
-            priority: job.priority,
-            deadline,
-            objectives: job.objectives,
-            label: job.label.shared(),
-            timeline: job.timeline,
-        };
+        let submission = job.submission(&self.state)?;
         // Aborted while it waits: the stream stays without events, and ends as aborted.
         tokio::select! {
             biased;

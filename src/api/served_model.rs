@@ -43,6 +43,8 @@ pub struct ServedModel {
     pub max_model_len: u32,
     /// Ids are below this.
     pub vocab_size: u32,
+    /// Length of an embedding.
+    pub hidden_size: u32,
     /// Compute type (`bf16`), for information.
     pub dtype: String,
     /// What its text may hold besides content.

@@ -135,6 +135,13 @@ impl Line {
     }
 }
 
+/// What a request is placed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Generation,
+    Embedding,
+}
+
 /// A request to be placed. Its prefix keys are worked out once, outside of the cluster's lock.
 pub(super) struct Wanted {
     pub(super) request: Request,
@@ -144,6 +151,7 @@ pub(super) struct Wanted {
     /// Choices that have begun differ, so that no one prefill could serve them all.
     pub(super) may_hand_over: bool,
     pub(super) objectives: RequestObjectives,
+    pub(super) purpose: Purpose,
     /// Of these tokens, and for whom they are valid.
     keys: Option<(KeySpace, Vec<PrefixKey>)>,
 }
@@ -157,7 +165,15 @@ impl Wanted {
             tokens,
             may_hand_over: true,
             objectives,
+            purpose: Purpose::Generation,
             keys: None,
+        }
+    }
+
+    pub(super) fn to_embed(request: Request, objectives: RequestObjectives) -> Wanted {
+        Wanted {
+            purpose: Purpose::Embedding,
+            ..Wanted::new(request, objectives)
         }
     }
 
@@ -178,8 +194,8 @@ impl Wanted {
     }
 
     fn prefix_keys(&mut self, space: KeySpace) -> &[PrefixKey] {
-        // A request that reports on every prompt token takes no hits.
-        if self.request.sampling.prompt_logprobs.is_some() {
+        // What needs every prompt token computed takes no hits.
+        if self.request.sampling.prompt_logprobs.is_some() || self.purpose == Purpose::Embedding {
             return &[];
         }
         if self.keys.as_ref().is_none_or(|(of, _)| *of != space) {

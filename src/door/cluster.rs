@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
-use super::admission::Wanted;
+use super::admission::{Purpose, Wanted};
 use super::moves::{MoveError, MoveReason};
 use super::{InstanceView, Rejection};
 
@@ -277,6 +277,17 @@ impl Cluster {
         self.notify();
     }
 
+    /// Those that speak at least `version`, by name and incarnation.
+    pub(super) fn listenable(&self, version: u32) -> BTreeMap<(InstanceId, u64), Called> {
+        let state = self.state.lock();
+        let members = state
+            .members
+            .iter()
+            .filter(|(_, member)| member.join.protocol_version >= version);
+        let called = members.map(|(id, member)| ((id.clone(), member.join.incarnation), member.called(&self.link)));
+        called.collect()
+    }
+
     /// The members, by name.
     pub fn members(&self) -> Vec<Member> {
         self.state.lock().members.values().cloned().collect()
@@ -317,13 +328,14 @@ impl Cluster {
         }
     }
 
-    /// Whether some instance could ever take the prompt and one token more.
+    /// Whether some instance could ever take the prompt, and one token more unless it is to be embedded.
     ///
     /// # Errors
     /// `Invalid` when every generating instance is too small. An empty cluster refuses nothing: instances may yet join.
     pub fn check_fits(&self, request: &Request) -> Result<(), Rejection> {
         let state = self.state.lock();
         let n_prompt = request.prompt_ids.len() as u64;
+        let n_tokens = n_prompt + u64::from(request.sampling.max_tokens.min(1));
         let generating = state
             .view
             .instances()
@@ -331,9 +343,12 @@ impl Cluster {
             .filter(|instance| instance.info.role != Role::Prefill);
         let longest = generating.map(|instance| u64::from(instance.info.longest_sequence()));
         match longest.max() {
-            Some(longest) if n_prompt >= longest => Err(Rejection::Invalid(format!(
-                "the prompt has {n_prompt} tokens, expected fewer than the {longest} that the largest instance holds"
-            ))),
+            Some(longest) if n_tokens > longest => {
+                let most = longest + n_prompt - n_tokens;
+                Err(Rejection::Invalid(format!(
+                    "the prompt has {n_prompt} tokens, expected at most {most}: the largest instance holds {longest}"
+                )))
+            }
             Some(_) | None => Ok(()),
         }
     }
@@ -364,6 +379,10 @@ impl Cluster {
             objectives: wanted.objectives,
         };
         let placement = state.policy.place(self.now(), asked, &state.view)?;
+        let placement = match wanted.purpose {
+            Purpose::Generation => placement,
+            Purpose::Embedding => placement.for_prompt_only(),
+        };
         let computing = placement.prefill.as_ref().unwrap_or(&placement.decode);
         let n_cached = state.view.n_cached_tokens(computing, &prefix_keys, n_tokens);
         let member = state.members.get(&placement.decode)?;

@@ -26,7 +26,7 @@ use super::streams::{self, OpenStream, Opening};
 use super::{DoorEvent, Submission, Usage};
 
 /// Between a second failure in a row and the next placement.
-const PAUSE_BEFORE_LAST_ATTEMPTS: Duration = Duration::from_millis(300);
+pub(super) const PAUSE_BEFORE_LAST_ATTEMPTS: Duration = Duration::from_millis(300);
 
 pub(super) struct RequestDriver {
     cluster: Arc<Cluster>,
@@ -736,7 +736,7 @@ async fn interrupted(outbox: &mut Outbox, deadline: Option<Instant>) -> ArbiterF
     }
 }
 
-async fn sleep_until(deadline: Option<Instant>) {
+pub(super) async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending::<()>().await,

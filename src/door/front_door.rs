@@ -4,16 +4,23 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use baton_scheduler::block_events::BlockEvent;
 use baton_scheduler::ids::Nanos;
+use baton_scheduler::request::Failure;
+use futures::StreamExt as _;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use super::admission::Admission;
 use super::cluster::Cluster;
 use super::driver::RequestDriver;
+use super::embedding::EmbeddingDriver;
+use super::kv_events::{self, MAX_SUBSCRIBERS};
 use super::move_metrics::MoveMetrics;
 use super::moves::OpenRequests;
-use super::{DoorLoad, Generator, Rejection, RequestStream, Submission};
+use super::{DoorLoad, EmbedError, Generator, Rejection, RequestStream, Submission};
 
 /// Events that may wait for a client; behind them the instance's own buffer holds all its tokens.
 const CLIENT_CAPACITY: usize = 256;
@@ -52,6 +59,7 @@ pub struct FrontDoor {
     metrics: MoveMetrics,
     tasks: TaskTracker,
     n_running: Arc<AtomicUsize>,
+    subscribers: Arc<Semaphore>,
 }
 
 impl FrontDoor {
@@ -66,6 +74,7 @@ impl FrontDoor {
             metrics: MoveMetrics::default(),
             tasks: TaskTracker::new(),
             n_running: Arc::default(),
+            subscribers: Arc::new(Semaphore::new(MAX_SUBSCRIBERS)),
         }
     }
 
@@ -112,6 +121,39 @@ impl Generator for FrontDoor {
             });
             Ok(stream)
         })
+    }
+
+    fn embed(&self, submission: Submission) -> BoxFuture<'_, Result<Vec<f32>, EmbedError>> {
+        Box::pin(async move {
+            if self.tasks.is_closed() {
+                return Err(Rejection::Unavailable("the server is stopping".into()).into());
+            }
+            self.cluster.check_fits(&submission.request)?;
+            let place = self.admission.enter()?;
+            let driver = EmbeddingDriver {
+                cluster: Arc::clone(&self.cluster),
+                admission: Arc::clone(&self.admission),
+                options: self.options.clone(),
+                metrics: self.metrics.clone(),
+                submission,
+            };
+            let _running = Running::count(&self.n_running);
+            Ok(self.tasks.track_future(driver.run(place)).await?)
+        })
+    }
+
+    fn kv_events(&self) -> Result<BoxStream<'static, Vec<BlockEvent>>, Failure> {
+        let subscriber = Arc::clone(&self.subscribers).try_acquire_owned();
+        let full = |_| Failure::Busy(format!("{MAX_SUBSCRIBERS} subscribers listen already"));
+        let subscriber = subscriber.map_err(full)?;
+        let events = kv_events::follow(Arc::clone(&self.cluster));
+        // One fewer when the stream is dropped.
+        Ok(events
+            .map(move |events| {
+                let _subscriber = &subscriber;
+                events
+            })
+            .boxed())
     }
 
     fn load(&self) -> DoorLoad {

@@ -4,8 +4,10 @@
 mod admission;
 mod cluster;
 mod driver;
+mod embedding;
 mod emptying;
 mod front_door;
+mod kv_events;
 mod move_metrics;
 mod moves;
 mod outbox;
@@ -15,11 +17,13 @@ mod streams;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_scheduler::block_events::BlockEvent;
 use baton_scheduler::ids::{InstanceId, Nanos, Role};
 use baton_scheduler::placement::RequestObjectives;
 use baton_scheduler::request::{Failure, Finish, Request, Token, TokenLogprobs};
 use baton_scheduler::timeline::Timeline;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use tokio::sync::mpsc;
 
 pub use cluster::{Cluster, Commands, JoinError, Member};
@@ -129,6 +133,17 @@ pub enum Rejection {
     Unavailable(String),
 }
 
+/// Why there is no embedding.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum EmbedError {
+    /// It was not admitted.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// It ended badly.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+}
+
 /// One instance as the front door sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InstanceView {
@@ -194,6 +209,16 @@ impl DoorLoad {
 pub trait Generator: Send + Sync + 'static {
     /// Waits for admission (bounded) and starts the request. Dropping the future withdraws it.
     fn submit(&self, submission: Submission) -> BoxFuture<'_, Result<RequestStream, Rejection>>;
+
+    /// The mean of the hidden states of the request's prompt, not normalised. Dropping the future cancels it everywhere.
+    fn embed(&self, submission: Submission) -> BoxFuture<'_, Result<Vec<f32>, EmbedError>>;
+
+    /// What prefix caches hold without a salt, block by block: at first all of it, then every change. Without end; dropping it
+    /// ends it.
+    ///
+    /// # Errors
+    /// `Busy` when too many listen already.
+    fn kv_events(&self) -> Result<BoxStream<'static, Vec<BlockEvent>>, Failure>;
 
     /// State now.
     fn load(&self) -> DoorLoad;

@@ -34,11 +34,11 @@ impl OpenStream {
     }
 }
 
-fn said(status: &Status) -> String {
+pub(super) fn said(status: &Status) -> String {
     format!("{}: {}", status.code(), status.message())
 }
 
-fn handshake(called: &Called) -> Option<cluster::Handshake> {
+pub(super) fn handshake(called: &Called) -> Option<cluster::Handshake> {
     Some(cluster::Handshake {
         protocol_version: common_version(called.peer.protocol_version),
         fingerprint: called.fingerprint.clone(),

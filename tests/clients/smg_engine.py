@@ -78,6 +78,55 @@ def generate(stub):
     check(len(prompt.token_logprobs) == 5 and not prompt.token_logprobs[0].HasField("value"), "the prompt's logprobs; the first has none")
 
 
+def embed(stub):
+    tokenized = engine.TokenizedInput(input_ids=[0, 2, 40, 41, 42])
+    answer = stub.Embed(engine.EmbedRequest(request_id="clients-smg-embed", tokenized=tokenized), timeout=TIMEOUT_S)
+    length = sum(value * value for value in answer.embedding) ** 0.5
+    check(len(answer.embedding) == answer.embedding_dim > 0, f"an embedding of {answer.embedding_dim} numbers")
+    check(abs(length - 1) < 1e-5 and answer.prompt_tokens == 5, f"of length 1, of 5 tokens: {length}")
+
+
+def kv_events(stub):
+    events = stub.SubscribeKvEvents(common.SubscribeKvEventsRequest(), timeout=TIMEOUT_S)
+    blocks, numbers, is_cleared = {}, [], False
+    ids = [2 + (7 * i) % 200 for i in range(50)]
+    expected = [ids[i : i + 16] for i in (0, 16, 32)]
+    params = engine.SamplingParams(max_tokens=1, ignore_eos=True)
+
+    def chain():
+        # A prompt's blocks, found as a router would: by tokens, each after its parent.
+        found, parent = [], None
+        for tokens in expected:
+            hashes = [name for name, (known, before) in blocks.items() if known == tokens and before == parent]
+            if not hashes:
+                break
+            parent = hashes[0]
+            found.append(parent)
+        return found
+
+    for batch in events:
+        numbers.append(batch.sequence_number)
+        for event in batch.events:
+            if event.HasField("cleared"):
+                blocks.clear()
+                is_cleared = True
+                ask(stub, request_id="clients-smg-kv", tokenized=engine.TokenizedInput(input_ids=ids), sampling_params=params)
+            elif event.HasField("stored"):
+                parent = event.stored.parent_block_hash if event.stored.HasField("parent_block_hash") else None
+                for block in event.stored.blocks:
+                    blocks[block.block_hash] = (list(block.token_ids), parent)
+                    parent = block.block_hash
+            else:
+                for name in event.removed.block_hashes:
+                    del blocks[name]
+        if len(chain()) == 3:
+            break
+    events.cancel()
+    check(is_cleared and numbers == list(range(1, len(numbers) + 1)), f"events begin afresh, in {len(numbers)} numbered batches")
+    check(len(chain()) == 3, f"the prompt's blocks form a chain: {chain()}")
+    check(all(len(tokens) == 16 for tokens, _ in blocks.values()), f"{len(blocks)} blocks of 16 tokens")
+
+
 def abort(stub):
     params = engine.SamplingParams(max_tokens=1900, ignore_eos=True)
     request = engine.GenerateRequest(request_id="clients-smg-abort", text=SUM_PROMPT, sampling_params=params, stream=True)
@@ -110,16 +159,16 @@ def errors(stub):
     refused("kv_transfer_params", text="a", kv_transfer_params_json="{}")
     refused("data_parallel_rank", text="a", data_parallel_rank=3)
     code, details = status(lambda: stub.Embed(engine.EmbedRequest(), timeout=TIMEOUT_S))
-    check(code == grpc.StatusCode.UNIMPLEMENTED and "Embed" in details, f"Embed says why not: {details}")
-    events = common.SubscribeKvEventsRequest()
+    check(code == grpc.StatusCode.INVALID_ARGUMENT and "tokenized" in details, f"an embedding of nothing: {details}")
+    events = common.SubscribeKvEventsRequest(start_sequence_number=5)
     code, details = status(lambda: list(stub.SubscribeKvEvents(events, timeout=TIMEOUT_S)))
-    check(code == grpc.StatusCode.UNIMPLEMENTED and "SubscribeKvEvents" in details, f"and so does SubscribeKvEvents: {details}")
+    check(code == grpc.StatusCode.OUT_OF_RANGE and "start_sequence_number" in details, f"past events are not kept: {details}")
 
 
 def main():
     with grpc.insecure_channel(server_url().split("://", 1)[1]) as channel:
         stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
-        for group in (information, tokenizer, generate, abort, errors):
+        for group in (information, tokenizer, generate, embed, kv_events, abort, errors):
             check.group(group.__name__, group, stub)
     check.finish()
 

@@ -49,7 +49,7 @@ async fn run_with(script: &'static str, flags: &[&str]) {
         "{script}:\n{text}\n{}",
         String::from_utf8_lossy(&output.stderr)
     );
-    if !["health_probe.py", "openapi_fuzz.py"].contains(&script) {
+    if !["health_probe.py", "openapi_fuzz.py", "openai_embeddings.py"].contains(&script) {
         cluster
             .until_counter("decode-0", "kv_bytes_received_total", |n| n > 0)
             .await;
@@ -60,6 +60,11 @@ async fn run_with(script: &'static str, flags: &[&str]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn openai_package() {
     run("openai_chat.py").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn openai_package_with_embeddings() {
+    run("openai_embeddings.py").await;
 }
 
 /// The demo model with a template that shows tools; which parsers its answers go through is told by that.

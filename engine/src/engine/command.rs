@@ -9,6 +9,7 @@ use baton_scheduler::request::{ChoiceState, Failure, Token};
 use crossbeam::channel::Sender;
 use tokio::sync::{mpsc, oneshot};
 
+use super::block_watch::Changes;
 use super::events::{EngineEvent, Timed};
 use super::handoff::{PrefillEvent, ReservedChoice};
 use super::load::OpenPermit;
@@ -68,6 +69,11 @@ pub(super) enum Command {
         reply: oneshot::Sender<Result<Granted, Failure>>,
         permit: OpenPermit,
     },
+    Embed {
+        state: Box<Prepared>,
+        answer: oneshot::Sender<Result<Vec<f32>, Failure>>,
+        permit: OpenPermit,
+    },
     Join {
         group: GroupId,
         arrived: Arrived,
@@ -99,6 +105,7 @@ pub(super) enum Command {
         query: PrefixQuery,
         reply: oneshot::Sender<Vec<PrefixEvent>>,
     },
+    WatchBlocks(mpsc::Sender<Changes>),
     /// Something was dropped: look again.
     Wake,
 }

@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use baton_kernels::KvLayout;
 use baton_scheduler::batch::{BatchConfig, BatchConfigError, BatchScheduler};
-use baton_scheduler::ids::{Nanos, RequestId, TokenId};
+use baton_scheduler::ids::{Epoch, Nanos, RequestId, TokenId};
 use baton_scheduler::layer_groups::LayerGroups;
 use baton_scheduler::prefix_cache::PrefixEvent;
-use baton_scheduler::request::{Failure, PortableState, SamplingParams};
+use baton_scheduler::request::{Failure, PortableState, Request, SamplingParams};
 use crossbeam::channel::{self, Sender};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::block_watch::{BlockWatch, MAX_STEPS_BEHIND};
 use super::command::{Command, Granted, PrefixQuery, Purpose, StartedMove, WakeOnDrop};
 use super::events::{Generation, silence};
 use super::handoff::{PrefillJob, Reservation, refused};
@@ -278,6 +279,26 @@ impl EngineHandle {
         Ok(())
     }
 
+    /// The mean of the prompt's hidden states after the final norm, `[hidden_size]`. All of the prompt is computed, whatever the
+    /// prefix cache has. Dropping the future cancels it.
+    ///
+    /// # Errors
+    /// `Invalid` when it can never run, `Busy` when too many are open, `Internal` when the engine has ended.
+    pub async fn embed(&self, request: Request) -> Result<Vec<f32>, Failure> {
+        self.shared.batch.check_embedded(&request)?;
+        self.check_known(request.prompt_ids.iter().copied())?;
+        let state = PortableState::fresh(request, Epoch::default());
+        let permit = acquire(&self.in_line, &state)?;
+        let _wake = self.wake_on_drop();
+        let (answer, embedding) = oneshot::channel();
+        self.send(Command::Embed {
+            state: Box::new(state.into()),
+            answer,
+            permit,
+        })?;
+        embedding.await.unwrap_or_else(|_| Err(silence()))
+    }
+
     /// Whether nothing is left to generate, although perhaps only the tokens say so: [`EngineHandle::generate`] tells the
     /// ends.
     pub fn has_ended(&self, state: &PortableState) -> bool {
@@ -353,6 +374,16 @@ impl EngineHandle {
             wake,
             commands: self.commands.clone(),
         })
+    }
+
+    /// Follows what the prefix cache holds, block by block with its tokens, without what is salted.
+    ///
+    /// # Errors
+    /// `Busy` when too many commands wait, `Internal` when the engine has ended.
+    pub fn watch_blocks(&self) -> Result<BlockWatch, Failure> {
+        let (watcher, changes) = mpsc::channel(MAX_STEPS_BEHIND);
+        self.send(Command::WatchBlocks(watcher))?;
+        Ok(BlockWatch { changes })
     }
 
     /// The latest report of load, at most a step or a tick old.
@@ -443,25 +474,23 @@ impl EngineHandle {
     fn check(&self, mut prepared: Prepared) -> Result<Prepared, Failure> {
         let state = &prepared.state;
         self.shared.batch.check(state)?;
-        let n_vocab = self.shared.vocab_size;
         let outputs = state
             .choices
             .iter()
             .flat_map(|choice| &choice.output)
             .map(|token| token.id);
-        let unknown = state
-            .request
-            .prompt_ids
-            .iter()
-            .copied()
-            .chain(outputs)
-            .chain(named_ids(&state.request.sampling))
-            .find(|&id| id as usize >= n_vocab);
-        if let Some(id) = unknown {
-            return Err(Failure::Invalid(format!("token id {id}, expected less than {n_vocab}")));
-        }
+        let prompt = state.request.prompt_ids.iter().copied();
+        self.check_known(prompt.chain(outputs).chain(named_ids(&state.request.sampling)))?;
         prepared.compile(self.constraints.as_ref())?;
         Ok(prepared)
+    }
+
+    fn check_known(&self, mut ids: impl Iterator<Item = TokenId>) -> Result<(), Failure> {
+        let n_vocab = self.shared.vocab_size;
+        match ids.find(|&id| id as usize >= n_vocab) {
+            Some(id) => Err(Failure::Invalid(format!("token id {id}, expected less than {n_vocab}"))),
+            None => Ok(()),
+        }
     }
 
     fn send(&self, command: Command) -> Result<(), Failure> {

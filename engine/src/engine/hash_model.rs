@@ -9,11 +9,12 @@ use baton_scheduler::request::{Finish, PortableState, Token, TokenLogprobs};
 use crossbeam::channel::Receiver;
 use parking_lot::Mutex;
 
-use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
+use crate::forward::{ForwardPass, LogitsWanted, StepOutput, StepSequence};
 use crate::sampler::{History, Sampler, TokenSet};
 
 pub(crate) const N_VOCAB: usize = 48;
 pub(crate) const N_LAYERS: usize = 3;
+pub(crate) const HIDDEN_SIZE: usize = 4;
 /// Its logits are NaN for a context that ends with this token.
 pub(crate) const POISON: TokenId = 45;
 /// A step with this token fails.
@@ -35,6 +36,7 @@ pub(crate) struct SeenItem {
 pub(crate) struct HashModel {
     kv: KvCache,
     logits: Vec<f32>,
+    hidden: Vec<f32>,
     /// Each step takes one permit; without a sender steps run freely.
     gate: Option<Receiver<()>>,
     pub(crate) seen: Arc<Mutex<Vec<Vec<SeenItem>>>>,
@@ -52,6 +54,7 @@ impl HashModel {
         HashModel {
             kv: KvCache::shared(layout, n_blocks).unwrap(),
             logits: Vec::new(),
+            hidden: Vec::new(),
             gate: None,
             seen: Arc::new(Mutex::new(Vec::new())),
         }
@@ -121,6 +124,10 @@ impl ForwardPass for HashModel {
         N_VOCAB
     }
 
+    fn hidden_size(&self) -> usize {
+        HIDDEN_SIZE
+    }
+
     fn numerics_class(&self) -> String {
         "hash".to_owned()
     }
@@ -137,7 +144,7 @@ impl ForwardPass for HashModel {
         &mut self,
         sequences: &[StepSequence<'_>],
         on_layer: &mut dyn FnMut(usize, &mut KvCache),
-    ) -> Result<&[f32], KernelError> {
+    ) -> Result<StepOutput<'_>, KernelError> {
         if let Some(gate) = &self.gate {
             // A dropped sender opens the gate for good.
             let _ = gate.recv();
@@ -163,12 +170,13 @@ impl ForwardPass for HashModel {
             on_layer(layer, &mut self.kv);
         }
         self.logits.clear();
+        self.hidden.clear();
         for sequence in sequences {
             let end = sequence.start_pos + sequence.tokens.len();
             let positions = match sequence.logits {
                 LogitsWanted::None => continue,
                 LogitsWanted::Last => end - 1..end,
-                LogitsWanted::All => sequence.start_pos..end,
+                LogitsWanted::All | LogitsWanted::Hidden => sequence.start_pos..end,
             };
             for (i, hash) in self
                 .hash_from_memory(&sequence.block_tables[0], positions.clone())
@@ -176,10 +184,16 @@ impl ForwardPass for HashModel {
                 .enumerate()
             {
                 let token = sequence.tokens[positions.start + i - sequence.start_pos];
-                self.logits.extend(logits(hash, token));
+                match sequence.logits {
+                    LogitsWanted::Hidden => self.hidden.extend(hidden(hash, token)),
+                    _ => self.logits.extend(logits(hash, token)),
+                }
             }
         }
-        Ok(&self.logits)
+        Ok(StepOutput {
+            logits: &self.logits,
+            hidden: &self.hidden,
+        })
     }
 }
 
@@ -196,6 +210,22 @@ fn logits(hash: u64, last: TokenId) -> impl Iterator<Item = f32> {
         _ if id >= u64::from(POISON) => -100.0,
         _ => (mix(mix(hash, id), id) >> 40) as f32 / (1 << 22) as f32,
     })
+}
+
+fn hidden(hash: u64, last: TokenId) -> impl Iterator<Item = f32> {
+    logits(hash, last).take(HIDDEN_SIZE)
+}
+
+/// The mean hidden state of a prompt, computed alone.
+pub(crate) fn embedding_alone(prompt: &[TokenId]) -> Vec<f32> {
+    let mut sum = [0.0f64; HIDDEN_SIZE];
+    for end in 1..=prompt.len() {
+        let row = hidden(hash_of(&prompt[..end]), prompt[end - 1]);
+        sum.iter_mut()
+            .zip(row)
+            .for_each(|(sum, value)| *sum += f64::from(value));
+    }
+    sum.map(|sum| (sum / prompt.len() as f64) as f32).to_vec()
 }
 
 fn hash_of(context: &[TokenId]) -> u64 {

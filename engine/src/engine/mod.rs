@@ -6,12 +6,14 @@
 //! (a [`Generation`], [`Reservation`] or [`PrefillJob`]) cancels the request before the step after the next. Dropping a
 //! [`RunningMove`] cancels nothing: a paused request goes on.
 
+mod block_watch;
 mod command;
 mod events;
 mod handle;
 mod handoff;
 #[cfg(test)]
 pub(crate) mod hash_model;
+mod hidden_sum;
 mod load;
 mod moving;
 mod open_group;
@@ -24,6 +26,7 @@ mod step_moves;
 mod tests;
 mod watchdog;
 
+pub use block_watch::BlockWatch;
 pub use events::{EngineEvent, Generation, Timed};
 pub use handle::{EngineConfig, EngineError, EngineHandle, start};
 pub use handoff::{PrefillEvent, PrefillJob, Reservation, ReservedBlocks, ReservedChoice};

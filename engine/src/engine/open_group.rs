@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::command::{Granted, Purpose};
 use super::events::{EngineEvent, Timed};
 use super::handoff::PrefillEvent;
+use super::hidden_sum::HiddenSum;
 use super::load::OpenPermit;
 use super::prepared::Prepared;
 use crate::constraint::GroupConstraint;
@@ -26,6 +27,11 @@ pub(super) enum Outlet {
         events: mpsc::Sender<Timed<PrefillEvent>>,
         /// Of each layer group, leading blocks made ready, or not wanted.
         n_ready: Vec<usize>,
+    },
+    Embedding {
+        /// Until it is given.
+        answer: Option<oneshot::Sender<Result<Vec<f32>, Failure>>>,
+        sum: HiddenSum,
     },
 }
 
@@ -146,6 +152,7 @@ impl OpenGroup {
         match &self.outlet {
             Outlet::Generation(events) => events.is_closed(),
             Outlet::Prefill { events, .. } => events.is_closed(),
+            Outlet::Embedding { answer, .. } => answer.as_ref().is_none_or(oneshot::Sender::is_closed),
         }
     }
 
@@ -161,12 +168,16 @@ impl OpenGroup {
         match &self.outlet {
             Outlet::Generation(events) => send(events, EngineEvent::PrefillStarted { n_cached_tokens }),
             Outlet::Prefill { events, .. } => send(events, PrefillEvent::Started { n_cached_tokens }),
+            Outlet::Embedding { .. } => {}
         }
     }
 
     /// Told only while there is room beyond what must still be told: preemptions have no bound of their own.
     pub(super) fn tell_preempted(&mut self) {
         self.prompt_logprobs.clear();
+        if let Outlet::Embedding { sum, .. } = &mut self.outlet {
+            sum.restart();
+        }
         if let Outlet::Generation(events) = &self.outlet
             && events.capacity() > n_events_left(&self.choices, self.sampling.max_tokens) + 3
         {
@@ -286,12 +297,29 @@ impl OpenGroup {
     }
 
     pub(super) fn tell_failed(&mut self, failure: Failure) {
-        match (self.waiter.take(), &self.outlet) {
+        match (self.waiter.take(), &mut self.outlet) {
             // Whoever asked has gone if this fails.
             (Some(waiter), _) => drop(waiter.reply.send(Err(failure))),
             (None, Outlet::Generation(events)) => send(events, EngineEvent::Failed(failure)),
             // After the first tokens this is a no-op for the listener: it has heard its terminal event.
             (None, Outlet::Prefill { events, .. }) => send(events, PrefillEvent::Failed(failure)),
+            (None, Outlet::Embedding { answer, .. }) => {
+                if let Some(answer) = answer.take() {
+                    // Whoever asked may have gone.
+                    let _ = answer.send(Err(failure));
+                }
+            }
+        }
+    }
+
+    /// Every token of a request that is embedded has been computed.
+    pub(super) fn tell_embedding(mut self) {
+        let Outlet::Embedding { answer, sum } = &mut self.outlet else {
+            unreachable!("only a request that is embedded has hidden states");
+        };
+        if let Some(answer) = answer.take() {
+            // Whoever asked may have gone.
+            let _ = answer.send(Ok(sum.mean()));
         }
     }
 }

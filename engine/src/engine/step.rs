@@ -8,11 +8,12 @@ use baton_scheduler::batch::{Batch, BatchItem, BatchScheduler, Continued, GroupI
 use baton_scheduler::ids::{SequenceId, TokenId};
 use baton_scheduler::request::{Failure, Finish, Token};
 
+use super::hidden_sum::NotFinite;
 use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told};
 use super::step_loop::{StepLoop, is_pinned};
 use super::step_masks::StepMasks;
 use crate::constraint::ConstraintError;
-use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
+use crate::forward::{ForwardPass, LogitsWanted, StepOutput, StepSequence};
 use crate::sampler::{History, SampleError, Sampler};
 
 impl<F: ForwardPass> StepLoop<F> {
@@ -31,7 +32,7 @@ impl<F: ForwardPass> StepLoop<F> {
                 ReadyBlocks::until(end, &self.open[&group].outlet, &self.layer_groups, block_tables)
             })
             .collect();
-        let vocab_size = self.forward.vocab_size();
+        let (vocab_size, hidden_size) = (self.forward.vocab_size(), self.forward.hidden_size());
         let mut n_layers_told = 0;
         let mut on_layer = |layer: usize, kv: &mut KvCache| {
             assert_eq!(
@@ -43,8 +44,8 @@ impl<F: ForwardPass> StepLoop<F> {
         };
         let computed = masks.beside(|| self.forward.step(&sequences, &mut on_layer));
         masks.put_back(&mut self.open);
-        let logits = match computed {
-            Ok(logits) => logits,
+        let StepOutput { logits, hidden } = match computed {
+            Ok(output) => output,
             Err(error) => return self.fail_batch(batch, &error),
         };
         self.counters.forward_ns += began.elapsed().as_nanos() as u64;
@@ -66,8 +67,15 @@ impl<F: ForwardPass> StepLoop<F> {
             n_rows * vocab_size,
             "a forward pass returns {n_rows} rows of {vocab_size} logits"
         );
+        let n_hidden_rows: usize = sequences.iter().map(n_hidden_rows_of).sum();
+        assert_eq!(
+            hidden.len(),
+            n_hidden_rows * hidden_size,
+            "a forward pass returns {n_hidden_rows} hidden states of {hidden_size}"
+        );
 
         let mut rows = logits.chunks_exact(vocab_size);
+        let mut hidden = hidden;
         let mut outcomes = Vec::with_capacity(batch.items.len());
         for (item, sequence) in batch.items.iter().zip(&sequences) {
             let member = self.scheduler.member(item.sequence);
@@ -79,7 +87,14 @@ impl<F: ForwardPass> StepLoop<F> {
                 wanted: sequence.logits,
                 context: self.scheduler.tokens(item.sequence),
             };
-            outcomes.push((member, sampled.sample(&mut self.sampler, open, own_rows)));
+            let mut outcome = sampled.sample(&mut self.sampler, open, own_rows);
+            if let Outlet::Embedding { sum, .. } = &mut open.outlet {
+                let (own_hidden, others) = hidden.split_at(n_hidden_rows_of(sequence) * hidden_size);
+                hidden = others;
+                assert_eq!(sum.n_rows(), item.start_pos, "hidden states come once and in order");
+                outcome = sum.add(own_hidden).map(|()| Vec::new()).map_err(NoToken::from);
+            }
+            outcomes.push((member, outcome));
         }
         self.finish_step(batch, outcomes);
     }
@@ -133,6 +148,11 @@ impl<F: ForwardPass> StepLoop<F> {
             open.tell_first_tokens(first);
             self.counters.n_finished += 1;
         }
+        for group in &committed.embedded {
+            let open = self.open.remove(group).expect("an embedded request is open");
+            open.tell_embedding();
+            self.counters.n_finished += 1;
+        }
         self.make_forks(&committed);
     }
 
@@ -151,6 +171,7 @@ impl<F: ForwardPass> StepLoop<F> {
 
 fn view<'a>(scheduler: &'a BatchScheduler, item: &BatchItem) -> StepSequence<'a> {
     let logits = match item.samples {
+        _ if scheduler.is_embedded(item.sequence) => LogitsWanted::Hidden,
         _ if scheduler.wants_prompt_logits(item.sequence) => LogitsWanted::All,
         Samples::Token | Samples::FirstTokens(_) => LogitsWanted::Last,
         Samples::Nothing => LogitsWanted::None,
@@ -166,9 +187,16 @@ fn view<'a>(scheduler: &'a BatchScheduler, item: &BatchItem) -> StepSequence<'a>
 
 fn n_logit_rows(sequence: &StepSequence<'_>) -> usize {
     match sequence.logits {
-        LogitsWanted::None => 0,
+        LogitsWanted::None | LogitsWanted::Hidden => 0,
         LogitsWanted::Last => 1,
         LogitsWanted::All => sequence.tokens.len(),
+    }
+}
+
+fn n_hidden_rows_of(sequence: &StepSequence<'_>) -> usize {
+    match sequence.logits {
+        LogitsWanted::Hidden => sequence.tokens.len(),
+        LogitsWanted::None | LogitsWanted::Last | LogitsWanted::All => 0,
     }
 }
 
@@ -188,6 +216,8 @@ enum NoToken {
     Sample(#[from] SampleError),
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
+    #[error(transparent)]
+    Hidden(#[from] NotFinite),
 }
 
 impl From<NoToken> for Failure {
@@ -196,6 +226,7 @@ impl From<NoToken> for Failure {
             NoToken::Constraint(error) => error.into(),
             NoToken::Sample(error @ SampleError::NothingAllowed { .. }) => Failure::Invalid(error.to_string()),
             NoToken::Sample(error) => Failure::Internal(error.to_string()),
+            NoToken::Hidden(error) => Failure::Internal(error.to_string()),
         }
     }
 }

@@ -17,10 +17,13 @@ use baton_scheduler::ids::{BlockId, TokenId};
 use baton_scheduler::layer_groups::LayerGroups;
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token};
 use crossbeam::channel::{Receiver, RecvTimeoutError};
+use tokio::sync::mpsc;
 
+use super::block_watch::Changes;
 use super::command::{Arrived, Command, Granted, PrefixQuery, Purpose};
 use super::handle::Shared;
 use super::handoff::{ReservedBlocks, ReservedChoice};
+use super::hidden_sum::HiddenSum;
 use super::load::{EngineCounters, LoadReport};
 use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told, Waiter};
 use crate::forward::ForwardPass;
@@ -36,6 +39,8 @@ pub(super) struct StepLoop<F> {
     pub(super) sampler: Sampler,
     pub(super) open: BTreeMap<GroupId, OpenGroup>,
     pub(super) counters: EngineCounters,
+    /// Who listens to changes of cached blocks.
+    pub(super) watchers: Vec<mpsc::Sender<Changes>>,
     shared: Arc<Shared>,
     tick: Duration,
 }
@@ -55,6 +60,7 @@ pub(super) fn run<F: ForwardPass>(
         sampler: Sampler::new(),
         open: BTreeMap::new(),
         counters: EngineCounters::default(),
+        watchers: Vec::new(),
         shared: Arc::clone(&shared),
         tick,
     };
@@ -125,6 +131,7 @@ impl<F: ForwardPass> StepLoop<F> {
                 self.scheduler.check();
             }
             was_idle = is_idle;
+            self.tell_watchers();
             self.publish();
         }
     }
@@ -172,6 +179,14 @@ impl<F: ForwardPass> StepLoop<F> {
                 };
                 let (state, open) = OpenGroup::new(*state, outlet, permit);
                 self.submit(&state, SequenceKind::PrefillForHandoff, open);
+            }
+            Command::Embed { state, answer, permit } => {
+                let outlet = Outlet::Embedding {
+                    answer: Some(answer),
+                    sum: HiddenSum::new(self.forward.hidden_size()),
+                };
+                let (state, open) = OpenGroup::new(*state, outlet, permit);
+                self.submit(&state, SequenceKind::Embedded, open);
             }
             Command::Reserve {
                 state,
@@ -224,6 +239,7 @@ impl<F: ForwardPass> StepLoop<F> {
                 // Whoever asked may have gone; a mirror that lost events asks for everything.
                 let _ = reply.send(events);
             }
+            Command::WatchBlocks(watcher) => self.watch_blocks(watcher),
             Command::Wake => {}
         }
     }

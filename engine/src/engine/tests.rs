@@ -1,7 +1,9 @@
 //! The engine over a model whose tokens depend on every byte of KV: alone, handed over, preempted, cancelled, broken.
 
+mod block_watch;
 mod choices;
 mod constraints;
+mod embeddings;
 mod handoff;
 mod moves;
 mod stress;

@@ -1,5 +1,5 @@
 //! The forward pass of a decoder-only transformer, written once over `Backend` and described by `ModelConfig`.
-//! One step's ragged batch in, logits out. No sampling, no scheduling, no device code.
+//! One step's ragged batch in, logits or hidden states out. No sampling, no scheduling, no device code.
 
 use std::borrow::Cow;
 
@@ -14,7 +14,7 @@ use super::config::ModelConfig;
 use super::fingerprint::ModelFingerprint;
 use super::rope::RopeConfig;
 use super::weights::{EMBED, FINAL_NORM, LM_HEAD, LayerWeightNames};
-use crate::forward::{ForwardPass, LogitsWanted, StepSequence};
+use crate::forward::{ForwardPass, LogitsWanted, StepOutput, StepSequence};
 
 /// Rows whose logits are computed at once: `[256, vocab_size]` of f32 is 131 MB for a vocabulary of 128 Ki. Only prompt
 /// log-probabilities ever need more, and read the output matrix again for each further slab.
@@ -43,7 +43,9 @@ pub struct Decoder<B: Backend> {
     activations: Activations<B>,
     token_ids: Vec<TokenId>,
     wanted_rows: Vec<usize>,
+    hidden_rows: Vec<usize>,
     host_logits: Vec<f32>,
+    host_hidden: Vec<f32>,
 }
 
 struct Weights<B: Backend> {
@@ -230,7 +232,9 @@ impl<B: Backend> Decoder<B> {
             activations,
             token_ids: Vec::new(),
             wanted_rows: Vec::new(),
+            hidden_rows: Vec::new(),
             host_logits: Vec::new(),
+            host_hidden: Vec::new(),
         })
     }
 
@@ -296,9 +300,10 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
-    /// Fills `wanted_rows` with the rows of the step whose logits come back.
+    /// Fills `wanted_rows` with the rows of the step whose logits come back, `hidden_rows` with those whose hidden states do.
     fn list_wanted_rows(&mut self, sequences: &[StepSequence<'_>]) {
         self.wanted_rows.clear();
+        self.hidden_rows.clear();
         let mut first = 0;
         for sequence in sequences {
             let end = first + sequence.tokens.len();
@@ -306,12 +311,13 @@ impl<B: Backend> Decoder<B> {
                 LogitsWanted::None => {}
                 LogitsWanted::Last => self.wanted_rows.push(end - 1),
                 LogitsWanted::All => self.wanted_rows.extend(first..end),
+                LogitsWanted::Hidden => self.hidden_rows.extend(first..end),
             }
             first = end;
         }
     }
 
-    /// From the embedding to the last layer's attention. What follows is needed only where logits are wanted.
+    /// From the embedding to the last layer's attention. What follows is needed only where something comes back.
     /// `batches` is the step with the block tables of each layer group.
     fn all_rows(&mut self, batches: &[RaggedBatch<'_>], on_layer: &mut dyn FnMut(usize, &mut KvCache)) {
         let Decoder {
@@ -324,6 +330,7 @@ impl<B: Backend> Decoder<B> {
             activations: a,
             token_ids,
             wanted_rows,
+            hidden_rows,
             ..
         } = self;
         let eps = config.rms_norm_eps;
@@ -365,7 +372,7 @@ impl<B: Backend> Decoder<B> {
             backend.rope_append(&mut a.qkv, batch, params, slot, kv);
             on_layer(layer_idx, kv);
             let is_last = layer_idx + 1 == config.n_layers;
-            if is_last && wanted_rows.is_empty() {
+            if is_last && wanted_rows.is_empty() && hidden_rows.is_empty() {
                 return;
             }
             backend.attention(&mut a.attention, &a.qkv, batch, &layer.attention, slot, kv);
@@ -375,8 +382,8 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
-    /// The last layer's remainder, final norm and logits of `wanted_rows[range]`, left in `activations.logits`.
-    fn wanted_rows(&mut self, range: std::ops::Range<usize>) {
+    /// Logits of `wanted_rows[range]`, left in `activations.logits`.
+    fn wanted_logits(&mut self, range: std::ops::Range<usize>) {
         let Decoder {
             backend,
             config,
@@ -385,19 +392,47 @@ impl<B: Backend> Decoder<B> {
             wanted_rows,
             ..
         } = self;
-        let rows = &wanted_rows[range];
-        let Some(layer) = weights.layers.last() else { return };
-        backend.gather_rows(&mut a.wanted_residual, &a.residual, rows);
-        backend.gather_rows(&mut a.wanted_attention, &a.attention, rows);
-        let (residual, block, eps) = (&mut a.wanted_residual, &mut a.block, config.rms_norm_eps);
-        finish_layer(backend, layer, eps, residual, &a.wanted_attention, block);
-        backend.add_rms_norm(&mut block.normed, residual, &block.delta, &weights.final_norm, eps);
+        final_norm(backend, config, weights, a, &wanted_rows[range]);
         let lm_head = weights.lm_head.as_ref().unwrap_or(&weights.embed);
-        backend.linear(&mut a.logits, &block.normed, lm_head);
+        backend.linear(&mut a.logits, &a.block.normed, lm_head);
         if let Some(cap) = config.logit_soft_cap {
             backend.soft_cap(&mut a.logits, cap);
         }
     }
+
+    /// Fills `host_hidden` with the hidden states of `hidden_rows`.
+    fn fetch_hidden(&mut self) {
+        let Decoder {
+            backend,
+            config,
+            weights,
+            activations: a,
+            hidden_rows,
+            host_hidden,
+            ..
+        } = self;
+        host_hidden.clear();
+        for rows in hidden_rows.chunks(MAX_LOGIT_ROWS) {
+            final_norm(backend, config, weights, a, rows);
+            host_hidden.extend_from_slice(&backend.to_host(&a.block.normed));
+        }
+    }
+}
+
+/// The last layer's remainder and the final norm of some rows, left in `block.normed`.
+fn final_norm<B: Backend>(
+    backend: &B,
+    config: &ModelConfig,
+    weights: &Weights<B>,
+    a: &mut Activations<B>,
+    rows: &[usize],
+) {
+    let Some(layer) = weights.layers.last() else { return };
+    backend.gather_rows(&mut a.wanted_residual, &a.residual, rows);
+    backend.gather_rows(&mut a.wanted_attention, &a.attention, rows);
+    let (residual, block, eps) = (&mut a.wanted_residual, &mut a.block, config.rms_norm_eps);
+    finish_layer(backend, layer, eps, residual, &a.wanted_attention, block);
+    backend.add_rms_norm(&mut block.normed, residual, &block.delta, &weights.final_norm, eps);
 }
 
 /// A layer after its attention: output projection, then the feed-forward part or the experts, whose sum is left in `delta`.
@@ -507,6 +542,10 @@ impl<B: Backend> ForwardPass for Decoder<B> {
         self.config.vocab_size
     }
 
+    fn hidden_size(&self) -> usize {
+        self.config.hidden_size
+    }
+
     fn numerics_class(&self) -> String {
         self.backend.numerics_class()
     }
@@ -529,9 +568,9 @@ impl<B: Backend> ForwardPass for Decoder<B> {
         &mut self,
         sequences: &[StepSequence<'_>],
         on_layer: &mut dyn FnMut(usize, &mut KvCache),
-    ) -> Result<&[f32], KernelError> {
+    ) -> Result<StepOutput<'_>, KernelError> {
         if sequences.is_empty() {
-            return Ok(&[]);
+            return Ok(StepOutput::default());
         }
         self.assert_valid(sequences);
         self.list_wanted_rows(sequences);
@@ -551,26 +590,37 @@ impl<B: Backend> ForwardPass for Decoder<B> {
         let batches: Vec<RaggedBatch<'_>> = ragged.iter().map(|sequences| RaggedBatch { sequences }).collect();
         self.all_rows(&batches, on_layer);
 
+        self.fetch_hidden();
         let n_wanted = self.wanted_rows.len();
         if n_wanted == 0 {
-            return Ok(&[]);
+            return Ok(StepOutput {
+                logits: &[],
+                hidden: &self.host_hidden,
+            });
         }
         if n_wanted <= MAX_LOGIT_ROWS {
-            self.wanted_rows(0..n_wanted);
-            return Ok(match self.backend.to_host(&self.activations.logits) {
+            self.wanted_logits(0..n_wanted);
+            let logits = match self.backend.to_host(&self.activations.logits) {
                 Cow::Borrowed(logits) => logits,
                 Cow::Owned(logits) => {
                     self.host_logits = logits;
                     &self.host_logits
                 }
+            };
+            return Ok(StepOutput {
+                logits,
+                hidden: &self.host_hidden,
             });
         }
         self.host_logits.clear();
         for first in (0..n_wanted).step_by(MAX_LOGIT_ROWS) {
-            self.wanted_rows(first..n_wanted.min(first + MAX_LOGIT_ROWS));
+            self.wanted_logits(first..n_wanted.min(first + MAX_LOGIT_ROWS));
             let logits = self.backend.to_host(&self.activations.logits);
             self.host_logits.extend_from_slice(&logits);
         }
-        Ok(&self.host_logits)
+        Ok(StepOutput {
+            logits: &self.host_logits,
+            hidden: &self.host_hidden,
+        })
     }
 }

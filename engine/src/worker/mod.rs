@@ -5,6 +5,7 @@ mod counters;
 mod destination;
 mod frames;
 mod identity;
+mod kv_events;
 mod local;
 mod membership;
 mod mover;

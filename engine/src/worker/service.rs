@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use baton_proto::cluster::generate_event::Event;
 use baton_proto::cluster::worker_server;
-use baton_proto::convert::request_id_from_wire;
+use baton_proto::convert::{embedding_to_wire, request_id_from_wire};
 use baton_proto::{RawFrames, cluster};
 use baton_scheduler::ids::Epoch;
 use baton_scheduler::pacer::Pacer;
-use baton_scheduler::request::{Failure, PortableState};
+use baton_scheduler::request::{Failure, PortableState, Request as Prompted};
 use baton_scheduler::timeline::Moment;
 use futures::Stream;
 use parking_lot::Mutex;
@@ -31,7 +31,7 @@ use super::open_requests::OpenRequests;
 use super::outlet::{Outlet, Used};
 use super::peers::Peers;
 use super::transport::{KvTransports, TransportTotals};
-use super::{WorkerOptions, destination, local, mover, source};
+use super::{WorkerOptions, destination, kv_events, local, mover, source};
 use crate::engine::EngineHandle;
 
 /// What the tasks of a worker share.
@@ -49,6 +49,8 @@ pub(super) struct Worker {
     pub(super) started_at: Instant,
     pub(super) counters: TransferCounters,
     pub(super) tasks: TaskTracker,
+    /// No stream that only listens holds up the end.
+    pub(super) stopping: CancellationToken,
 }
 
 /// The worker service of one instance.
@@ -79,6 +81,7 @@ impl WorkerService {
             started_at: Instant::now(),
             counters: TransferCounters::default(),
             tasks: TaskTracker::new(),
+            stopping: CancellationToken::new(),
         };
         WorkerService {
             worker: Arc::new(worker),
@@ -130,6 +133,7 @@ impl worker_server::Worker for WorkerService {
     type GenerateStream = EventStream;
     type PrefillStream = FrameStream;
 
+    type KvEventsStream = kv_events::ChangeStream;
     type AttachStream = EventStream;
     type MigrateStream = FrameStream;
 
@@ -209,6 +213,26 @@ impl worker_server::Worker for WorkerService {
         }
         let failure = resumed.err().map(|failure| (&failure).into());
         Ok(Response::new(cluster::ResumeResponse { failure }))
+    }
+
+    async fn kv_events(
+        &self,
+        request: Request<cluster::KvEventsRequest>,
+    ) -> Result<Response<Self::KvEventsStream>, Status> {
+        let handshake = request.into_inner().handshake;
+        kv_events::listen(&self.worker, handshake.as_ref()).map(Response::new)
+    }
+
+    async fn embed(&self, request: Request<cluster::EmbedRequest>) -> Result<Response<cluster::EmbedResponse>, Status> {
+        let request = request.into_inner();
+        let embedding = async {
+            self.worker.identity.check_caller(request.handshake.as_ref())?;
+            let request = Prompted::try_from(request).map_err(|error| Failure::Invalid(error.to_string()))?;
+            self.worker.engine.embed(request).await
+        };
+        // A caller that goes away takes this call with it, and the engine notices.
+        let embedded = self.worker.tasks.track_future(embedding).await;
+        Ok(Response::new(embedding_to_wire(embedded)))
     }
 }
 
@@ -305,13 +329,16 @@ where
     let worker = Arc::clone(&service.worker);
     let server = RawFrames::new(service);
     let server = tonic::service::interceptor::InterceptedService::new(server, worker.options.link.require_secret());
-    let stopping = shutdown.clone();
+    let (stopping, listeners) = (shutdown.clone(), worker.stopping.clone());
     let serving = worker
         .options
         .link
         .server()
         .add_service(server)
-        .serve_with_incoming_shutdown(incoming, async move { stopping.cancelled().await });
+        .serve_with_incoming_shutdown(incoming, async move {
+            stopping.cancelled().await;
+            listeners.cancel();
+        });
     let limit = async {
         shutdown.cancelled().await;
         tokio::time::sleep(grace).await;

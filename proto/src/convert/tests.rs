@@ -181,3 +181,65 @@ fn bad_fields_are_named() {
     assert!(fingerprint_from_wire(&[0; 31]).is_err());
     assert!(role_from_wire("Prefill").is_err());
 }
+
+#[test]
+fn embeddings_survive_the_wire_and_bad_ones_are_named() {
+    let wire = cluster::EmbedRequest {
+        handshake: None,
+        request_id: 77u128.to_be_bytes().to_vec(),
+        prompt_ids: vec![5, 6],
+        cache_salt: 9,
+    };
+    let request = Request::try_from(wire.clone()).unwrap();
+    assert_eq!(request, Request::to_embed(RequestId(77), Arc::from([5, 6]), 9));
+    let cases = [
+        (
+            cluster::EmbedRequest {
+                request_id: vec![1],
+                ..wire.clone()
+            },
+            "field request_id is 1 bytes",
+        ),
+        (
+            cluster::EmbedRequest {
+                prompt_ids: vec![],
+                ..wire
+            },
+            "field prompt_ids is empty",
+        ),
+    ];
+    for (wire, words) in cases {
+        assert!(
+            Request::try_from(wire).unwrap_err().to_string().contains(words),
+            "{words}"
+        );
+    }
+    for embedded in [Ok(vec![1.5, -2.0]), Err(Failure::Busy("full".into()))] {
+        assert_eq!(embedding_from_wire(embedding_to_wire(embedded.clone())), embedded);
+    }
+    let empty = cluster::EmbedResponse { answer: None };
+    assert!(matches!(embedding_from_wire(empty), Err(Failure::Internal(_))));
+}
+
+#[test]
+fn changes_of_cached_blocks_survive_the_wire() {
+    let events = vec![
+        BlockEvent::Cleared,
+        BlockEvent::Stored(StoredBlock {
+            key: PrefixKey(1),
+            parent: None,
+            tokens: Arc::from([4, 5]),
+        }),
+        BlockEvent::Stored(StoredBlock {
+            key: PrefixKey(u128::MAX),
+            parent: Some(PrefixKey(1)),
+            tokens: Arc::from([6, 7]),
+        }),
+        BlockEvent::Removed(PrefixKey(1)),
+    ];
+    assert_eq!(kv_changes_from_wire(kv_changes_to_wire(&events)), Ok(events.clone()));
+    let mut wire = kv_changes_to_wire(&events);
+    wire.changes[3].change = Some(cluster::kv_change::Change::Removed(vec![1]));
+    let error = kv_changes_from_wire(wire).unwrap_err().to_string();
+    assert!(error.contains("removed is 1 bytes"), "{error}");
+}

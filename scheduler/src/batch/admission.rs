@@ -151,7 +151,7 @@ impl BatchScheduler {
         let (n_spare, n_headroom) = match sequence.kind {
             // The other choices need blocks of their own in a moment; alone, a request begins even if they will not have them.
             SequenceKind::Local if n_headroom > 0 => (0, n_headroom + n_others * n_groups),
-            SequenceKind::Local | SequenceKind::PrefillForHandoff => (0, n_headroom),
+            SequenceKind::Local | SequenceKind::PrefillForHandoff | SequenceKind::Embedded => (0, n_headroom),
             SequenceKind::Received | SequenceKind::Moved => {
                 let n_all: usize = ends.iter().zip(&firsts).map(|(end, first)| end - first).sum();
                 let n_forks = match sequence.max_kv_tokens() > sequence.tokens.len() {
@@ -257,7 +257,7 @@ impl BatchScheduler {
         let sequence = &self.sequences[&id];
         // The last token must be computed here to sample the next one, unless that is done elsewhere.
         let n_usable = match sequence.kind {
-            SequenceKind::Local | SequenceKind::PrefillForHandoff => {
+            SequenceKind::Local | SequenceKind::PrefillForHandoff | SequenceKind::Embedded => {
                 (sequence.tokens.len() - 1) / self.config.block_size
             }
             SequenceKind::Received | SequenceKind::Moved => sequence.tokens.len() / self.config.block_size,
@@ -269,7 +269,7 @@ impl BatchScheduler {
             .lookup(keys, &sequence.tokens, self.config.block_size, first_needed);
         let arriving = keys.get(n_hit).and_then(|&key| self.cache.arriving(key));
         let waits_for = match sequence.kind {
-            SequenceKind::Local | SequenceKind::Received | SequenceKind::Moved => arriving,
+            SequenceKind::Local | SequenceKind::Received | SequenceKind::Moved | SequenceKind::Embedded => arriving,
             // Were a prefill to wait for KV from another instance, two instances could wait for each other.
             SequenceKind::PrefillForHandoff => arriving.filter(|&arrival| arrival == Arrival::Computed),
         };

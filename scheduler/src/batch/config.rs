@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use crate::ids::{Fingerprint, Nanos};
-use crate::request::{ChoiceState, Failure, Finish, PortableState};
+use crate::request::{ChoiceState, Failure, Finish, PortableState, Request};
 
 /// Whether equal prefixes share blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,6 +267,20 @@ impl BatchConfig {
         if let Some(choice) = state.choices.iter().find(outgrown) {
             let n_output = choice.output.len();
             return invalid(format!("a choice has {n_output} tokens, expected at most {most}"));
+        }
+        Ok(())
+    }
+
+    /// Refuses a request that can never be embedded here.
+    ///
+    /// # Errors
+    /// `Invalid`, naming the field and the limit.
+    pub fn check_embedded(&self, request: &Request) -> Result<(), Failure> {
+        let (n_prompt, most) = (request.prompt_ids.len(), self.max_model_len);
+        if n_prompt == 0 || n_prompt > most {
+            return Err(Failure::Invalid(format!(
+                "the input has {n_prompt} tokens, expected 1 to {most}"
+            )));
         }
         Ok(())
     }

@@ -58,6 +58,8 @@ pub struct Committed {
     pub copies: Vec<BlockCopy>,
     /// Choices for whose own block there was no room: they wait, and will recompute.
     pub preempted: Vec<Member>,
+    /// Requests to be embedded whose last token was computed; they are gone.
+    pub embedded: Vec<GroupId>,
 }
 
 impl BatchScheduler {
@@ -142,6 +144,7 @@ impl BatchScheduler {
                 }
             }
             SequenceKind::Received | SequenceKind::Moved => unreachable!("it is local from its join on"),
+            SequenceKind::Embedded => unreachable!("nothing is sampled from it"),
         }
         committed.continued.extend(continued);
     }

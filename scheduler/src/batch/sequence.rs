@@ -20,6 +20,8 @@ pub enum SequenceKind {
     Received,
     /// Generated elsewhere so far; becomes [`SequenceKind::Local`] when it joins.
     Moved,
+    /// Computed here from its first token on, for the hidden states of all of them; nothing is sampled.
+    Embedded,
 }
 
 /// Where a sequence stands.
@@ -143,9 +145,10 @@ impl Sequence {
 
     /// What a step that computes all that is left ends with.
     pub(super) fn samples(&self) -> Samples {
-        match self.n_choices {
-            1 => Samples::Token,
-            n_choices => Samples::FirstTokens(n_choices),
+        match (self.kind, self.n_choices) {
+            (SequenceKind::Embedded, _) => Samples::Nothing,
+            (_, 1) => Samples::Token,
+            (_, n_choices) => Samples::FirstTokens(n_choices),
         }
     }
 
@@ -166,7 +169,7 @@ impl Sequence {
 
     /// Whether the prefix cache may provide its beginning.
     pub(super) fn takes_hits(&self, config: &BatchConfig) -> bool {
-        config.prefix_caching == PrefixCaching::On && !self.wants_prompt_logits()
+        config.prefix_caching == PrefixCaching::On && !self.wants_prompt_logits() && self.kind != SequenceKind::Embedded
     }
 
     /// Tokens whose KV the sequence needs at most: the last token's is never read.
@@ -185,7 +188,7 @@ impl Sequence {
     /// Whether its KV is computed elsewhere and has not come yet.
     pub(super) fn is_received(&self) -> bool {
         match self.kind {
-            SequenceKind::Local | SequenceKind::PrefillForHandoff => false,
+            SequenceKind::Local | SequenceKind::PrefillForHandoff | SequenceKind::Embedded => false,
             SequenceKind::Received | SequenceKind::Moved => true,
         }
     }

@@ -31,6 +31,16 @@ pub struct Placement {
     pub prefill: Option<InstanceId>,
 }
 
+impl Placement {
+    /// Where the prompt is computed, for a request of which nothing else is wanted.
+    pub fn for_prompt_only(self) -> Placement {
+        Placement {
+            decode: self.prefill.unwrap_or(self.decode),
+            prefill: None,
+        }
+    }
+}
+
 /// A request to place, with what policies look at.
 #[derive(Clone, Copy, Debug)]
 pub struct PlacementRequest<'a> {
@@ -58,7 +68,7 @@ impl PlacementRequest<'_> {
     }
 
     /// Blocks that a reservation at a decode instance takes: the tokens, and for each choice what it grows into. Choices that
-    /// have tokens already share the full blocks of the prompt alone.
+    /// have tokens already share the full blocks of the prompt alone. An embedding does not grow.
     pub fn n_blocks(&self, decode: &InstanceInfo) -> u32 {
         let (n_choices, n_prompt) = (self.n_choices(), self.request.prompt_ids.len() as u32);
         let n_held = decode.n_blocks_for(self.n_tokens);
@@ -67,14 +77,20 @@ impl PlacementRequest<'_> {
         } else {
             n_held
         };
-        n_shared + n_choices * (n_held - n_shared) + n_choices * decode.n_groups()
+        let n_to_grow = if self.request.sampling.max_tokens > 0 {
+            n_choices * decode.n_groups()
+        } else {
+            0
+        };
+        n_shared + n_choices * (n_held - n_shared) + n_to_grow
     }
 }
 
-/// The oldest protocol version whose messages can say all of `sampling`: 2 for several choices, for penalties and for
-/// whatever else narrows or shifts the distribution.
+/// The oldest protocol version whose messages can say all of `sampling`: 2 for several choices, for penalties, for
+/// whatever else narrows or shifts the distribution, and for an embedding.
 pub fn min_protocol_version(sampling: &SamplingParams) -> u32 {
     let plain = sampling.n <= 1
+        && sampling.max_tokens > 0
         && sampling.presence_penalty == 0.0
         && sampling.frequency_penalty == 0.0
         && sampling.repetition_penalty == 1.0

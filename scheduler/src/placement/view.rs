@@ -244,12 +244,13 @@ impl InstanceState {
         self.load.healthy && !self.is_busy && !self.is_draining
     }
 
-    /// Whether it can take `n_choices` sequences of `n_blocks` together now, and keep a block for each running one to grow
-    /// into, as the instance itself will ask.
+    /// Whether it can take `n_choices` sequences of `n_blocks` together now, and keep a block of each layer group for each
+    /// running one to grow into, as the instance itself will ask.
     pub fn has_room(&self, n_blocks: u32, n_choices: u32) -> bool {
+        let n_headroom = self.load.n_running.saturating_mul(self.info.n_groups());
         self.is_usable()
             && self.n_sequences().saturating_add(n_choices) <= self.info.max_num_seqs
-            && self.n_blocks_available() >= n_blocks.saturating_add(self.load.n_running)
+            && self.n_blocks_available() >= n_blocks.saturating_add(n_headroom)
     }
 }
 

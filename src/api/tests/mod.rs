@@ -4,6 +4,7 @@
 mod chat;
 mod choices;
 mod completions;
+mod embeddings;
 mod failures;
 mod grpc;
 mod kserve;
@@ -19,11 +20,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_engine::text::{ChatTemplate, Tokenizer};
+use baton_scheduler::block_events::BlockEvent;
 use baton_scheduler::ids::{Nanos, TokenId};
-use baton_scheduler::request::{Finish, Token};
+use baton_scheduler::request::{Failure, Finish, Token};
 use baton_scheduler::timeline::Timeline;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 use tokio::net::TcpListener;
@@ -33,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::metrics::MetricsRegistry;
 use super::{ApiOptions, ApiState, DefaultSampling, OutputParsers, ServeOptions, ServedModel, router, serve};
-use crate::door::{DoorEvent, DoorLoad, Generator, Rejection, RequestStream, Submission, Usage};
+use crate::door::{DoorEvent, DoorLoad, EmbedError, Generator, Rejection, RequestStream, Submission, Usage};
 use crate::null_generator::{NullGenerator, NullOptions};
 
 pub(super) const EOS: TokenId = 256;
@@ -90,6 +93,7 @@ pub(super) fn byte_model() -> ServedModel {
         default_sampling: DefaultSampling::default(),
         max_model_len: 1000,
         vocab_size: 260,
+        hidden_size: 4,
         dtype: "f32".to_owned(),
         parsers: OutputParsers::default(),
     }
@@ -123,6 +127,8 @@ pub(super) fn endless() -> Arc<NullGenerator> {
 pub(super) struct Script {
     pub(super) events: Vec<DoorEvent>,
     pub(super) rejection: Option<Rejection>,
+    /// Changes of cached blocks; without them nobody may subscribe.
+    pub(super) blocks: Option<Vec<Vec<BlockEvent>>>,
     pub(super) submissions: Mutex<Vec<Submission>>,
     pub(super) not_ready: Mutex<Option<String>>,
     /// Each event after the first `n_free` costs a permit; none is given out by itself.
@@ -179,6 +185,35 @@ impl Generator for Script {
         let (events, gate, n_free) = (self.events.clone(), self.gate.clone(), self.n_free);
         tokio::spawn(play(sender, events, gate, n_free));
         async { Ok(stream) }.boxed()
+    }
+
+    fn embed(&self, submission: Submission) -> BoxFuture<'_, Result<Vec<f32>, EmbedError>> {
+        // Longer prompts have smaller embeddings, and each begins with its first token.
+        let (first, n_tokens) = (submission.request.prompt_ids[0], submission.request.prompt_ids.len());
+        self.submissions.lock().push(submission);
+        let rejection = self.rejection.clone();
+        let failed = self.events.iter().find_map(|event| match event {
+            DoorEvent::Failed(failure) => Some(failure.clone()),
+            _ => None,
+        });
+        async move {
+            match (rejection, failed) {
+                (Some(rejection), _) => Err(rejection.into()),
+                (None, Some(failure)) => Err(failure.into()),
+                (None, None) => Ok(vec![first as f32, 0.0, -3.0, 1.0 / n_tokens as f32]),
+            }
+        }
+        .boxed()
+    }
+
+    fn kv_events(&self) -> Result<BoxStream<'static, Vec<BlockEvent>>, Failure> {
+        match self.blocks.clone() {
+            Some(blocks) => Ok(Box::pin(futures::stream::select(
+                futures::stream::iter(blocks),
+                futures::stream::pending(),
+            ))),
+            None => Err(Failure::Busy("too many listen".into())),
+        }
     }
 
     fn load(&self) -> DoorLoad {

@@ -54,9 +54,7 @@ async fn latencies_asked_for_reach_placement_and_are_counted() {
     assert_eq!(script.last().objectives, expected);
     // A request without objectives is not counted, one that fails misses its own.
     server.ask(COMPLETIONS, json!({"prompt": [1]})).await;
-    let failing = Script::of(vec![DoorEvent::Failed(
-        baton_scheduler::request::Failure::InstanceLost("gone".to_owned()),
-    )]);
+    let failing = Script::of(vec![DoorEvent::Failed(Failure::InstanceLost("gone".to_owned()))]);
     let failed = start(failing).await;
     failed
         .post(COMPLETIONS, &json!({"prompt": [1], "slo": {"ttft_ms": 1}}))

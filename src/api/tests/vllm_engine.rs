@@ -10,6 +10,8 @@ use baton_proto::vllm::grpc::engine::generate_request::Input;
 use baton_proto::vllm::grpc::engine::generate_response::Response;
 use baton_proto::vllm::grpc::engine::sampling_params::Constraint;
 use baton_proto::vllm::grpc::engine::vllm_engine_client::VllmEngineClient;
+use baton_scheduler::block_events::StoredBlock;
+use baton_scheduler::prefix_cache::PrefixKey;
 use sha2::{Digest as _, Sha256};
 use tokio_stream::StreamExt as _;
 use tonic::Code;
@@ -263,14 +265,6 @@ async fn what_is_not_done_here_is_refused_by_name() {
         assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
         assert!(status.message().contains(field), "{field}: {status:?}");
     }
-    let status = client.embed(wire::EmbedRequest::default()).await.unwrap_err();
-    assert_eq!(status.code(), Code::Unimplemented);
-    let events = common::SubscribeKvEventsRequest::default();
-    let status = client.subscribe_kv_events(events).await.unwrap_err();
-    assert!(
-        status.code() == Code::Unimplemented && status.message().contains("keys"),
-        "{status:?}"
-    );
 }
 
 #[tokio::test]
@@ -393,4 +387,63 @@ async fn a_model_without_files_has_no_tokenizer_to_give() {
         .get_tokenizer(common::GetTokenizerRequest {})
         .await;
     assert_eq!(asked.unwrap_err().code(), Code::FailedPrecondition);
+}
+
+#[tokio::test]
+async fn events_of_cached_blocks_begin_with_all_of_them_and_end_with_the_server() {
+    use baton_proto::smg::grpc::common::kv_cache_event::Data;
+    let stored = |key: u128, parent: Option<u128>| {
+        BlockEvent::Stored(StoredBlock {
+            key: PrefixKey(key),
+            parent: parent.map(PrefixKey),
+            tokens: Arc::from([7; 16]),
+        })
+    };
+    let script = Arc::new(Script {
+        blocks: Some(vec![
+            vec![BlockEvent::Cleared, stored(1, None), stored(2, Some(1))],
+            vec![BlockEvent::Removed(PrefixKey(2))],
+        ]),
+        ..Script::default()
+    });
+    let server = start(script).await;
+    let mut client = client(&server).await;
+    let ask = |start_sequence_number| common::SubscribeKvEventsRequest { start_sequence_number };
+    let status = client.subscribe_kv_events(ask(3)).await.unwrap_err();
+    assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+    assert!(
+        status.message().contains("start_sequence_number is 3, expected 0"),
+        "{status:?}"
+    );
+
+    let mut batches = client.subscribe_kv_events(ask(0)).await.unwrap().into_inner();
+    let first = batches.message().await.unwrap().unwrap();
+    assert!(first.sequence_number == 1 && first.timestamp > 1e9, "{first:?}");
+    assert!(matches!(first.events[0].data, Some(Data::Cleared(_))));
+    let Some(Data::Stored(chain)) = &first.events[1].data else {
+        panic!("{first:?}")
+    };
+    let hashes: Vec<i64> = chain.blocks.iter().map(|block| block.block_hash).collect();
+    assert_eq!((hashes, chain.parent_block_hash), (vec![1, 2], None));
+    assert_eq!(
+        (chain.blocks[0].block_size, &*chain.blocks[0].token_ids),
+        (16, &[7; 16][..])
+    );
+    let second = batches.message().await.unwrap().unwrap();
+    let Some(Data::Removed(removed)) = &second.events[0].data else {
+        panic!("{second:?}")
+    };
+    assert_eq!((&*removed.block_hashes, second.sequence_number), (&[2][..], 2));
+    server.stopping.cancel();
+    let end = batches.message().await.unwrap_err();
+    assert_eq!(end.code(), Code::Unavailable, "{end:?}");
+
+    let nobody = start(Arc::new(Script::default())).await;
+    let status = Client::connect(nobody.url(""))
+        .await
+        .unwrap()
+        .subscribe_kv_events(ask(0))
+        .await
+        .unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
 }

@@ -3,6 +3,7 @@
 
 mod answer;
 mod describe;
+mod kv_events;
 mod request;
 mod service;
 mod tokenizer_bundle;

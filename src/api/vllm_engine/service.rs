@@ -11,13 +11,16 @@ use tonic::{Request, Response, Status};
 
 use super::super::ApiState;
 use super::super::call::beside_runtime;
+use super::super::embed::{EmbedOptions, embed, embed_job, normalized};
 use super::super::error::{ApiError, ErrorKind};
-use super::super::grpc::deadline;
+use super::super::grpc::{deadline, label};
 use super::super::metrics::Endpoint;
-use super::super::output::OutputStream;
+use super::super::model_limits::check_prompt_ids;
+use super::super::output::{Job, OutputStream};
 use super::super::plain_request::PlainJob;
 use super::answer::Responses;
 use super::describe;
+use super::kv_events::Numbering;
 use super::request::plain_request;
 use super::tokenizer_bundle::{CHUNK_BYTES, archive};
 
@@ -44,6 +47,23 @@ impl EngineService {
         let state = self.state.clone();
         let work = move || plain_request(request, received, deadline)?.understand(&state);
         beside_runtime(&self.state, n_bytes, work).await?
+    }
+
+    fn embed_job(&self, headers: &HeaderMap, request: wire::EmbedRequest) -> Result<Job, ApiError> {
+        let received = self.state.generator().now();
+        let options = EmbedOptions {
+            endpoint: Endpoint::VllmEmbed,
+            label: label(headers, &request.request_id)?,
+            cache_salt: 0,
+            priority: 0,
+            deadline: deadline(headers)?,
+            received,
+        };
+        let input = request
+            .tokenized
+            .ok_or_else(|| ApiError::expected("tokenized", "missing", "token ids"))?;
+        check_prompt_ids("input_ids", &input.input_ids, self.state.model())?;
+        embed_job(&self.state, options, input.input_ids.into())
     }
 
     async fn start(&self, headers: &HeaderMap, request: wire::GenerateRequest) -> Result<Responses, ApiError> {
@@ -76,10 +96,19 @@ impl VllmEngine for EngineService {
         Ok(Response::new(responses.boxed()))
     }
 
-    async fn embed(&self, _request: Request<wire::EmbedRequest>) -> Result<Response<wire::EmbedResponse>, Status> {
-        Err(Status::unimplemented(
-            "Embed: the served model generates text and gives no embeddings",
-        ))
+    async fn embed(&self, request: Request<wire::EmbedRequest>) -> Result<Response<wire::EmbedResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        let job = self.embed_job(metadata.as_ref(), request).map_err(|error| {
+            self.state.metrics().refused(Endpoint::VllmEmbed, &error);
+            error.to_status()
+        })?;
+        let n_tokens = job.prompt_ids.len();
+        let embedding = embed(&self.state, job).await.map_err(|error| error.to_status())?;
+        Ok(Response::new(wire::EmbedResponse {
+            embedding_dim: embedding.len() as u32,
+            embedding: normalized(embedding),
+            prompt_tokens: n_tokens as u32,
+        }))
     }
 
     async fn health_check(
@@ -152,11 +181,42 @@ impl VllmEngine for EngineService {
 
     async fn subscribe_kv_events(
         &self,
-        _request: Request<common::SubscribeKvEventsRequest>,
+        request: Request<common::SubscribeKvEventsRequest>,
     ) -> Result<Response<Self::SubscribeKvEventsStream>, Status> {
-        Err(Status::unimplemented(
-            "SubscribeKvEvents: the front door knows cached blocks by their keys and not by their tokens, and routes by \
-             prefix itself",
-        ))
+        let from = request.into_inner().start_sequence_number;
+        if from != 0 {
+            // What a subscriber does on this code is to begin again.
+            return Err(Status::out_of_range(format!(
+                "start_sequence_number is {from}, expected 0: past events are not kept; a subscription begins with all that \
+                 is cached"
+            )));
+        }
+        if self.state.is_stopping() {
+            return Err(ApiError::new(ErrorKind::Unavailable, "the server is shutting down").to_status());
+        }
+        let events = self.state.generator().kv_events();
+        let events = events.map_err(|failure| ApiError::from(failure).to_status())?;
+        let mut numbering = Numbering::default();
+        let batches = events.map(move |events| Ok(numbering.batch(events)));
+        let stopping = self.state.inner.stopping.clone();
+        let stopped = async move {
+            stopping.cancelled().await;
+            Err(Status::unavailable("the server is shutting down"))
+        };
+        Ok(Response::new(until(batches.boxed(), stopped).boxed()))
     }
+}
+
+/// A stream until something else happens, which is its last item.
+fn until<T: Send + 'static>(
+    stream: Boxed<T>,
+    end: impl Future<Output = Result<T, Status>> + Send + 'static,
+) -> impl Stream<Item = Result<T, Status>> + Send {
+    futures::stream::unfold(Some((stream, Box::pin(end))), |state| async move {
+        let (mut stream, mut end) = state?;
+        tokio::select! {
+            last = &mut end => Some((last, None)),
+            next = stream.next() => next.map(|next| (next, Some((stream, end)))),
+        }
+    })
 }

@@ -7,6 +7,8 @@ use std::sync::Arc;
 use baton_proto::cluster::generate_event::Event;
 use baton_proto::cluster::worker_server::{self, WorkerServer};
 use baton_proto::cluster::{self, ended::How};
+use baton_proto::convert::{embedding_to_wire, kv_changes_to_wire};
+use baton_scheduler::block_events::BlockEvent;
 use baton_scheduler::request::{Failure, Finish};
 use baton_scheduler::timeline::Moment;
 use futures::{Stream, StreamExt as _};
@@ -21,6 +23,7 @@ pub(super) type Answer = (Vec<Event>, bool);
 
 type Said = Result<cluster::GenerateEvent, Status>;
 type Events = Pin<Box<dyn Stream<Item = Said> + Send>>;
+type Changes = Pin<Box<dyn Stream<Item = Result<cluster::KvChanges, Status>> + Send>>;
 type Frames = Pin<Box<dyn Stream<Item = Result<cluster::TransferFrame, Status>> + Send>>;
 
 /// A call that the test answers.
@@ -29,6 +32,8 @@ pub(super) enum Call {
     Generate(Words),
     Attach(Words),
     Resume(ResumeCall),
+    Embed(EmbedCall),
+    KvEvents(Listener),
 }
 
 /// A stream on which the test speaks for an instance.
@@ -88,6 +93,50 @@ impl ResumeCall {
     }
 }
 
+/// Whom an instance tells of its blocks.
+#[derive(Debug)]
+pub(super) struct Listener {
+    pub(super) instance: String,
+    said: mpsc::UnboundedSender<Result<cluster::KvChanges, Status>>,
+}
+
+impl Listener {
+    pub(super) fn say(&self, events: &[BlockEvent]) {
+        self.said
+            .send(Ok(kv_changes_to_wire(events)))
+            .expect("somebody listens");
+    }
+
+    pub(super) fn lose(self) {
+        self.said
+            .send(Err(Status::data_loss("fell behind")))
+            .expect("somebody listens");
+    }
+
+    pub(super) async fn closed(&self) {
+        super::soon("the stream's end", self.said.closed()).await;
+    }
+}
+
+/// An instance that is to embed a prompt.
+#[derive(Debug)]
+pub(super) struct EmbedCall {
+    pub(super) instance: String,
+    pub(super) request: cluster::EmbedRequest,
+    reply: oneshot::Sender<Result<Vec<f32>, Failure>>,
+}
+
+impl EmbedCall {
+    pub(super) fn answer(self, answer: Result<Vec<f32>, Failure>) {
+        self.reply.send(answer).expect("the call waits");
+    }
+
+    /// Until the front door has given the call up.
+    pub(super) async fn given_up(mut self) {
+        super::soon("the call's end", self.reply.closed()).await;
+    }
+}
+
 #[derive(Clone)]
 pub(super) struct FakeWorker {
     name: String,
@@ -106,6 +155,10 @@ impl FakeWorker {
             calls: Arc::default(),
             asked,
         }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
     }
 
     /// The address it listens on.
@@ -140,6 +193,7 @@ impl worker_server::Worker for FakeWorker {
     type GenerateStream = Events;
     type PrefillStream = Frames;
     type AttachStream = Events;
+    type KvEventsStream = Changes;
     type MigrateStream = Frames;
 
     async fn generate(&self, request: Request<cluster::GenerateRequest>) -> Result<Response<Events>, Status> {
@@ -184,6 +238,28 @@ impl worker_server::Worker for FakeWorker {
         Ok(Response::new(cluster::ResumeResponse {
             failure: failure.as_ref().map(Into::into),
         }))
+    }
+
+    async fn kv_events(&self, _: Request<cluster::KvEventsRequest>) -> Result<Response<Changes>, Status> {
+        let (said, changes) = mpsc::unbounded_channel();
+        let listener = Listener {
+            instance: self.name.clone(),
+            said,
+        };
+        self.asked.send(Call::KvEvents(listener)).expect("the test listens");
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(changes))))
+    }
+
+    async fn embed(&self, request: Request<cluster::EmbedRequest>) -> Result<Response<cluster::EmbedResponse>, Status> {
+        let (reply, answer) = oneshot::channel();
+        let call = EmbedCall {
+            instance: self.name.clone(),
+            request: request.into_inner(),
+            reply,
+        };
+        self.asked.send(Call::Embed(call)).expect("the test listens");
+        let embedded = answer.await.map_err(|_| Status::unavailable("died"))?;
+        Ok(Response::new(embedding_to_wire(embedded)))
     }
 
     async fn migrate(&self, _: Request<cluster::MigrateRequest>) -> Result<Response<Frames>, Status> {

@@ -1,6 +1,8 @@
 //! The front door against instances that follow a script, over real sockets.
 
+mod embeddings;
 mod fake_worker;
+mod kv_events;
 mod moves;
 mod replays;
 mod slow_client;
@@ -15,7 +17,7 @@ use baton_scheduler::ids::{InstanceId, RequestId};
 use baton_scheduler::placement::{Disaggregation, RequestObjectives, policy};
 use baton_scheduler::request::{Request, SamplingParams};
 use baton_scheduler::timeline::Timeline;
-use fake_worker::{Answer, Call, FakeWorker, ResumeCall, Words};
+use fake_worker::{Answer, Call, EmbedCall, FakeWorker, ResumeCall, Words};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -41,6 +43,23 @@ struct Bench {
     cluster: Arc<Cluster>,
     workers: BTreeMap<String, FakeWorker>,
     calls: mpsc::UnboundedReceiver<Call>,
+    sender: mpsc::UnboundedSender<Call>,
+}
+
+async fn join_of(worker: &FakeWorker, role: &str) -> cluster::WorkerJoin {
+    cluster::WorkerJoin {
+        instance_id: worker.name().to_owned(),
+        incarnation: 3,
+        role: role.into(),
+        address: worker.listen().await,
+        protocol_version: baton_proto::PROTOCOL_VERSION,
+        fingerprint: vec![9; 32],
+        block_size: 16,
+        n_blocks_total: 64,
+        max_num_seqs: 2,
+        max_model_len: 512,
+        ..cluster::WorkerJoin::default()
+    }
 }
 
 impl Bench {
@@ -54,17 +73,8 @@ impl Bench {
             let name = format!("decode-{i}");
             let worker = FakeWorker::new(&name, sender.clone());
             let join = cluster::WorkerJoin {
-                instance_id: name.clone(),
-                incarnation: 3,
-                role: "decode".into(),
-                address: worker.listen().await,
-                protocol_version: baton_proto::PROTOCOL_VERSION,
-                fingerprint: vec![9; 32],
-                block_size: 16,
                 n_blocks_total,
-                max_num_seqs: 2,
-                max_model_len: 512,
-                ..cluster::WorkerJoin::default()
+                ..join_of(&worker, "decode").await
             };
             cluster.join(join).unwrap();
             workers.insert(name, worker);
@@ -74,7 +84,19 @@ impl Bench {
             cluster,
             workers,
             calls,
+            sender,
         }
+    }
+
+    /// One more instance, of this role and protocol version.
+    async fn add(&mut self, name: &str, role: &str, protocol_version: u32) {
+        let worker = FakeWorker::new(name, self.sender.clone());
+        let join = cluster::WorkerJoin {
+            protocol_version,
+            ..join_of(&worker, role).await
+        };
+        self.cluster.join(join).unwrap();
+        self.workers.insert(name.to_owned(), worker);
     }
 
     /// One instance that answers calls as scripted.
@@ -105,6 +127,13 @@ impl Bench {
         match self.call().await {
             Call::Attach(words) => words,
             other => panic!("{other:?} where a destination was to be attached to"),
+        }
+    }
+
+    async fn embedded(&mut self) -> EmbedCall {
+        match self.call().await {
+            Call::Embed(call) => call,
+            other => panic!("{other:?} where a prompt was to be embedded"),
         }
     }
 

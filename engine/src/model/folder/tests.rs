@@ -119,6 +119,7 @@ fn stored_dtypes_give_the_same_numbers() {
         };
         crate::forward::ForwardPass::step(&mut decoder, &[sequence], &mut |_, _| {})
             .unwrap()
+            .logits
             .to_vec()
     });
     assert!(logits[0].iter().any(|&logit| logit != 0.0));

@@ -431,6 +431,7 @@ impl worker_server::Worker for FakeService {
     }
 
     type AttachStream = Self::GenerateStream;
+    type KvEventsStream = futures::stream::Empty<Result<cluster::KvChanges, Status>>;
     type MigrateStream = FrameStream;
 
     async fn attach(&self, _: tonic::Request<cluster::AttachRequest>) -> Result<Response<Self::AttachStream>, Status> {
@@ -445,6 +446,20 @@ impl worker_server::Worker for FakeService {
         &self,
         _: tonic::Request<cluster::ResumeRequest>,
     ) -> Result<Response<cluster::ResumeResponse>, Status> {
+        Err(Status::unimplemented("a prefill service only"))
+    }
+
+    async fn kv_events(
+        &self,
+        _: tonic::Request<cluster::KvEventsRequest>,
+    ) -> Result<Response<Self::KvEventsStream>, Status> {
+        Err(Status::unimplemented("a prefill service only"))
+    }
+
+    async fn embed(
+        &self,
+        _: tonic::Request<cluster::EmbedRequest>,
+    ) -> Result<Response<cluster::EmbedResponse>, Status> {
         Err(Status::unimplemented("a prefill service only"))
     }
 

@@ -1,9 +1,13 @@
 //! Random arrivals, joins, cancels and releases over tiny pools.
 
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::world::{alone_choice, next_token_of};
 use super::*;
+use crate::ids::{Epoch, RequestId};
+use crate::request::Request;
 
 #[derive(Clone, Debug)]
 enum Fact {
@@ -38,6 +42,10 @@ enum Fact {
         n_meanwhile: usize,
         n_slack: usize,
     },
+    Embed {
+        family: u32,
+        n_prompt: usize,
+    },
     Pause(usize),
     /// Perhaps while a transfer reads its blocks.
     Resume(usize, bool),
@@ -70,6 +78,7 @@ fn fact() -> impl Strategy<Value = Fact> {
                 Fact::Arrive { family, n_prompt, max_tokens, n, n_known, n_meanwhile, n_slack }
             },
         ),
+        2 => (0..3u32, 1..40usize).prop_map(|(family, n_prompt)| Fact::Embed { family, n_prompt }),
         2 => (0..8usize).prop_map(Fact::Pause),
         2 => (0..8usize, any::<bool>()).prop_map(|(i, pinned)| Fact::Resume(i, pinned)),
         2 => (0..8usize, any::<bool>()).prop_map(|(i, same)| Fact::Join(i, same)),
@@ -125,6 +134,7 @@ proptest! {
         let max_model_len = world.scheduler.config().max_model_len;
         let mut asked: BTreeMap<GroupId, (Vec<TokenId>, u32, u32)> = BTreeMap::new();
         let mut prefills: BTreeSet<GroupId> = BTreeSet::new();
+        let mut to_embed: BTreeMap<GroupId, Vec<TokenId>> = BTreeMap::new();
         let mut arriving: BTreeMap<GroupId, Moved> = BTreeMap::new();
         let mut cancelled: BTreeSet<GroupId> = BTreeSet::new();
         for fact in facts {
@@ -185,6 +195,14 @@ proptest! {
                         }
                         Err(Failure::Busy(_) | Failure::Invalid(_)) => {}
                         Err(other) => prop_assert!(false, "{}", other),
+                    }
+                }
+                Fact::Embed { family, n_prompt } => {
+                    let tokens = prompt(family, n_prompt);
+                    let request = Request::to_embed(RequestId(1), Arc::from(&*tokens), 0);
+                    let state = PortableState::fresh(request, Epoch(1));
+                    if world.scheduler.config().check_embedded(&state.request).is_ok() {
+                        to_embed.insert(world.submit_group(&state, SequenceKind::Embedded), tokens);
                     }
                 }
                 Fact::Pause(i) => {
@@ -256,6 +274,11 @@ proptest! {
         prop_assert!(world.scheduler.is_empty(), "it does not come to an end: {:?}", world.scheduler.load());
         world.step();
         prop_assert!(world.scheduler.load().ledger.is_whole());
+        for (group, tokens) in to_embed {
+            if !cancelled.contains(&group) && !world.refused.contains(&group) {
+                prop_assert_eq!(&world.embedded[&group], &tokens);
+            }
+        }
         for (group, (tokens, max_tokens, n)) in asked {
             if cancelled.contains(&group) || world.refused.contains(&group) {
                 continue;

@@ -121,6 +121,9 @@ pub(super) struct World {
     pub(super) outputs: BTreeMap<SequenceId, Vec<TokenId>>,
     pub(super) finished: BTreeMap<SequenceId, Finish>,
     pub(super) refused: BTreeSet<GroupId>,
+    /// Tokens whose hidden states were computed since the sequence began, or began again.
+    hidden: BTreeMap<SequenceId, Vec<TokenId>>,
+    pub(super) embedded: BTreeMap<GroupId, Vec<TokenId>>,
     pub(super) n_computed: usize,
     /// Most blocks that a sequence had given up while it was computed.
     pub(super) n_released: usize,
@@ -137,6 +140,8 @@ impl World {
             outputs: BTreeMap::new(),
             finished: BTreeMap::new(),
             refused: BTreeSet::new(),
+            hidden: BTreeMap::new(),
+            embedded: BTreeMap::new(),
             n_computed: 0,
             n_released: 0,
         }
@@ -305,6 +310,10 @@ impl World {
 
     fn take(&mut self, committed: Committed) {
         self.copy(&committed.copies);
+        for group in committed.embedded {
+            let tokens = self.hidden.remove(&group.sequence(0)).unwrap_or_default();
+            assert!(self.embedded.insert(group, tokens).is_none(), "embedded twice");
+        }
         for Continued { member, token, finish } in committed.continued {
             let id = member.group.sequence(member.choice);
             self.outputs.entry(id).or_default().push(token);
@@ -320,6 +329,9 @@ impl World {
         let batch = self.scheduler.schedule(Nanos(self.now), &is_pinned);
         self.scheduler.check();
         self.refused.extend(batch.refused.iter().map(|(group, _)| *group));
+        for id in &batch.preempted {
+            self.hidden.remove(id);
+        }
         self.generations.extend(self.scheduler.take_allocated());
 
         let config = self.scheduler.config();
@@ -363,6 +375,11 @@ impl World {
                 }
             }
             self.n_computed += item.n_tokens;
+            if self.scheduler.is_embedded(item.sequence) {
+                let hidden = self.hidden.entry(item.sequence).or_default();
+                assert_eq!(hidden.len(), item.start_pos, "hidden states come once and in order");
+                hidden.extend(&tokens[item.start_pos..end]);
+            }
         }
         for item in &batch.items {
             let end = item.start_pos + item.n_tokens;
