@@ -216,7 +216,7 @@ impl PrefixCache {
             if is_hit {
                 n_hit = n;
             }
-            // A group that needs its first block forever has a gap now, and no longer beginning is of use.
+            // Even the longest beginning needs a block that is missing.
             if (0..self.n_groups).any(|layer_group| run_starts[layer_group] > first_needed(layer_group, keys.len())) {
                 break;
             }

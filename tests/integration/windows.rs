@@ -151,8 +151,8 @@ async fn windowed_layers_beside_full_ones_move_by_shared_memory() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn windowed_layers_beside_full_ones_move_in_process() {
-    let pools = [APART, &["--colocate"]].concat();
-    Windowed::beside_full().runs_and_moves("in-process", &pools).await;
+    let together = ["--mixed", "2", "--colocate"];
+    Windowed::beside_full().runs_and_moves("in-process", &together).await;
 }
 
 /// A sequence for which the memory is too small if no block were given up.
@@ -184,5 +184,31 @@ async fn what_fits_only_because_blocks_are_given_up_is_served() {
     let (first, again) = tokio::join!(ask(&cluster, &ids, &options), ask(&cluster, &ids, &options));
     assert_eq!(first, again);
     assert_eq!(first[0].0.as_array().map(Vec::len), Some(99));
+    cluster.until_idle_and_whole().await;
+}
+
+/// Several choices, with shared prompts and prefix hits on both sides of each move.
+#[tokio::test(flavor = "multi_thread")]
+async fn choices_with_windowed_layers_beside_full_ones_move_to_and_fro() {
+    let windowed = Windowed::beside_full();
+    let model = dummy_model_with(windowed.name, 8, 512, &windowed.config);
+    let base = ["--model", model.to_str().expect("UTF-8"), "--load-format", "dummy"];
+    let more = ["--disaggregation-threshold", "0", "--kv-memory", "64MiB"];
+    let cluster = Cluster::serve(&[&base[..], &more, APART].concat()).await;
+    let ids = prompt(9, 333);
+    let options = |salt: &str| json!({ "n": 3, "max_tokens": 120, "temperature": 0.9, "seed": 77, "cache_salt": salt });
+    let undisturbed = ask(&cluster, &ids, &options("undisturbed")).await;
+    for round in 0..2 {
+        let options = options("moved");
+        let asked = ask(&cluster, &ids, &options);
+        let moves = async {
+            for step in 0..3 {
+                let request = running(&cluster, 3 * (5 + 20 * step)).await;
+                move_one(&cluster, &request.request_id, "").await.expect("it moves");
+            }
+        };
+        let (moved, ()) = tokio::join!(asked, moves);
+        assert_eq!(moved, undisturbed, "round {round}");
+    }
     cluster.until_idle_and_whole().await;
 }

@@ -331,6 +331,8 @@ async fn what_cannot_run_is_refused_at_once() {
     );
     let first_block = engine.prefill(greedy(&[1; 5], 1), &[3]).map(|_| ()).unwrap_err();
     assert_eq!(first_block, invalid("first_block is 3, expected at most 2"));
+    let groups = engine.prefill(greedy(&[1; 5], 1), &[0, 0]).map(|_| ()).unwrap_err();
+    assert_eq!(groups, invalid("first_blocks has 2 entries, expected 1"));
     let mut config = EngineConfig::new(batch_config(9));
     let message = |config: &EngineConfig| {
         start(HashModel::new(8, BLOCK_SIZE), config.clone())

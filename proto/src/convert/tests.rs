@@ -135,6 +135,27 @@ fn failures_survive_the_wire() {
     assert_eq!(Failure::from(newer), Failure::Internal("x".into()));
 }
 
+/// One layer group is said as ever; several are said one by one.
+#[test]
+fn first_blocks_of_layer_groups_survive_the_wire() {
+    assert_eq!(first_blocks_to_wire(&[7]), (7, Vec::new()));
+    for groups in [vec![7], vec![7, 9, 9]] {
+        let (first_block, first_blocks) = first_blocks_to_wire(&groups);
+        assert_eq!(first_blocks_from_wire(first_block, first_blocks), groups);
+    }
+    let join = |most_blocks: Vec<u32>| cluster::WorkerJoin {
+        instance_id: "a".into(),
+        role: "decode".into(),
+        fingerprint: vec![1; 32],
+        block_size: 16,
+        most_blocks,
+        ..cluster::WorkerJoin::default()
+    };
+    let most_blocks = |join: &cluster::WorkerJoin| instance_info_from_wire(join).unwrap().most_blocks;
+    assert_eq!(most_blocks(&join(Vec::new())), [None], "of a peer that knows no groups");
+    assert_eq!(most_blocks(&join(vec![0, 5])), [None, Some(5)]);
+}
+
 #[test]
 fn bad_fields_are_named() {
     let good = cluster::SamplingParams {

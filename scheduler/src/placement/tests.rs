@@ -360,6 +360,44 @@ fn a_draining_or_older_instance_is_neither_chosen_nor_moved_to() {
 }
 
 #[test]
+fn windowed_layers_need_only_what_their_windows_hold() {
+    // A full group, and two that hold five blocks at most.
+    let mixed = InstanceInfo {
+        most_blocks: vec![None, Some(5), Some(5)],
+        ..info("decode", Role::Decode)
+    };
+    assert_eq!(mixed.n_blocks_for(33), 3 * 3);
+    assert_eq!(mixed.n_blocks_for(1000), 63 + 2 * 5);
+    assert_eq!(mixed.longest_sequence(), 1000, "in 100 blocks");
+    let (request, keys) = request(1, 400);
+    let asked = PlacementRequest {
+        request: &request,
+        prefix_keys: &keys,
+        n_tokens: 400,
+        avoided: &[],
+        needs_version: 2,
+        may_hand_over: true,
+        objectives: RequestObjectives::default(),
+    };
+    assert_eq!(
+        asked.n_blocks(&mixed),
+        25 + 2 * 5 + 3,
+        "and one of each group to grow into"
+    );
+    // Without windows it would not fit: 75 blocks and three, beside 30 that are held.
+    let mut view = ClusterView::new();
+    view.apply(ViewEvent::Joined(mixed));
+    let load = InstanceLoad {
+        n_blocks_free: 70,
+        healthy: true,
+        ..InstanceLoad::default()
+    };
+    view.apply(ViewEvent::Load(InstanceId::new("decode"), Incarnation(1), load));
+    let mut policy = policy("least-loaded", Disaggregation::Auto).unwrap();
+    assert!(policy.place(Nanos::ZERO, asked, &view).is_some());
+}
+
+#[test]
 fn choices_with_tokens_of_their_own_are_not_handed_over_and_need_more_blocks() {
     let (mut request, keys) = request(1, 40);
     request.sampling.n = 3;
