@@ -3,26 +3,7 @@
 use serde_json::{Value, json};
 
 use super::cluster::{Cluster, repository};
-
-/// One of each architecture; experts of GPT-OSS in both of the forms they come in.
-const MODELS: [&str; 16] = [
-    "llama3-tied-ropescaled",
-    "llama-untied-sharded",
-    "mistral-swa32",
-    "mixtral",
-    "qwen2-bias-tied",
-    "qwen2-window-yarn",
-    "qwen3-qknorm",
-    "qwen3-moe",
-    "gemma2-softcap-swa32",
-    "gemma3-two-ropes",
-    "phi3-fused-swa",
-    "phi3-longrope-short",
-    "phi3-longrope-long",
-    "olmo2-postnorm",
-    "gpt-oss-bf16",
-    "gpt-oss-mxfp4",
-];
+use super::golden_models::golden_models;
 
 struct Golden {
     folder: String,
@@ -30,10 +11,9 @@ struct Golden {
 }
 
 fn goldens() -> Vec<Golden> {
-    MODELS
+    golden_models(&repository(""))
         .into_iter()
-        .map(|name| {
-            let folder = repository("tests/data/models").join(name);
+        .map(|folder| {
             let text = std::fs::read_to_string(folder.join("goldens.json")).expect("goldens.json");
             Golden {
                 folder: folder.to_str().expect("UTF-8").to_owned(),

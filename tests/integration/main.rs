@@ -7,6 +7,7 @@ mod constraints;
 mod embeddings;
 mod equality;
 mod faults;
+mod golden_models;
 mod goldens;
 mod hub;
 mod kv_events;

@@ -416,3 +416,30 @@ pub fn supported_names() -> String {
         .collect::<Vec<_>>()
         .join(", ")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+
+    /// The tests of the forward pass take what lies there.
+    #[test]
+    fn every_architecture_has_a_golden_model() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/models");
+        let models = std::fs::read_dir(folder).unwrap();
+        let covered: BTreeSet<String> = models
+            .map(|model| {
+                let config = std::fs::read(model.unwrap().path().join("config.json")).unwrap();
+                let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+                config["architectures"][0].as_str().unwrap().to_owned()
+            })
+            .collect();
+        let supported: BTreeSet<String> = ARCHITECTURES
+            .iter()
+            .map(|architecture| architecture.name.to_owned())
+            .collect();
+        assert_eq!(covered, supported);
+    }
+}

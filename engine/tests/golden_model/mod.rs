@@ -1,6 +1,9 @@
 //! goldens.json of a model in tests/data, as far as the tests use it.
 
-use std::path::PathBuf;
+#[path = "../../../tests/integration/golden_models.rs"]
+mod folders;
+
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -65,7 +68,20 @@ impl Golden {
     }
 }
 
-/// The models of tests/data.
+/// Names of the models of tests/data.
+pub fn models() -> Vec<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let name = |folder: PathBuf| {
+        folder
+            .file_name()
+            .and_then(|name| name.to_str())
+            .expect("UTF-8")
+            .to_owned()
+    };
+    folders::golden_models(&root).into_iter().map(name).collect()
+}
+
+/// Where they lie.
 pub fn models_folder() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data/models")
 }
