@@ -111,6 +111,7 @@ mod tests {
             n_input_tokens: 1,
             n_output_tokens: 3,
             n_cached_tokens: 0,
+            text: String::new(),
         };
         let single = Completion {
             token_times: vec![ms(100)],

@@ -234,4 +234,10 @@ pub struct Details {
     pub itls: Vec<Vec<f64>>,
     /// Empty when the request ended well.
     pub errors: Vec<String>,
+    /// Seconds from when a request was due to when it was sent.
+    #[serde(default)]
+    pub queue_times: Vec<f64>,
+    /// What the server answered, where the API says it as text.
+    #[serde(default)]
+    pub generated_texts: Vec<String>,
 }

@@ -224,6 +224,9 @@ impl Run {
             details.itls.push(gaps.map(|gap| gap.as_secs_f64()).collect());
             let error = sample.outcome.as_ref().err().map(ToString::to_string);
             details.errors.push(error.unwrap_or_default());
+            details.queue_times.push(sample.delay.as_secs_f64());
+            let text = completion.map(|completion| completion.text.clone());
+            details.generated_texts.push(text.unwrap_or_default());
         }
         details
     }

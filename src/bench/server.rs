@@ -10,7 +10,7 @@ use serde::Deserialize;
 use tonic::transport::Endpoint;
 
 use super::BenchConfig;
-use super::endpoint::{Asking, EndpointKind, LoadClient};
+use super::endpoint::{Asking, EndpointKind, LoadClient, TextOfAnswers};
 use crate::config::Address;
 
 /// How long a server may take to say what it serves.
@@ -57,6 +57,10 @@ impl Target {
             model: model.clone(),
             ignore_eos: config.ignore_eos,
             temperature: config.temperature,
+            text: match config.details {
+                true => TextOfAnswers::Kept,
+                false => TextOfAnswers::Dropped,
+            },
         };
         let key = config.api_key.as_ref();
         Ok(Target {

@@ -26,6 +26,8 @@ struct Fake {
     between_tokens: Duration,
     /// Answers 429 to every request whose number is a multiple of this, from 1.
     refuse_every: usize,
+    /// A request's first token waits until so many requests wait for theirs.
+    meeting: Option<tokio::sync::Barrier>,
     /// Holds a permit while a request is served.
     one_by_one: Option<Arc<tokio::sync::Semaphore>>,
     n_requests: AtomicUsize,
@@ -60,6 +62,9 @@ async fn completions(State(fake): State<Arc<Fake>>, Json(body): Json<Value>) -> 
     };
     let running = 1 + fake.n_running.fetch_add(1, Ordering::SeqCst);
     fake.max_running.fetch_max(running, Ordering::SeqCst);
+    if let Some(meeting) = &fake.meeting {
+        meeting.wait().await;
+    }
     let usage =
         json!({"prompt_tokens": n_input, "completion_tokens": n_output, "prompt_tokens_details": {"cached_tokens": 4}});
     let mut events = vec![(Duration::ZERO, ": waiting\n\n".to_owned())];
@@ -79,6 +84,7 @@ async fn completions(State(fake): State<Arc<Fake>>, Json(body): Json<Value>) -> 
         Duration::ZERO,
         format!("data: {}\n\ndata: [DONE]\n\n", json!({"choices": [], "usage": usage})),
     ));
+    // What is measured is this server's pace: nothing waits for anything else by it.
     let stream = futures::stream::iter(events).then(async |(pause, text)| {
         tokio::time::sleep(pause).await;
         Ok::<_, Infallible>(Bytes::from(text))
@@ -158,6 +164,7 @@ async fn a_closed_loop_keeps_its_concurrency_and_counts_exactly() {
     let (fake, server) = start(Fake {
         first_token: Duration::from_millis(30),
         between_tokens: Duration::from_millis(10),
+        meeting: Some(tokio::sync::Barrier::new(3)),
         ..Fake::default()
     })
     .await;
@@ -190,7 +197,7 @@ async fn a_closed_loop_keeps_its_concurrency_and_counts_exactly() {
 #[tokio::test]
 async fn an_open_loop_does_not_wait_for_answers() {
     let (fake, server) = start(Fake {
-        first_token: Duration::from_millis(500),
+        meeting: Some(tokio::sync::Barrier::new(12)),
         ..Fake::default()
     })
     .await;
@@ -203,7 +210,7 @@ async fn an_open_loop_does_not_wait_for_answers() {
     ))
     .await
     .expect("measured");
-    assert_eq!(report.completed, 12);
+    assert_eq!(report.completed, 12, "{report:?}");
     assert_eq!(
         fake.max_running.load(Ordering::SeqCst),
         12,
@@ -227,6 +234,11 @@ async fn failures_are_counted_by_kind_and_kept_out_of_the_latencies() {
     let details = report.details.expect("asked for");
     assert!(details.errors[3].contains("over capacity"), "{:?}", details.errors);
     assert_eq!((details.itls[0].len(), details.itls[3].len()), (4, 0));
+    assert_eq!(
+        (&*details.generated_texts[0], &*details.generated_texts[3]),
+        ("xxxxx", "")
+    );
+    assert_eq!(details.queue_times.len(), 12);
 }
 
 #[tokio::test]

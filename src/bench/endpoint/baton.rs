@@ -10,7 +10,7 @@ use tonic::Request;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
 
-use super::{Asking, Completion, RequestFailure, status_failure};
+use super::{Asking, Completion, RequestFailure, TextOfAnswers, status_failure};
 use crate::bench::workload::{PromptMaker, Turn};
 use crate::config::{Address, Secret};
 
@@ -59,14 +59,19 @@ impl BatonV1Client {
     }
 
     /// Sends `message` and reads the stream to its end.
-    pub async fn send(&self, message: GenerateRequest, started: Instant) -> Result<Completion, RequestFailure> {
+    pub async fn send(
+        &self,
+        message: GenerateRequest,
+        started: Instant,
+        text: TextOfAnswers,
+    ) -> Result<Completion, RequestFailure> {
         let mut request = Request::new(message);
         if let Some(value) = &self.authorization {
             request.metadata_mut().insert("authorization", value.clone());
         }
         let mut client = self.client.clone();
         let mut stream = client.generate(request).await.map_err(status_failure)?.into_inner();
-        let mut answer = Answer::default();
+        let mut answer = Answer::new(text);
         while let Some(message) = stream.message().await.map_err(status_failure)? {
             answer.message(message, started.elapsed());
         }
@@ -75,16 +80,28 @@ impl BatonV1Client {
 }
 
 /// What has come of a stream so far.
-#[derive(Default)]
 struct Answer {
     token_times: Vec<Duration>,
+    keeping: TextOfAnswers,
+    text: String,
     usage: Option<Usage>,
     finish: FinishReason,
 }
 
 impl Answer {
+    fn new(keeping: TextOfAnswers) -> Answer {
+        Answer {
+            token_times: Vec::new(),
+            keeping,
+            text: String::new(),
+            usage: None,
+            finish: FinishReason::Unspecified,
+        }
+    }
+
     fn message(&mut self, message: GenerateResponse, arrived: Duration) {
         self.token_times.extend(message.tokens.iter().map(|_| arrived));
+        self.keeping.add(&mut self.text, &message.text);
         if message.finish() != FinishReason::Unspecified {
             self.finish = message.finish();
             self.usage = message.usage;
@@ -106,6 +123,7 @@ impl Answer {
             n_input_tokens: usage.prompt_tokens.into(),
             n_output_tokens: usage.completion_tokens.into(),
             n_cached_tokens: usage.cached_tokens.into(),
+            text: self.text,
         })
     }
 }
@@ -117,7 +135,7 @@ mod tests {
     use super::*;
 
     fn answer(messages: Vec<GenerateResponse>) -> Result<Completion, RequestFailure> {
-        let mut answer = Answer::default();
+        let mut answer = Answer::new(TextOfAnswers::Kept);
         for (index, message) in messages.into_iter().enumerate() {
             answer.message(message, Duration::from_millis(index as u64));
         }

@@ -14,7 +14,7 @@ use tonic::Request;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
 
-use super::{Asking, Completion, RequestFailure, status_failure};
+use super::{Asking, Completion, RequestFailure, TextOfAnswers, status_failure};
 use crate::bench::workload::{PromptMaker, Turn};
 use crate::config::{Address, Secret};
 
@@ -79,7 +79,12 @@ impl KServeClient {
     }
 
     /// Sends `request` and reads the stream to its end.
-    pub async fn send(&self, request: KServeRequest, started: Instant) -> Result<Completion, RequestFailure> {
+    pub async fn send(
+        &self,
+        request: KServeRequest,
+        started: Instant,
+        text: TextOfAnswers,
+    ) -> Result<Completion, RequestFailure> {
         let mut asked = Request::new(tokio_stream::once(request.message));
         if let Some(value) = &self.authorization {
             asked.metadata_mut().insert("authorization", value.clone());
@@ -87,7 +92,7 @@ impl KServeClient {
         let mut client = self.client.clone();
         let stream = client.model_stream_infer(asked).await.map_err(status_failure)?;
         let mut stream = stream.into_inner();
-        let mut answer = Answer::default();
+        let mut answer = Answer::new(text);
         while let Some(response) = stream.message().await.map_err(status_failure)? {
             answer.response(response, started.elapsed())?;
         }
@@ -129,13 +134,23 @@ fn input(name: &str, datatype: &str, contents: InferTensorContents) -> InferInpu
 }
 
 /// What has come of a stream so far.
-#[derive(Default)]
 struct Answer {
     token_times: Vec<Duration>,
+    keeping: TextOfAnswers,
+    text: String,
     is_final: bool,
 }
 
 impl Answer {
+    fn new(keeping: TextOfAnswers) -> Answer {
+        Answer {
+            token_times: Vec::new(),
+            keeping,
+            text: String::new(),
+            is_final: false,
+        }
+    }
+
     fn response(&mut self, response: ModelStreamInferResponse, arrived: Duration) -> Result<(), RequestFailure> {
         if !response.error_message.is_empty() {
             return Err(RequestFailure::InStream(response.error_message));
@@ -147,8 +162,10 @@ impl Answer {
         };
         self.is_final |= is_final(&response);
         // Triton may mark the end in a response of its own, which has no outputs.
-        if response.outputs.iter().any(|output| output.name == TEXT_OUTPUT) {
+        let text = response.outputs.iter().position(|output| output.name == TEXT_OUTPUT);
+        if let Some(idx) = text {
             self.token_times.push(arrived);
+            self.keeping.add(&mut self.text, &text_of(&response, idx));
         }
         Ok(())
     }
@@ -168,8 +185,19 @@ impl Answer {
             n_output_tokens: self.token_times.len() as u64,
             n_cached_tokens: 0,
             token_times: self.token_times,
+            text: self.text,
         })
     }
+}
+
+/// The first element of an output of texts, in whichever form it came.
+fn text_of(response: &ModelInferResponse, idx: usize) -> String {
+    let typed = response.outputs[idx].contents.as_ref();
+    let typed = typed.and_then(|contents| contents.bytes_contents.first());
+    // Four bytes say how long an element is.
+    let raw = || response.raw_output_contents.get(idx).and_then(|raw| raw.get(4..));
+    let bytes = typed.map(Vec::as_slice).or_else(raw).unwrap_or_default();
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 fn is_final(response: &ModelInferResponse) -> bool {
@@ -206,7 +234,7 @@ mod tests {
     }
 
     fn answer(responses: &[ModelStreamInferResponse]) -> Result<Completion, RequestFailure> {
-        let mut answer = Answer::default();
+        let mut answer = Answer::new(TextOfAnswers::Kept);
         for (index, response) in responses.iter().enumerate() {
             answer.response(response.clone(), Duration::from_millis(index as u64))?;
         }

@@ -70,6 +70,27 @@ pub struct Asking {
     pub ignore_eos: bool,
     /// Sampling temperature; the server's default when absent.
     pub temperature: Option<f64>,
+    /// What becomes of the text of answers.
+    pub text: TextOfAnswers,
+}
+
+/// What becomes of the text of answers: a long run has much of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TextOfAnswers {
+    /// Kept for the report.
+    Kept,
+    /// Read and dropped.
+    Dropped,
+}
+
+impl TextOfAnswers {
+    /// Adds `new` to `text`.
+    fn add(self, text: &mut String, new: &str) {
+        match self {
+            TextOfAnswers::Kept => text.push_str(new),
+            TextOfAnswers::Dropped => {}
+        }
+    }
 }
 
 /// How a request failed.
@@ -134,6 +155,8 @@ pub struct Completion {
     pub n_output_tokens: u64,
     /// Prompt tokens that a prefix cache held, as the server counted them.
     pub n_cached_tokens: u64,
+    /// The answer; empty unless it is kept.
+    pub text: String,
 }
 
 impl Completion {
@@ -225,11 +248,12 @@ impl LoadClient {
     /// # Errors
     /// Whatever is no complete answer.
     pub async fn send(&self, prepared: Prepared, started: Instant) -> Result<Completion, RequestFailure> {
+        let text = self.asking.text;
         let answer = async {
             match (&self.client, prepared) {
-                (Client::OpenAi(client), Prepared::Http(body)) => client.send(body, started).await,
-                (Client::BatonV1(client), Prepared::BatonV1(message)) => client.send(*message, started).await,
-                (Client::KServe(client), Prepared::KServe(request)) => client.send(*request, started).await,
+                (Client::OpenAi(client), Prepared::Http(body)) => client.send(body, started, text).await,
+                (Client::BatonV1(client), Prepared::BatonV1(message)) => client.send(*message, started, text).await,
+                (Client::KServe(client), Prepared::KServe(request)) => client.send(*request, started, text).await,
                 (Client::OpenAi(_) | Client::BatonV1(_) | Client::KServe(_), _) => {
                     unreachable!("a client is given what it prepared")
                 }

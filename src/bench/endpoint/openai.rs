@@ -7,7 +7,7 @@ use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue};
 use serde::{Deserialize, Serialize};
 
 use super::sse::SseParser;
-use super::{Asking, Completion, RequestFailure, root_cause};
+use super::{Asking, Completion, RequestFailure, TextOfAnswers, root_cause};
 use crate::bench::workload::{PromptMaker, Speaker, Turn};
 use crate::config::{Address, Secret};
 
@@ -165,7 +165,7 @@ impl OpenAiClient {
     }
 
     /// Sends `body` and reads the answer to its end.
-    pub async fn send(&self, body: Bytes, started: Instant) -> Result<Completion, RequestFailure> {
+    pub async fn send(&self, body: Bytes, started: Instant, text: TextOfAnswers) -> Result<Completion, RequestFailure> {
         let broken = |error: reqwest::Error| RequestFailure::Connection(root_cause(&error));
         let request = self.http.post(&self.url).headers(self.headers.clone()).body(body);
         let mut response = request.send().await.map_err(broken)?;
@@ -186,7 +186,7 @@ impl OpenAiClient {
             });
         }
         let mut parser = SseParser::default();
-        let mut answer = Answer::default();
+        let mut answer = Answer::new(text);
         while let Some(chunk) = response.chunk().await.map_err(broken)? {
             let arrived = started.elapsed();
             parser
@@ -198,9 +198,10 @@ impl OpenAiClient {
 }
 
 /// What has come of a stream so far.
-#[derive(Default)]
 struct Answer {
     token_times: Vec<Duration>,
+    keeping: TextOfAnswers,
+    text: String,
     /// The last event had a finish reason and no text: it may not have been a token.
     ends_bare: bool,
     usage: Option<Usage>,
@@ -209,6 +210,18 @@ struct Answer {
 }
 
 impl Answer {
+    fn new(keeping: TextOfAnswers) -> Answer {
+        Answer {
+            token_times: Vec::new(),
+            keeping,
+            text: String::new(),
+            ends_bare: false,
+            usage: None,
+            is_done: false,
+            failure: None,
+        }
+    }
+
     fn event(&mut self, data: &[u8], arrived: Duration) {
         if data == b"[DONE]" {
             self.is_done = true;
@@ -236,7 +249,9 @@ impl Answer {
                 .text
                 .as_deref()
                 .or(choice.delta.as_ref().and_then(|delta| delta.content.as_deref()));
-            self.ends_bare = choice.finish_reason.is_some() && text.unwrap_or("").is_empty();
+            let text = text.unwrap_or_default();
+            self.ends_bare = choice.finish_reason.is_some() && text.is_empty();
+            self.keeping.add(&mut self.text, text);
         }
         if event.usage.is_some() {
             self.usage = event.usage;
@@ -266,6 +281,7 @@ impl Answer {
                 .prompt_tokens_details
                 .and_then(|details| details.cached_tokens)
                 .unwrap_or(0),
+            text: self.text,
         })
     }
 }
@@ -305,6 +321,7 @@ mod tests {
             model: "m".into(),
             ignore_eos: true,
             temperature: Some(0.0),
+            text: TextOfAnswers::Kept,
         };
         serde_json::from_slice(&client.body(&turn, &maker, &asking)).expect("JSON")
     }
@@ -335,7 +352,7 @@ mod tests {
     }
 
     fn answer(events: &[&str]) -> Result<Completion, RequestFailure> {
-        let mut answer = Answer::default();
+        let mut answer = Answer::new(TextOfAnswers::Kept);
         for (index, event) in events.iter().enumerate() {
             answer.event(event.as_bytes(), Duration::from_millis(index as u64));
         }
@@ -350,7 +367,7 @@ mod tests {
     #[test]
     fn tokens_are_counted_by_events_and_a_bare_end_is_none() {
         let with_last = answer(&[TOKEN, LAST_TOKEN, USAGE, "[DONE]"]).expect("complete");
-        assert_eq!(with_last.token_times.len(), 2);
+        assert_eq!((with_last.token_times.len(), &*with_last.text), (2, "ab"));
         assert_eq!(
             (
                 with_last.n_input_tokens,

@@ -320,6 +320,7 @@ mod tests {
                     n_input_tokens: 3,
                     n_output_tokens: 2,
                     n_cached_tokens: 0,
+                    text: String::new(),
                 }),
             },
         };

@@ -50,6 +50,7 @@ fn paced(request: wire::ModelInferRequest) -> BoxStream<'static, Result<wire::Mo
             }),
         }
     });
+    // What is measured is this server's pace: nothing waits for anything else by it.
     let paced = futures::StreamExt::then(futures::stream::iter(responses), async |response| {
         tokio::time::sleep(Duration::from_millis(10)).await;
         Ok(response)

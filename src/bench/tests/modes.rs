@@ -12,6 +12,7 @@ use crate::null_process::{NullConfig, serve_null};
 async fn a_turn_is_sent_when_the_one_before_has_ended_and_begins_with_it() {
     let (fake, server) = start(Fake {
         first_token: Duration::from_millis(20),
+        meeting: Some(tokio::sync::Barrier::new(3)),
         ..Fake::default()
     })
     .await;
