@@ -18,7 +18,7 @@ use tonic::service::interceptor::InterceptedService;
 
 use crate::api::metrics::MetricsRegistry;
 use crate::api::{self, ApiKey, ApiOptions, ApiState, ServeOptions, grpc};
-use crate::config::{ComputeDtype, MetricsAliases, PolicyKind, RebalanceMode, Secret};
+use crate::config::{ComputeDtype, MetricsAliases, PolicyKind, RebalanceMode, Secret, Switch};
 use crate::door::{
     Cluster, EmptyingTotals, FrontDoor, FrontDoorOptions, Generator as _, Rebalancing, keep_balanced, keep_emptying,
 };
@@ -56,6 +56,8 @@ pub struct SchedulerConfig {
     pub max_queue: usize,
     /// Whose names the metrics have besides their own.
     pub metrics_aliases: MetricsAliases,
+    /// Whether requests may bring chat templates.
+    pub client_chat_templates: Switch,
     /// What clients must show as a bearer token.
     pub api_key: Option<Secret>,
     /// Links to workers.
@@ -118,6 +120,7 @@ pub async fn run_scheduler(config: SchedulerConfig, shutdown: CancellationToken)
     let api_options = ApiOptions {
         api_key,
         metrics_aliases: config.metrics_aliases,
+        client_chat_templates: config.client_chat_templates,
         ..ApiOptions::default()
     };
     let state = ApiState::new(Arc::new(door.clone()), model, api_options, metrics, shutdown.clone());

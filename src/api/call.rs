@@ -30,6 +30,19 @@ pub(super) struct Call {
 /// Bodies up to this many bytes are parsed, rendered and tokenized in place: about a quarter of a millisecond.
 const SHORT_BODY_BYTES: usize = 2048;
 
+/// The field as it stands in a body.
+const CHAT_TEMPLATE: &[u8] = b"\"chat_template\"";
+
+/// How much work understanding a body, or part of one, may be, in the bytes of [`beside_runtime`]: a constraint is compiled,
+/// and a template that a client brings is a program.
+pub(super) fn work_of(body: &[u8]) -> usize {
+    let brings_template = || body.windows(CHAT_TEMPLATE.len()).any(|window| window == CHAT_TEMPLATE);
+    match may_constrain(body) || brings_template() {
+        true => usize::MAX,
+        false => body.len(),
+    }
+}
+
 /// Runs work that takes time in proportion to `n_bytes` (`usize::MAX`: long in any case): in place when that is short, else on a blocking thread, as many
 /// at once as there are cores.
 pub(super) async fn beside_runtime<T: Send + 'static>(
@@ -69,10 +82,7 @@ pub(super) async fn understand<T: Send + 'static>(
     let body = body.map_err(|rejection| refuse(label.clone(), rejection.into()))?;
     let of_headers = objectives::from_headers(headers).map_err(|error| refuse(label.clone(), error))?;
     let (worker_state, named) = (state.clone(), label.clone());
-    let n_bytes = match may_constrain(&body) {
-        true => usize::MAX,
-        false => body.len(),
-    };
+    let n_bytes = work_of(&body);
     let work = move || {
         let mut fields = Fields::parse(&body).map_err(|error| (named.clone(), error))?;
         let mut common =

@@ -15,7 +15,7 @@ use serde::Serialize;
 use super::adjustments::check_min_tokens;
 use super::call::{Call, understand, with_label};
 use super::chat_prompt::ChatPrompt;
-use super::encode::{SpecialTokens, encode};
+use super::encode::{SpecialTokens, encode, text_of};
 use super::error::ApiError;
 use super::fan_in::{Item, Outputs};
 use super::fields::Fields;
@@ -52,6 +52,8 @@ struct Shape {
     /// Alternatives per prompt token in `prompt_logprobs`.
     n_prompt_top: Option<u8>,
     return_token_ids: bool,
+    /// The prompt as it was rendered and cut, to be shown.
+    prompt_text: Option<String>,
     tokens_as_ids: bool,
     /// Report how long its parts took.
     has_timeline: bool,
@@ -87,8 +89,9 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         return Err(ApiError::expected("max_tokens", 0, "at least 1"));
     }
     let n_top = n_top(&mut fields)?;
-    let prompt = ChatPrompt::take(&mut fields)?;
+    let prompt = ChatPrompt::take(&mut fields, state.options().client_chat_templates)?;
     let shows_reasoning = fields.boolean("include_reasoning")?.unwrap_or(true);
+    let returns_prompt_text = fields.boolean("return_prompt_text")?.unwrap_or(false);
     refuse_unsupported(&fields)?;
     let special_tokens = SpecialTokens::asked(common.add_special_tokens, SpecialTokens::AsWritten);
     let prompt_text = prompt.render(model)?;
@@ -96,9 +99,14 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         let message = "tools is set, and it is not known how this model writes calls; start with --tool-call-parser";
         return Err(ApiError::field("tools", message));
     }
-    let message = MessageShape::new(&model.parsers, &prompt_text, prompt.tools(), shows_reasoning);
-    let prompt_ids = encode(model, "messages", &prompt_text, special_tokens)?;
+    let cut = common.cut(max_tokens, None, model)?;
+    let prompt_ids = encode(model, "messages", &prompt_text, special_tokens, cut)?;
     check_prompt_ids("messages", &prompt_ids, model)?;
+    let read_text = match cut {
+        Some(_) => text_of(model, &prompt_ids),
+        None => prompt_text,
+    };
+    let message = MessageShape::new(&model.parsers, &read_text, prompt.tools(), shows_reasoning);
     let mut sampling = common.sampling;
     sampling.max_tokens = resolve_max_tokens(max_tokens, None, prompt_ids.len(), model)?;
     check_min_tokens("min_tokens", &sampling)?;
@@ -114,6 +122,7 @@ fn parse(state: &ApiState, call: Call) -> Result<ChatRequest, ApiError> {
         n_top,
         n_prompt_top: common.prompt_logprobs,
         return_token_ids: common.return_token_ids,
+        prompt_text: returns_prompt_text.then_some(read_text),
         tokens_as_ids: common.tokens_as_ids,
         has_timeline: common.timeline,
         message,
@@ -153,7 +162,7 @@ fn n_top(fields: &mut Fields) -> Result<Option<u8>, ApiError> {
 }
 
 async fn answer(state: &ApiState, request: ChatRequest) -> Result<Response, ApiError> {
-    let ChatRequest { job, shape, stream } = request;
+    let ChatRequest { job, mut shape, stream } = request;
     let prompt_ids = job.prompt_ids.clone();
     let outputs = Outputs::start(state, vec![job]).await?;
     let Some(options) = stream else {
@@ -161,7 +170,10 @@ async fn answer(state: &ApiState, request: ChatRequest) -> Result<Response, ApiE
     };
     let (first, outputs) = outputs.first(state.options().ping_interval).await?;
     let mut stream = ChatStream {
-        prompt_ids: shape.return_token_ids.then(|| prompt_ids.to_vec()),
+        prompt: PromptReport {
+            prompt_token_ids: shape.return_token_ids.then(|| prompt_ids.to_vec()),
+            prompt_text: shape.prompt_text.take(),
+        },
         state: state.clone(),
         has_begun: vec![false; shape.n as usize],
         parsers: (0..shape.n).map(|_| shape.message.parser()).collect(),
@@ -188,6 +200,8 @@ struct ChatBody<'a> {
     prompt_logprobs: Option<PromptLogprobsBody>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [TokenId]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_text: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     timeline: Option<TimelineBody>,
 }
@@ -286,6 +300,7 @@ async fn whole(
             .n_prompt_top
             .map(|n_top| prompt_logprobs(writer, prompt_ids, &prompt, n_top)),
         prompt_token_ids: shape.return_token_ids.then_some(prompt_ids),
+        prompt_text: shape.prompt_text.as_deref(),
         timeline: timeline.filter(|_| shape.has_timeline),
     };
     Ok(Json(body).into_response())
@@ -312,10 +327,19 @@ struct ChunkBody<'a> {
     choices: &'a [ChunkChoice<'a>],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<UsageBody>,
+    #[serde(flatten)]
+    prompt: PromptReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeline: Option<TimelineBody>,
+}
+
+/// What is said of the prompt: with the first chunk, where it was asked for.
+#[derive(Default, Serialize)]
+struct PromptReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<TokenId>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    timeline: Option<TimelineBody>,
+    prompt_text: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -364,8 +388,8 @@ struct ChatStream {
     shape: Shape,
     options: StreamOptions,
     buffer: EventBuffer,
-    /// Sent with the first chunk, when asked for.
-    prompt_ids: Option<Vec<TokenId>>,
+    /// Sent with the first chunk.
+    prompt: PromptReport,
     /// Of each choice: its first chunk, which names the role, has gone.
     has_begun: Vec<bool>,
     /// Of each choice.
@@ -383,7 +407,7 @@ impl ChatStream {
                 let timeline = item.timeline.filter(|_| self.shape.has_timeline);
                 if self.options.include_usage || timeline.is_some() {
                     let usage = self.options.include_usage.then(|| usage.into());
-                    self.chunk(&[], usage, None, timeline);
+                    self.chunk(&[], usage, timeline);
                 }
                 self.buffer.done();
                 return ControlFlow::Break(self.buffer.take());
@@ -417,13 +441,8 @@ impl ChatStream {
             stop_reason: None,
             token_ids: self.shape.return_token_ids.then_some([token.id]),
         };
-        let prompt_ids = self.prompt_ids.take();
-        self.chunk(
-            &[choice],
-            self.options.continuous_usage_stats.then_some(so_far),
-            prompt_ids,
-            None,
-        );
+        let so_far = self.options.continuous_usage_stats.then_some(so_far);
+        self.chunk(&[choice], so_far, None);
     }
 
     /// The reason of the end goes alone, with an empty delta unless text was still held back.
@@ -440,16 +459,11 @@ impl ChatStream {
             token_ids: None,
         };
         let so_far = self.options.continuous_usage_stats.then_some(so_far);
-        self.chunk(&[choice], so_far, None, None);
+        self.chunk(&[choice], so_far, None);
     }
 
-    fn chunk(
-        &mut self,
-        choices: &[ChunkChoice<'_>],
-        usage: Option<UsageBody>,
-        prompt_token_ids: Option<Vec<TokenId>>,
-        timeline: Option<TimelineBody>,
-    ) {
+    fn chunk(&mut self, choices: &[ChunkChoice<'_>], usage: Option<UsageBody>, timeline: Option<TimelineBody>) {
+        let prompt = std::mem::take(&mut self.prompt);
         self.buffer.event(&ChunkBody {
             id: &self.shape.id,
             object: "chat.completion.chunk",
@@ -457,7 +471,7 @@ impl ChatStream {
             model: self.state.model().name(),
             choices,
             usage,
-            prompt_token_ids,
+            prompt,
             timeline,
         });
     }

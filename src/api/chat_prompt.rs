@@ -1,5 +1,6 @@
 //! The messages of a chat request: their shape, and the prompt text that the model's template makes of them.
 
+use baton_engine::text::ChatTemplateError;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
@@ -7,6 +8,10 @@ use super::fields::{Fields, kind_of, shown};
 use super::past_calls;
 use super::served_model::ServedModel;
 use super::tools::OfferedTools;
+use crate::config::Switch;
+
+/// How much a model may think before it answers, as the OpenAI API and vLLM have it (`max` is DeepSeek's).
+pub const REASONING_EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
 
 /// What a chat request says about its prompt.
 #[derive(Clone, Debug)]
@@ -16,6 +21,8 @@ pub struct ChatPrompt {
     tools: Option<OfferedTools>,
     ending: Ending,
     template_variables: Map<String, Value>,
+    /// A template of the request's own, in place of the model's.
+    template: Option<String>,
 }
 
 /// What comes after the messages.
@@ -30,8 +37,8 @@ enum Ending {
 }
 
 impl ChatPrompt {
-    /// Takes the fields that make the prompt.
-    pub fn take(fields: &mut Fields) -> Result<ChatPrompt, ApiError> {
+    /// Takes the fields that make the prompt; `client_templates` says whether it may bring a template.
+    pub fn take(fields: &mut Fields, client_templates: Switch) -> Result<ChatPrompt, ApiError> {
         let messages = fields.array("messages", "an array of messages")?;
         let messages = messages.ok_or_else(|| ApiError::expected("messages", "missing", "an array of messages"))?;
         if messages.is_empty() {
@@ -42,7 +49,7 @@ impl ChatPrompt {
             .object("chat_template_kwargs")?
             .map(Fields::into_inner)
             .unwrap_or_default();
-        if let Some(name) = ["messages", "tools", "documents"]
+        if let Some(name) = ["messages", "tools", "documents", "chat_template"]
             .into_iter()
             .find(|name| template_variables.contains_key(*name))
         {
@@ -56,11 +63,20 @@ impl ChatPrompt {
         {
             template_variables.insert("documents".to_owned(), Value::Array(documents));
         }
+        if let Some(effort) = reasoning_effort(fields)? {
+            let is_on = effort != "none";
+            template_variables.insert("reasoning_effort".to_owned(), effort.into());
+            // Some templates only know whether, not how much.
+            template_variables
+                .entry("enable_thinking")
+                .or_insert_with(|| is_on.into());
+        }
         Ok(ChatPrompt {
             messages: Value::Array(messages),
             tools: OfferedTools::take(fields)?,
             ending: ending(fields)?,
             template_variables,
+            template: template(fields, client_templates)?,
         })
     }
 
@@ -71,7 +87,14 @@ impl ChatPrompt {
 
     /// The prompt text; what a template refuses is the client's to mend.
     pub fn render(&self, model: &ServedModel) -> Result<String, ApiError> {
-        let Some(template) = &model.chat_template else {
+        let own = match &self.template {
+            Some(source) => {
+                let template = model.client_chat_template(source);
+                Some(template.map_err(|error| self.refused(&error))?)
+            }
+            None => None,
+        };
+        let Some(template) = own.as_ref().or(model.chat_template.as_ref()) else {
             return Err(ApiError::field(
                 "messages",
                 "this model has no chat template; use /v1/completions",
@@ -88,11 +111,20 @@ impl ChatPrompt {
                 self.ending == Ending::GenerationPrompt,
                 &self.template_variables,
             )
-            .map_err(|error| ApiError::field("messages", error.to_string()))?;
+            .map_err(|error| self.refused(&error))?;
         match self.ending {
             Ending::GenerationPrompt | Ending::Closed => Ok(prompt),
             Ending::Open => self.cut_after_last_content(prompt),
         }
+    }
+
+    /// What a template does not do is blamed on the template where it is the client's own, else on the messages.
+    fn refused(&self, error: &ChatTemplateError) -> ApiError {
+        let field = match &self.template {
+            Some(_) => "chat_template",
+            None => "messages",
+        };
+        ApiError::field(field, error.to_string())
     }
 
     /// The prompt up to the end of the last message's content, as transformers cuts it.
@@ -108,6 +140,31 @@ impl ChatPrompt {
         let message = "continue_final_message is true, and the chat template does not show the last message's content";
         prompt.truncate(end.ok_or_else(|| ApiError::field("continue_final_message", message))?);
         Ok(prompt)
+    }
+}
+
+fn reasoning_effort(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    const FIELD: &str = "reasoning_effort";
+    match fields.string(FIELD)? {
+        Some(effort) if !REASONING_EFFORTS.contains(&effort.as_str()) => {
+            let found = shown(&effort.into());
+            let expected = format!("one of {}", REASONING_EFFORTS.join(", "));
+            Err(ApiError::expected(FIELD, found, expected))
+        }
+        asked => Ok(asked),
+    }
+}
+
+/// A template is a program, so it is taken only where the operator trusts clients.
+fn template(fields: &mut Fields, client_templates: Switch) -> Result<Option<String>, ApiError> {
+    const FIELD: &str = "chat_template";
+    match (fields.string(FIELD)?, client_templates) {
+        (Some(_), Switch::Off) => {
+            let message =
+                "chat_template is set, and this server takes none; start it with --trust-request-chat-template";
+            Err(ApiError::field(FIELD, message))
+        }
+        (template, Switch::On | Switch::Off) => Ok(template),
     }
 }
 
@@ -214,7 +271,7 @@ mod tests {
     use super::*;
 
     fn take(json: &str) -> Result<ChatPrompt, ApiError> {
-        ChatPrompt::take(&mut Fields::parse(json.as_bytes()).unwrap())
+        ChatPrompt::take(&mut Fields::parse(json.as_bytes()).unwrap(), Switch::Off)
     }
 
     #[test]
@@ -317,6 +374,18 @@ mod tests {
             (
                 r#"{"messages": [{"role": "user"}], "chat_template_kwargs": {"messages": []}}"#,
                 "kwargs.messages",
+            ),
+            (
+                r#"{"messages": [{"role": "user"}], "chat_template": "x"}"#,
+                "start it with --trust-request-chat-template",
+            ),
+            (
+                r#"{"messages": [{"role": "user"}], "chat_template_kwargs": {"chat_template": "x"}}"#,
+                "kwargs.chat_template",
+            ),
+            (
+                r#"{"messages": [{"role": "user"}], "reasoning_effort": "much"}"#,
+                r#"reasoning_effort is "much", expected one of none, minimal"#,
             ),
             (
                 r#"{"messages": [{"role": "user"}], "chat_template_kwargs": 1}"#,

@@ -3,11 +3,12 @@
 use baton_scheduler::ids::TokenId;
 use serde_json::Value;
 
-use super::encode::{SpecialTokens, encode};
+use super::encode::{SpecialTokens, encode, text_of};
 use super::error::ApiError;
 use super::fields::{Fields, kind_of, token_id};
 use super::model_limits::check_prompt_ids;
 use super::served_model::ServedModel;
+use super::truncation::Cut;
 
 /// One prompt. Nothing is added to ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,34 +59,33 @@ impl CompletionPrompt {
         Ok(prompts)
     }
 
-    /// Its ids, checked against the model.
-    pub fn ids(&self, model: &ServedModel, special_tokens: SpecialTokens) -> Result<Vec<TokenId>, ApiError> {
-        self.ids_named("prompt", model, special_tokens)
-    }
-
-    /// The same of what the endpoint calls `name`.
-    pub fn ids_named(
+    /// Its ids, or what `cut` leaves of them, checked against the model. The endpoint calls them `name`.
+    pub fn ids(
         &self,
         name: &'static str,
         model: &ServedModel,
         special_tokens: SpecialTokens,
+        cut: Option<Cut>,
     ) -> Result<Vec<TokenId>, ApiError> {
         let ids = match self {
-            CompletionPrompt::Text(text) => encode(model, name, text, special_tokens)?,
-            CompletionPrompt::Ids(ids) => ids.clone(),
+            CompletionPrompt::Text(text) => encode(model, name, text, special_tokens, cut)?,
+            CompletionPrompt::Ids(ids) => {
+                let mut ids = ids.clone();
+                if let Some(cut) = cut {
+                    cut.apply(&mut ids);
+                }
+                ids
+            }
         };
         check_prompt_ids(name, &ids, model)?;
         Ok(ids)
     }
 
-    /// Its text, for `echo`.
-    pub fn text(&self, model: &ServedModel) -> String {
-        match (self, &model.tokenizer) {
-            (CompletionPrompt::Text(text), _) => text.clone(),
-            (CompletionPrompt::Ids(ids), Some(tokenizer)) => {
-                tokenizer.decode_with_special_tokens(ids).unwrap_or_default()
-            }
-            (CompletionPrompt::Ids(_), None) => String::new(),
+    /// Its text, for `echo`: as it came, or that of `ids` where it came as ids or was cut.
+    pub fn text(&self, model: &ServedModel, ids: &[TokenId], cut: Option<Cut>) -> String {
+        match (self, cut) {
+            (CompletionPrompt::Text(text), None) => text.clone(),
+            (CompletionPrompt::Text(_), Some(_)) | (CompletionPrompt::Ids(_), _) => text_of(model, ids),
         }
     }
 }

@@ -84,6 +84,8 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         let message = format!("timeline is true with {} prompts, expected one", prompts.len());
         return Err(ApiError::field("timeline", message));
     }
+    let asked = common.max_tokens.map(|n| n.max(1));
+    let cut = common.cut(asked, Some(DEFAULT_MAX_TOKENS), model)?;
     let CommonOptions {
         mut sampling,
         is_seeded,
@@ -116,15 +118,14 @@ fn parse(state: &ApiState, call: Call) -> Result<CompletionRequest, ApiError> {
         stream,
     };
     for prompt in prompts {
-        let prompt_ids: std::sync::Arc<[TokenId]> = prompt.ids(model, special_tokens)?.into();
-        let asked = common.max_tokens.map(|n| n.max(1));
+        let prompt_ids: std::sync::Arc<[TokenId]> = prompt.ids("prompt", model, special_tokens, cut)?.into();
         sampling.max_tokens = resolve_max_tokens(asked, Some(DEFAULT_MAX_TOKENS), prompt_ids.len(), model)?;
         check_min_tokens("min_tokens", &sampling)?;
         if !is_seeded {
             // Equal prompts of one request need not have equal answers.
             sampling.seed = fresh_seed();
         }
-        let echoed = echo.then(|| prompt.text(model));
+        let echoed = echo.then(|| prompt.text(model, &prompt_ids, cut));
         let writer = || ChoiceWriter::new(state, prompt_ids.clone(), echoed.clone(), reports);
         let n_writers = best_of.n_generated as usize;
         request.writers.extend(std::iter::repeat_with(writer).take(n_writers));

@@ -8,11 +8,13 @@ use serde_json::{Map, Value, json};
 use super::ApiState;
 use super::error::ApiError;
 use super::fields::{Fields, kind_of, shown};
+use super::served_model::ServedModel;
+use super::structural_tags;
 
 /// Most texts of a choice.
 pub const MAX_CHOICE_TEXTS: usize = 1024;
 
-/// Names of fields that make a request one whose constraint must be compiled, as they stand in a body.
+/// Names of fields that ask for a constraint, as they stand in a body.
 const NAMES: &[&str] = &["response_format", "structured_outputs", "guided_", "tool_choice"];
 
 /// Whitespace of a JSON text wherever JSON has it optional: none, a space, or up to two line ends and an indentation. It is
@@ -133,10 +135,10 @@ pub fn choice(field: &'static str, texts: &[String]) -> Result<Constraint, ApiEr
 ///
 /// # Errors
 /// A wrong value, or two constraints.
-pub fn take(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
+pub fn take(fields: &mut Fields, model: &ServedModel) -> Result<Option<Asked>, ApiError> {
     let mut asked: Vec<Asked> = Vec::new();
-    asked.extend(response_format(fields)?);
-    asked.extend(structured_outputs(fields)?);
+    asked.extend(response_format(fields, model)?);
+    asked.extend(structured_outputs(fields, model)?);
     let pattern = fields.string("guided_whitespace_pattern")?;
     asked.extend(guided(
         fields,
@@ -151,7 +153,7 @@ pub fn take(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
     Ok(asked.pop())
 }
 
-fn response_format(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
+fn response_format(fields: &mut Fields, model: &ServedModel) -> Result<Option<Asked>, ApiError> {
     const FIELD: &str = "response_format";
     let Some(mut format) = fields.object(FIELD)? else {
         return Ok(None);
@@ -168,11 +170,15 @@ fn response_format(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
             })?;
             json_schema(FIELD, schema)?
         }
+        Some("structural_tag") => {
+            let tag = Value::Object(format.into_inner());
+            structural_tags::constraint(FIELD, &tag, model.tokenizer.as_ref())?
+        }
         other => {
             let found = other.map_or("without type".to_owned(), |kind| {
                 format!("of type {}", shown(&Value::from(kind)))
             });
-            let expected = "type text, json_object or json_schema";
+            let expected = "type text, json_object, json_schema or structural_tag";
             return Err(ApiError::expected(FIELD, found, expected));
         }
     };
@@ -207,7 +213,7 @@ const STRUCTURED: Names = Names {
     grammar: "grammar",
 };
 
-fn structured_outputs(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
+fn structured_outputs(fields: &mut Fields, model: &ServedModel) -> Result<Option<Asked>, ApiError> {
     const FIELD: &str = "structured_outputs";
     let Some(mut inner) = fields.object(FIELD)? else {
         return Ok(None);
@@ -227,7 +233,12 @@ fn structured_outputs(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
         (None, true) => Whitespace::None,
         (None, false) => Whitespace::Bounded,
     };
-    let asked = guided(&mut inner, &STRUCTURED, whitespace).map_err(within)?;
+    let mut asked = guided(&mut inner, &STRUCTURED, whitespace).map_err(within)?;
+    if let Some(tag) = inner.take(STRUCTURAL_TAG) {
+        let constraint = structural_tag(tag, model).map_err(within)?;
+        let field = STRUCTURAL_TAG;
+        asked.push(Asked { field, constraint });
+    }
     let mut asked = asked.into_iter();
     let first = asked.next();
     if let (Some(first), Some(second)) = (&first, asked.next()) {
@@ -243,6 +254,20 @@ fn structured_outputs(fields: &mut Fields) -> Result<Option<Asked>, ApiError> {
         return Err(ApiError::field(FIELD, message));
     }
     Ok(first.map(|asked| Asked { field: FIELD, ..asked }))
+}
+
+const STRUCTURAL_TAG: &str = "structural_tag";
+
+/// vLLM has the object as text.
+fn structural_tag(tag: Value, model: &ServedModel) -> Result<Constraint, ApiError> {
+    let tag = match tag {
+        Value::String(text) => serde_json::from_str(&text).map_err(|error| {
+            let message = format!("{STRUCTURAL_TAG} is not valid JSON: {error}");
+            ApiError::field(STRUCTURAL_TAG, message)
+        })?,
+        tag => tag,
+    };
+    structural_tags::constraint(STRUCTURAL_TAG, &tag, model.tokenizer.as_ref())
 }
 
 /// The constraints that a family of fields asks for.

@@ -23,6 +23,7 @@ use super::neutral::refuse_unsupported;
 use super::options::{cache_salt, check_model, label, priority};
 use super::output::Job;
 use super::request_label::RequestLabel;
+use super::truncation::Truncation;
 use super::{ApiState, unix_time_s};
 
 /// Most inputs of a request, as in OpenAI's API.
@@ -116,13 +117,10 @@ fn parse(
         return Err(ApiError::expected("dimensions", asked, expected));
     }
     let normalize = fields.boolean("normalize")?.unwrap_or(true);
-    let limit = model.max_model_len as usize;
-    let most = fields
-        .integer("truncate_prompt_tokens", -1..=i64::from(u32::MAX))?
-        .map(|n| usize::try_from(n).map_or(limit, |n| n.min(limit)));
-    if most == Some(0) {
-        return Err(ApiError::expected("truncate_prompt_tokens", 0, "-1, or at least 1"));
-    }
+    let cut = match Truncation::take(&mut fields)? {
+        Some(truncation) => Some(truncation.resolve_alone(model.max_model_len)?),
+        None => None,
+    };
     let special_tokens = SpecialTokens::asked(fields.boolean("add_special_tokens")?, SpecialTokens::Added);
     fields.string("user")?;
     let options = EmbedOptions {
@@ -136,9 +134,8 @@ fn parse(
     let inputs = CompletionPrompt::take_named(&mut fields, "input", MAX_INPUTS)?;
     refuse_unsupported(&fields)?;
     let jobs = inputs.iter().map(|input| {
-        let ids = input.ids_named("input", model, special_tokens)?;
-        let kept = most.map_or(&*ids, |most| &ids[ids.len().saturating_sub(most)..]);
-        embed_job(state, options.clone(), kept.into())
+        let ids = input.ids("input", model, special_tokens, cut)?;
+        embed_job(state, options.clone(), ids.into())
     });
     Ok(EmbeddingRequest {
         jobs: jobs.collect::<Result<_, _>>()?,

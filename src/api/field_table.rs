@@ -4,6 +4,7 @@
 use serde_json::{Value, json};
 
 use super::adjustments::{LONGEST_BAD_WORD, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGIT_BIASES};
+use super::chat_prompt::REASONING_EFFORTS;
 use super::constraints::MAX_CHOICE_TEXTS;
 use super::embeddings::MAX_INPUTS;
 use super::options::{
@@ -168,6 +169,18 @@ pub const FIELDS: &[FieldRow] = &[
         boolean,
     ),
     row(
+        "truncate_prompt_tokens",
+        On::Both,
+        "Leave at most this many tokens of the prompt; -1: what the model's length leaves beside max_tokens. Default: all.",
+        || json!({"type": "integer", "minimum": -1, "not": {"const": 0}}),
+    ),
+    row(
+        "truncation_side",
+        On::Both,
+        "Where truncate_prompt_tokens takes tokens away: left keeps the last ones. Default: left.",
+        || json!({"type": "string", "pattern": "^(left|right)$"}),
+    ),
+    row(
         "stream",
         On::Both,
         "Answer in server-sent events. Default: false.",
@@ -227,6 +240,12 @@ pub const FIELDS: &[FieldRow] = &[
         boolean,
     ),
     row(
+        "return_prompt_text",
+        On::Chat,
+        "Report the prompt as it was rendered. Default: false.",
+        boolean,
+    ),
+    row(
         "timeline",
         On::Both,
         "Report how long each part of the request took; for one prompt. Default: false.",
@@ -243,6 +262,18 @@ pub const FIELDS: &[FieldRow] = &[
         On::Chat,
         "Variables for the template; messages and tools are not among them.",
         || json!({"type": "object"}),
+    ),
+    row(
+        "chat_template",
+        On::Chat,
+        "A template in place of the model's own; only where the server is started to take it.",
+        text,
+    ),
+    row(
+        "reasoning_effort",
+        On::Chat,
+        "How much the model may think, for templates that know it; none sets enable_thinking to false for those that do not.",
+        || json!({"type": "string", "pattern": format!("^({})$", REASONING_EFFORTS.join("|"))}),
     ),
     row(
         "cache_salt",
@@ -293,14 +324,21 @@ pub const FIELDS: &[FieldRow] = &[
     row(
         "response_format",
         On::Both,
-        "What the text must be: any, a JSON object, or a document valid against a JSON Schema.",
+        "What the text must be: any, a JSON object, a document valid against a JSON Schema, or free text with such parts.",
         || {
             json!({
                 "type": "object",
                 "required": ["type"],
                 "properties": {
-                    "type": {"enum": ["text", "json_object", "json_schema"]},
+                    "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
                     "json_schema": {"type": "object", "properties": {"schema": {"type": "object"}}},
+                    "format": {"type": "object", "required": ["type"]},
+                    "structures": {"type": "array", "items": {
+                        "type": "object",
+                        "required": ["begin", "end"],
+                        "properties": {"begin": text(), "schema": {"type": "object"}, "end": text()},
+                    }},
+                    "triggers": {"type": "array", "items": text()},
                 },
             })
         },
@@ -318,6 +356,7 @@ pub const FIELDS: &[FieldRow] = &[
                     "regex": {"type": "string"},
                     "choice": texts(),
                     "grammar": {"type": "string"},
+                    "structural_tag": {"type": ["object", "string"]},
                     "disable_any_whitespace": boolean(),
                     "whitespace_pattern": {"type": "string"},
                 },

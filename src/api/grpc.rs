@@ -114,7 +114,7 @@ impl BatonService {
                 return Err(ApiError::unknown_model(&request.model));
             }
             let prompt_ids = match request.prompt {
-                Some(generate_request::Prompt::Text(text)) => encode(model, "text", &text, SpecialTokens::Added)?,
+                Some(generate_request::Prompt::Text(text)) => encode(model, "text", &text, SpecialTokens::Added, None)?,
                 Some(generate_request::Prompt::TokenIds(ids)) => ids.ids,
                 None => return Err(ApiError::expected("prompt", "missing", "text or token_ids")),
             };

@@ -151,16 +151,32 @@ fn top_of(writer: TokenWriter<'_>, id: TokenId, text: &str, logprobs: &TokenLogp
     TopLogprobs(entries)
 }
 
-/// vLLM's `prompt_logprobs`: null for the first token, then maps from id to what is known of it.
-pub type PromptLogprobsBody = Vec<Option<BTreeMap<TokenId, PromptLogprob>>>;
+/// vLLM's form of one position: from ids to what is known of them.
+pub type RankedLogprobs = BTreeMap<TokenId, RankedLogprob>;
 
-/// One candidate for a position of the prompt.
+/// One candidate for a position.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct PromptLogprob {
+pub struct RankedLogprob {
     logprob: f32,
     rank: u32,
     decoded_token: String,
 }
+
+/// The `n_top` most likely tokens of the position where `id` came, and `id`.
+pub fn ranked(writer: TokenWriter<'_>, id: TokenId, logprobs: &TokenLogprobs, n_top: u8) -> RankedLogprobs {
+    let entry = |id: TokenId, logprob: f32, rank: u32| RankedLogprob {
+        logprob: logprob.max(FLOOR),
+        rank,
+        decoded_token: writer.write(id).0,
+    };
+    let top = logprobs.top.iter().take(usize::from(n_top)).zip(1..);
+    let top = top.map(|(&(id, logprob), rank)| (id, entry(id, logprob, rank)));
+    let own = std::iter::once((id, entry(id, logprobs.logprob, logprobs.rank)));
+    top.chain(own).collect()
+}
+
+/// vLLM's `prompt_logprobs`: null for the first token.
+pub type PromptLogprobsBody = Vec<Option<RankedLogprobs>>;
 
 /// Shapes the log-probabilities of `prompt_ids[1..]`, with `n_top` alternatives each.
 pub fn prompt_logprobs(
@@ -169,20 +185,7 @@ pub fn prompt_logprobs(
     logprobs: &[TokenLogprobs],
     n_top: u8,
 ) -> PromptLogprobsBody {
-    let entry = |id: TokenId, logprob: f32, rank: u32| PromptLogprob {
-        logprob: logprob.max(FLOOR),
-        rank,
-        decoded_token: writer.write(id).0,
-    };
-    let rest = prompt_ids.iter().skip(1).zip(logprobs).map(|(&id, logprobs)| {
-        let top = logprobs
-            .top
-            .iter()
-            .take(usize::from(n_top))
-            .zip(1..)
-            .map(|(&(id, logprob), rank)| (id, entry(id, logprob, rank)));
-        let own = std::iter::once((id, entry(id, logprobs.logprob, logprobs.rank)));
-        Some(top.chain(own).collect())
-    });
+    let rest = prompt_ids.iter().skip(1).zip(logprobs);
+    let rest = rest.map(|(&id, logprobs)| Some(ranked(writer, id, logprobs, n_top)));
     std::iter::once(None).chain(rest).collect()
 }

@@ -43,10 +43,12 @@ mod running;
 mod serve;
 mod served_model;
 mod sse;
+mod structural_tags;
 mod timeline_body;
 mod tokenize;
 mod tool_calls;
 mod tools;
+mod truncation;
 mod usage;
 mod vllm_engine;
 
@@ -74,7 +76,7 @@ use self::running::Running;
 pub use self::serve::{ServeOptions, serve};
 use self::served_model::TokenTexts;
 pub use self::served_model::{DefaultSampling, ServedModel};
-use crate::config::MetricsAliases;
+use crate::config::{MetricsAliases, Switch};
 use crate::door::Generator;
 
 /// What an operator may set.
@@ -90,6 +92,8 @@ pub struct ApiOptions {
     pub ping_interval: Duration,
     /// Whose names the metrics have besides their own.
     pub metrics_aliases: MetricsAliases,
+    /// Whether requests may bring chat templates.
+    pub client_chat_templates: Switch,
 }
 
 impl Default for ApiOptions {
@@ -100,6 +104,7 @@ impl Default for ApiOptions {
             max_prompts: 256,
             ping_interval: Duration::from_secs(5),
             metrics_aliases: MetricsAliases::None,
+            client_chat_templates: Switch::Off,
         }
     }
 }

@@ -15,11 +15,13 @@ pub enum Neutral {
     Zero,
     /// The number 1.
     One,
+    /// The number -1.
+    MinusOne,
     /// `false`.
     False,
     /// `true`.
     True,
-    /// Either boolean: it only modifies something that is not asked for.
+    /// Either boolean: it changes nothing here.
     AnyBoolean,
     /// `""`.
     EmptyString,
@@ -54,7 +56,13 @@ pub const UNSUPPORTED: &[Unsupported] = &[
     // Changes to the distribution.
     row("logits_processors", Neutral::Empty),
     row("repetition_detection", Neutral::Null),
-    row("thinking_token_budget", Neutral::Null),
+    row("thinking_token_budget", Neutral::MinusOne),
+    row("watermarking", Neutral::False),
+    // Reports.
+    row("logprob_token_ids", Neutral::Null),
+    row("return_prompt_text", Neutral::False),
+    row("routed_experts_prompt_start", Neutral::Zero),
+    row("stream_interval", Neutral::One),
     // Structure of the output.
     row("guided_decoding_backend", Neutral::OneOf(&["auto", "guidance"])),
     row("structural_tag", Neutral::Null),
@@ -73,7 +81,6 @@ pub const UNSUPPORTED: &[Unsupported] = &[
     row("store", Neutral::False),
     // The prompt.
     row("suffix", Neutral::EmptyString),
-    row("truncate_prompt_tokens", Neutral::Null),
     row("chat_template", Neutral::Null),
     // The other endpoint's, or what is fixed here.
     row("messages", Neutral::Null),
@@ -90,7 +97,7 @@ pub const UNSUPPORTED: &[Unsupported] = &[
     row("echo", Neutral::False),
     row("top_logprobs", Neutral::Zero),
     row("detokenize", Neutral::True),
-    row("spaces_between_special_tokens", Neutral::True),
+    row("spaces_between_special_tokens", Neutral::AnyBoolean),
     row("allowed_media_domains", Neutral::Empty),
     // Scheduling.
     row("kv_transfer_params", Neutral::Null),
@@ -109,6 +116,7 @@ impl Neutral {
             Neutral::Null => false,
             Neutral::Zero => number(0.0),
             Neutral::One => number(1.0),
+            Neutral::MinusOne => number(-1.0),
             Neutral::False => value == &Value::Bool(false),
             Neutral::True => value == &Value::Bool(true),
             Neutral::AnyBoolean => value.is_boolean(),
@@ -131,6 +139,7 @@ impl Neutral {
             Neutral::Null => "null".to_owned(),
             Neutral::Zero => "0".to_owned(),
             Neutral::One => "1".to_owned(),
+            Neutral::MinusOne => "-1".to_owned(),
             Neutral::False => "false".to_owned(),
             Neutral::True => "true".to_owned(),
             Neutral::AnyBoolean => "a boolean".to_owned(),
@@ -190,6 +199,7 @@ mod tests {
                 vec![json!(1), json!(1.0)],
                 vec![json!(2), json!(0), json!(1.1), json!("1")],
             ),
+            Neutral::MinusOne => (vec![json!(-1)], vec![json!(0), json!(100), json!("-1")]),
             Neutral::False => (vec![json!(false)], vec![json!(true), json!(0)]),
             Neutral::True => (vec![json!(true)], vec![json!(false), json!(1)]),
             Neutral::AnyBoolean => (vec![json!(true), json!(false)], vec![json!(1)]),

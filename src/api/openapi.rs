@@ -256,7 +256,13 @@ fn tokenize() -> Value {
             "messages": messages,
             "add_special_tokens": property(On::Chat, "add_special_tokens"),
             "add_generation_prompt": property(On::Chat, "add_generation_prompt"),
+            "continue_final_message": property(On::Chat, "continue_final_message"),
+            "chat_template": property(On::Chat, "chat_template"),
             "chat_template_kwargs": property(On::Chat, "chat_template_kwargs"),
+            "reasoning_effort": property(On::Chat, "reasoning_effort"),
+            "documents": property(On::Chat, "documents"),
+            "tools": property(On::Chat, "tools"),
+            "return_token_strs": {"type": ["boolean", "null"]},
         },
         "anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
     })
@@ -265,18 +271,7 @@ fn tokenize() -> Value {
 fn generate() -> Value {
     // Options may stand beside the text or in `parameters`.
     let options: Map<String, Value> = FieldRow::of(On::Completions)
-        .filter(|row| {
-            ![
-                "prompt",
-                "model",
-                "stream",
-                "echo",
-                "logprobs",
-                "prompt_logprobs",
-                "timeline",
-            ]
-            .contains(&row.name)
-        })
+        .filter(|row| !["prompt", "model", "stream", "echo", "prompt_logprobs", "timeline"].contains(&row.name))
         .filter(|row| !row.name.starts_with("return_token"))
         .map(|row| (row.name.to_owned(), row.schema()))
         .collect();
@@ -292,6 +287,10 @@ fn generate() -> Value {
             json!({"type": ["object", "null"], "properties": options}),
         ),
     ]);
+    let reports = kserve::REPORTS
+        .iter()
+        .map(|name| ((*name).to_owned(), json!({"type": ["boolean", "null"]})));
+    properties.extend(reports);
     properties.extend(options);
     json!({"type": "object", "required": ["text_input"], "properties": properties})
 }

@@ -16,6 +16,7 @@ use super::objectives;
 use super::output::TextOptions;
 use super::request_label::RequestLabel;
 use super::served_model::ServedModel;
+use super::truncation::{Cut, Truncation};
 
 /// Most stop strings of a request.
 pub const MAX_STOP_STRINGS: usize = 16;
@@ -72,6 +73,8 @@ pub struct CommonOptions {
     pub prompt_logprobs: Option<u8>,
     /// Encode text prompts with the tokenizer's own special tokens; `None` means the endpoint's default.
     pub add_special_tokens: Option<bool>,
+    /// How much of the prompt stays; all of it where absent.
+    pub truncation: Option<Truncation>,
     /// The `request_id` field.
     pub label: Option<RequestLabel>,
 }
@@ -129,7 +132,7 @@ impl CommonOptions {
         check_stop_strings(&stop, model)?;
         Ok(CommonOptions {
             sampling,
-            constraint: constraints::take(fields)?,
+            constraint: constraints::take(fields, model)?,
             is_seeded: seed.is_some(),
             max_tokens,
             text: TextOptions {
@@ -149,8 +152,23 @@ impl CommonOptions {
                 .integer("prompt_logprobs", 0..=i64::from(MAX_LOGPROBS))?
                 .map(|n| n as u8),
             add_special_tokens: fields.boolean("add_special_tokens")?,
+            truncation: Truncation::take(fields)?,
             label: label(fields)?,
         })
+    }
+
+    /// What stays of a prompt when `max_tokens` are asked for. `default` is what the endpoint gives when the client names
+    /// none; it yields to the model's length.
+    pub fn cut(
+        &self,
+        max_tokens: Option<u32>,
+        default: Option<u32>,
+        model: &ServedModel,
+    ) -> Result<Option<Cut>, ApiError> {
+        let longest_default = model.max_model_len.saturating_sub(1);
+        let n_completion = max_tokens.unwrap_or(default.unwrap_or(1).min(longest_default));
+        let cut = |truncation: Truncation| truncation.resolve(model.max_model_len, n_completion);
+        self.truncation.map(cut).transpose()
     }
 
     /// Prompt log-probabilities come in one piece, so not in a stream.

@@ -5,6 +5,8 @@ use baton_scheduler::ids::{Nanos, TokenId};
 use tokio::time::Instant;
 
 use super::ApiState;
+use super::adjustments::check_min_tokens;
+use super::constraints::{Asked, constrain};
 use super::encode::{SpecialTokens, encode};
 use super::error::ApiError;
 use super::fields::Fields;
@@ -53,7 +55,7 @@ pub struct PlainJob {
 }
 
 impl PlainRequest {
-    /// Checks everything and resolves every default.
+    /// Checks everything and resolves every default. Not for a thread that others wait for where a constraint is asked for.
     pub fn understand(self, state: &ApiState) -> Result<PlainJob, ApiError> {
         let PlainRequest {
             endpoint,
@@ -65,7 +67,10 @@ impl PlainRequest {
             default_max_tokens,
         } = self;
         let model = state.model();
-        let common = CommonOptions::take(&mut fields, model)?;
+        let mut common = CommonOptions::take(&mut fields, model)?;
+        if let Some(Asked { field, constraint }) = common.constraint.take() {
+            constrain(state, &mut common.sampling, field, constraint)?;
+        }
         let n_top = fields.integer("logprobs", 0..=i64::from(MAX_LOGPROBS))?;
         refuse_unsupported(&fields)?;
         let reports = [
@@ -81,13 +86,18 @@ impl PlainRequest {
             return Err(ApiError::expected("max_tokens", 0, "at least 1"));
         }
         let special_tokens = SpecialTokens::asked(common.add_special_tokens, SpecialTokens::Added);
-        let (name, prompt_ids) = match prompt {
-            PlainPrompt::Text(name, text) => (name, encode(model, name, &text, special_tokens)?),
+        let cut = common.cut(common.max_tokens, default_max_tokens, model)?;
+        let (name, mut prompt_ids) = match prompt {
+            PlainPrompt::Text(name, text) => (name, encode(model, name, &text, special_tokens, cut)?),
             PlainPrompt::Ids(name, ids) => (name, ids),
         };
+        if let Some(cut) = cut {
+            cut.apply(&mut prompt_ids);
+        }
         check_prompt_ids(name, &prompt_ids, model)?;
         let mut sampling = common.sampling;
         sampling.max_tokens = resolve_max_tokens(common.max_tokens, default_max_tokens, prompt_ids.len(), model)?;
+        check_min_tokens("min_tokens", &sampling)?;
         sampling.logprobs = n_top.map(|n| n as u8);
         sampling.prompt_logprobs = common.prompt_logprobs;
         let job = Job {

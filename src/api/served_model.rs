@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use baton_engine::constraint::ConstraintCompiler;
 use baton_engine::model::ModelFolder;
-use baton_engine::text::{ChatTemplate, Tokenizer};
+use baton_engine::text::{ChatTemplate, ChatTemplateError, Tokenizer};
 use baton_scheduler::ids::TokenId;
 
 use super::parsers::OutputParsers;
@@ -62,6 +62,15 @@ impl ServedModel {
         let text = self.tokenizer.clone().zip(Some(self.eos_token_ids.clone()));
         let text = move || text.clone().ok_or_else(|| "it has no tokenizer".to_owned());
         ConstraintCompiler::new(text, self.vocab_size as usize)
+    }
+
+    /// A chat template that a client sent, in place of the model's own.
+    pub fn client_chat_template(&self, source: &str) -> Result<ChatTemplate, ChatTemplateError> {
+        match (&self.chat_template, &self.folder) {
+            (Some(own), _) => own.replaced_by(source),
+            (None, Some(folder)) => folder.client_chat_template(source),
+            (None, None) => ChatTemplate::of_client(source, None, None),
+        }
     }
 
     /// Whether a client's `model` means this model.

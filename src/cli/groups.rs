@@ -253,6 +253,9 @@ pub struct FrontDoorFlags {
     /// Whether the model's reasoning is parted from its answers [default: auto, told by its chat template]
     #[arg(long, value_enum)]
     pub reasoning_parser: Option<ReasoningParserKind>,
+    /// Render the chat templates that requests bring; for servers whose clients are trusted [default: off]
+    #[arg(long, value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "on")]
+    pub trust_request_chat_template: Option<Switch>,
     /// How instances are picked for a request [default: prefix-aware]
     #[arg(long, value_enum)]
     pub policy: Option<PolicyKind>,
@@ -327,6 +330,9 @@ impl FrontDoorFlags {
             metrics_aliases: layers
                 .pick("metrics_aliases", self.metrics_aliases)?
                 .unwrap_or(MetricsAliases::None),
+            client_chat_templates: layers
+                .pick("trust_request_chat_template", self.trust_request_chat_template)?
+                .unwrap_or(Switch::Off),
             api_key: layers.pick("api_key", self.api_key)?,
             links,
             n_awaited_instances: 0,

@@ -40,6 +40,7 @@ pub const KEYS: &[Key] = &[
     open("threads"),
     open("tool_call_parser"),
     open("reasoning_parser"),
+    open("trust_request_chat_template"),
     open("policy"),
     open("disaggregation_threshold"),
     open("max_queue"),

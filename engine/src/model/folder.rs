@@ -13,7 +13,7 @@ use super::error::ModelError;
 use super::fields::Fields;
 use super::generation::GenerationConfig;
 use super::safetensors::{FileBytes, TensorTable};
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::{ChatTemplate, ChatTemplateError, Tokenizer};
 
 /// A model's files, with its configurations parsed.
 #[derive(Clone, Debug)]
@@ -132,6 +132,17 @@ impl ModelFolder {
         ChatTemplate::new(chat_templates, bos_token.as_deref(), eos_token.as_deref())
             .map(Some)
             .map_err(|error| ModelError::malformed(&self.files.path("chat template"), error))
+    }
+
+    /// A chat template that a client sent, for this model.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn client_chat_template(&self, source: &str) -> Result<ChatTemplate, ChatTemplateError> {
+        let TokenizerConfig {
+            bos_token, eos_token, ..
+        } = &self.tokenizer_config;
+        ChatTemplate::of_client(source, bos_token.as_deref(), eos_token.as_deref())
     }
 
     /// All ids that end generation: those of generation_config.json (else config.json) and the tokenizer's `eos_token`.

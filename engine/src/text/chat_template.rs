@@ -1,5 +1,6 @@
 //! Jinja chat templates as transformers renders them: messages -> one prompt text. No tokenization.
 
+use std::io;
 use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
@@ -22,6 +23,14 @@ pub enum ChatTemplateError {
     /// Rendering failed: the messages do not have the shape the template expects.
     #[error("chat template failed: {0}")]
     Render(String),
+    /// A client's template is too long, or asks for more than is done for one.
+    #[error("chat template {found}, expected at most {limit}")]
+    TooMuch {
+        /// What it does.
+        found: String,
+        /// What it may.
+        limit: String,
+    },
 }
 
 /// The templates of one model.
@@ -32,7 +41,16 @@ pub struct ChatTemplate {
     uses_tools: bool,
     bos_token: Option<String>,
     eos_token: Option<String>,
+    /// Longest prompt, bytes; a template of the model's own is trusted.
+    longest: Option<usize>,
 }
+
+/// Longest template that a client may send, bytes: several times the longest of published models.
+pub const MAX_CLIENT_TEMPLATE_BYTES: usize = 256 << 10;
+/// Instructions that a client's template may execute: a few hundred for each message and tool of the longest chats.
+const CLIENT_FUEL: u64 = 10_000_000;
+/// Longest prompt that a client's template may make, bytes: twice what a request may hold.
+const LONGEST_CLIENT_PROMPT: usize = 32 << 20;
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
@@ -64,7 +82,32 @@ impl ChatTemplate {
             uses_tools,
             bos_token: bos_token.map(str::to_owned),
             eos_token: eos_token.map(str::to_owned),
+            longest: None,
         })
+    }
+
+    /// A template that a client sent. How many instructions it may execute and how long its prompt may be is bounded; what
+    /// it may keep in variables is not, so clients must be trusted.
+    pub fn of_client(
+        source: &str,
+        bos_token: Option<&str>,
+        eos_token: Option<&str>,
+    ) -> Result<ChatTemplate, ChatTemplateError> {
+        if source.len() > MAX_CLIENT_TEMPLATE_BYTES {
+            return Err(ChatTemplateError::TooMuch {
+                found: format!("has {} bytes", source.len()),
+                limit: MAX_CLIENT_TEMPLATE_BYTES.to_string(),
+            });
+        }
+        let mut template = ChatTemplate::new(&[(DEFAULT.to_owned(), source.to_owned())], bos_token, eos_token)?;
+        template.environment.set_fuel(Some(CLIENT_FUEL));
+        template.longest = Some(LONGEST_CLIENT_PROMPT);
+        Ok(template)
+    }
+
+    /// A client's template in place of these, for the same model.
+    pub fn replaced_by(&self, source: &str) -> Result<ChatTemplate, ChatTemplateError> {
+        ChatTemplate::of_client(source, self.bos_token.as_deref(), self.eos_token.as_deref())
     }
 
     /// Whether chats that offer tools are rendered with them.
@@ -105,7 +148,46 @@ impl ChatTemplate {
             eos_token => self.eos_token.as_deref().unwrap_or_default(),
         };
         let context = context! { ..Value::from(Serde(extra)), ..standard };
-        template.render(context).map_err(|error| render_error(&error))
+        let Some(longest) = self.longest else {
+            return template.render(context).map_err(|error| render_error(&error));
+        };
+        let mut prompt = BoundedPrompt {
+            bytes: Vec::new(),
+            longest,
+        };
+        let rendered = template.render_captured_to(context, &mut prompt).map(drop);
+        match rendered {
+            Ok(()) => String::from_utf8(prompt.bytes).map_err(|error| ChatTemplateError::Render(error.to_string())),
+            Err(error) if error.kind() == ErrorKind::OutOfFuel => Err(ChatTemplateError::TooMuch {
+                found: "goes on".to_owned(),
+                limit: format!("{CLIENT_FUEL} instructions"),
+            }),
+            Err(error) if error.kind() == ErrorKind::WriteFailure => Err(ChatTemplateError::TooMuch {
+                found: "makes a long prompt".to_owned(),
+                limit: format!("{longest} bytes"),
+            }),
+            Err(error) => Err(render_error(&error)),
+        }
+    }
+}
+
+/// The prompt of a client's template as it grows.
+struct BoundedPrompt {
+    bytes: Vec<u8>,
+    longest: usize,
+}
+
+impl io::Write for BoundedPrompt {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        if piece.len() > self.longest - self.bytes.len() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.bytes.extend_from_slice(piece);
+        Ok(piece.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -299,6 +381,41 @@ mod tests {
         let source = "{%- for m in messages %}\n    {%- if loop.index0 == 1 %}{% break %}{% endif %}\n{% generation %}\n{{ m.c.strip().upper() }}{%- endgeneration %}\n{%- endfor %}\n";
         assert_eq!(render(source, json!([{"c": " a "}, {"c": "b"}])).unwrap(), "A");
         assert_eq!(render("{{ strftime_now('%Y')|length }}", json!([])).unwrap(), "4");
+    }
+
+    #[test]
+    fn a_clients_template_is_bounded() {
+        let client = |source: &str| {
+            let own = [("default".to_owned(), "own".to_owned())];
+            let own = ChatTemplate::new(&own, Some("<s>"), None).unwrap();
+            own.replaced_by(source)?
+                .render(&json!([{"content": "hi"}]), None, false, &Map::new())
+        };
+        assert_eq!(client("{{ bos_token }}{{ messages[0].content }}").unwrap(), "<s>hi");
+        let endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}";
+        let long = "{% set x = 'x' * 1000000 %}{% for i in range(1000) %}{{ x }}{% endfor %}";
+        for (source, expected) in [
+            (endless, "chat template goes on, expected at most 10000000 instructions"),
+            (
+                long,
+                "chat template makes a long prompt, expected at most 33554432 bytes",
+            ),
+            (
+                &"x".repeat(MAX_CLIENT_TEMPLATE_BYTES + 1),
+                "chat template has 262145 bytes, expected at most 262144",
+            ),
+        ] {
+            assert_eq!(client(source).unwrap_err().to_string(), expected);
+        }
+        let recursive = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}";
+        for source in [
+            recursive,
+            "{{ messages.x.y }}",
+            "{{ raise_exception('no') }}",
+            "{% if %}",
+        ] {
+            assert!(client(source).is_err(), "{source}");
+        }
     }
 
     #[test]

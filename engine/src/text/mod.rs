@@ -7,7 +7,7 @@ mod stop_strings;
 mod strftime;
 mod tokenizer;
 
-pub use chat_template::{ChatTemplate, ChatTemplateError};
+pub use chat_template::{ChatTemplate, ChatTemplateError, MAX_CLIENT_TEMPLATE_BYTES};
 pub use detokenize::DetokenizeStream;
 pub use stop_strings::{StopOutput, StopStrings};
 pub use tokenizer::{Tokenizer, TokenizerError};

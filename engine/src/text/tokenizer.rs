@@ -1,9 +1,11 @@
-//! tokenizer.json: text to ids and back. Knows nothing of chats, and never truncates or pads.
+//! tokenizer.json: text to ids and back. Knows nothing of chats, never pads, and truncates only when asked.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use baton_scheduler::ids::TokenId;
+use tokenizers::{Encoding, PostProcessor as _, Token};
 
 use super::detokenize::DetokenizeStream;
 
@@ -18,6 +20,8 @@ struct Inner {
     tokenizer: tokenizers::Tokenizer,
     /// Of each id, whether it is a special token of the vocabulary.
     kinds: Vec<IdKind>,
+    /// How special tokens are written, the longest first.
+    special_texts: Vec<(String, TokenId)>,
 }
 
 /// What an id is to a decoder.
@@ -80,11 +84,20 @@ impl Tokenizer {
         for id in tokenizer.get_vocab(true).into_values() {
             kinds[id as usize] = IdKind::Text;
         }
+        let mut special_texts = Vec::new();
         for (id, token) in added {
             kinds[id as usize] = if token.special { IdKind::Special } else { IdKind::Text };
+            if token.special && !token.content.is_empty() {
+                special_texts.push((token.content, id));
+            }
         }
+        special_texts.sort_unstable_by(|(a, _), (b, _)| (b.len(), a).cmp(&(a.len(), b)));
         Ok(Tokenizer {
-            inner: Arc::new(Inner { tokenizer, kinds }),
+            inner: Arc::new(Inner {
+                tokenizer,
+                kinds,
+                special_texts,
+            }),
         })
     }
 
@@ -95,11 +108,45 @@ impl Tokenizer {
             .to_vec())
     }
 
+    /// As [`Tokenizer::encode_with_special_tokens`], with ids of the text taken away by `cut`, which is also told how many
+    /// ids will be added to what it leaves.
+    pub fn encode_cut(
+        &self,
+        text: &str,
+        cut: impl FnOnce(&mut Vec<TokenId>, usize),
+    ) -> Result<Vec<TokenId>, TokenizerError> {
+        let tokenizer = &self.inner.tokenizer;
+        let processor = tokenizer.get_post_processor();
+        let mut ids = self.encode(text)?;
+        cut(&mut ids, processor.map_or(0, |processor| processor.added_tokens(false)));
+        let token = |id: TokenId| Token::new(id, self.id_to_token(id).unwrap_or_default(), (0, 0));
+        let encoding = Encoding::from_tokens(ids.into_iter().map(token).collect(), 0);
+        Ok(tokenizer.post_process(encoding, None, true)?.get_ids().to_vec())
+    }
+
     /// Ids of `text` alone: for rendered chats and continuations. Special tokens written in the text are recognised.
     pub fn encode(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
         Ok(guarded(|| self.inner.tokenizer.encode_fast(text, false))?
             .get_ids()
             .to_vec())
+    }
+
+    /// The special tokens that are written in `text`: where each stands, and its id.
+    pub fn special_tokens_in(&self, text: &str) -> Vec<(Range<usize>, TokenId)> {
+        let mut found = Vec::new();
+        let mut from = 0;
+        while from < text.len() {
+            let here = self.inner.special_texts.iter();
+            let here = here.filter(|(special, _)| text[from..].starts_with(special.as_str()));
+            match here.map(|(special, id)| (special.len(), *id)).next() {
+                Some((n_bytes, id)) => {
+                    found.push((from..from + n_bytes, id));
+                    from += n_bytes;
+                }
+                None => from = text.ceil_char_boundary(from + 1),
+            }
+        }
+        found
     }
 
     /// Text of `ids`, special tokens included. Ids past the vocabulary are nothing.

@@ -5,7 +5,8 @@ use baton_proto::inference::DataType;
 use baton_proto::inference::model_metadata_response::TensorMetadata;
 
 use super::super::served_model::ServedModel;
-use super::query::{FINISH_REASON, TEXT_INPUT, TEXT_OUTPUT, VERSION};
+use super::outputs::OutputKind;
+use super::query::{TEXT_INPUT, VERSION};
 
 /// The platform of every model here.
 const PLATFORM: &str = "baton";
@@ -27,9 +28,31 @@ const INPUTS: [Row; 10] = [
     ("stop", "BYTES", DataType::TypeString, -1, true),
 ];
 
-const OUTPUTS: [Row; 2] = [
-    (TEXT_OUTPUT, "BYTES", DataType::TypeString, -1, false),
-    (FINISH_REASON, "BYTES", DataType::TypeString, -1, false),
+const OUTPUTS: [Row; 6] = [
+    (OutputKind::Text.name(), "BYTES", DataType::TypeString, -1, false),
+    (OutputKind::FinishReason.name(), "BYTES", DataType::TypeString, -1, true),
+    (
+        OutputKind::CumulativeLogprob.name(),
+        "FP32",
+        DataType::TypeFp32,
+        -1,
+        true,
+    ),
+    (OutputKind::Logprobs.name(), "BYTES", DataType::TypeString, -1, true),
+    (
+        OutputKind::NumInputTokens.name(),
+        "UINT32",
+        DataType::TypeUint32,
+        1,
+        true,
+    ),
+    (
+        OutputKind::NumOutputTokens.name(),
+        "UINT32",
+        DataType::TypeUint32,
+        -1,
+        true,
+    ),
 ];
 
 pub(super) fn server() -> wire::ServerMetadataResponse {

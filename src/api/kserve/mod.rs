@@ -3,10 +3,12 @@
 
 mod answer;
 mod describe;
+mod outputs;
 mod query;
 pub(super) mod rest;
 mod service;
 mod tensors;
 
+pub(super) use self::outputs::REPORTS;
 pub(super) use self::query::VERSION;
 pub(super) use self::service::InferenceService;

@@ -18,30 +18,20 @@ use super::super::options::DEFAULT_MAX_TOKENS;
 use super::super::output::Job;
 use super::super::plain_request::{PlainJob, PlainPrompt, PlainRequest};
 use super::super::request_label::RequestLabel;
+use super::outputs::{self, OutputKind, REPORTS};
 use super::tensors;
 
 /// The input that holds the prompt.
 pub(super) const TEXT_INPUT: &str = "text_input";
-/// The output that holds the answer.
-pub(super) const TEXT_OUTPUT: &str = "text_output";
-/// The output that says why it ended.
-pub(super) const FINISH_REASON: &str = "finish_reason";
 /// The only version of a model.
 pub(in super::super) const VERSION: &str = "1";
 
 /// Inputs that other servers call otherwise, and their names here.
 const ALIASES: [(&str, &str); 3] = [("streaming", "stream"), ("stop_words", "stop"), ("random_seed", "seed")];
 
-/// Inputs that only this protocol has, besides `text_input` and the options of `/v1/completions`.
-const OWN: [&str; 7] = [
-    "sampling_parameters",
-    "exclude_input_in_output",
-    "return_finish_reason",
-    "return_cumulative_logprob",
-    "return_logprobs",
-    "return_num_input_tokens",
-    "return_num_output_tokens",
-];
+/// Inputs that only this protocol has, besides `text_input`, those that ask for outputs, and the options of
+/// `/v1/completions`.
+const OWN: [&str; 2] = ["sampling_parameters", "exclude_input_in_output"];
 
 /// Options that are lists even when they have one element.
 const LISTS: [&str; 3] = ["stop_token_ids", "allowed_token_ids", "bad_words"];
@@ -66,8 +56,8 @@ pub(super) struct Shape {
     pub(super) model_name: Arc<str>,
     /// What comes before the answer.
     pub(super) prefix: String,
-    /// Names of the outputs that are wanted.
-    pub(super) outputs: Vec<&'static str>,
+    /// What is wanted.
+    pub(super) outputs: Vec<OutputKind>,
     /// Raw contents in the response.
     pub(super) is_raw: bool,
     /// Tokens as they come.
@@ -173,8 +163,8 @@ impl Query {
         let text = fields.string(TEXT_INPUT)?;
         let text = text.ok_or_else(|| ApiError::expected(TEXT_INPUT, "missing", "a text"))?;
         let excludes_input = fields.boolean("exclude_input_in_output")?.unwrap_or(true);
-        let has_reason = fields.boolean("return_finish_reason")?.unwrap_or(true);
-        refuse_reports(&mut fields)?;
+        let outputs = outputs::wanted(&mut fields, outputs)?;
+        refuse_sequences(&mut fields)?;
         let deadline = deadline_of(&mut fields)?.into_iter().chain(deadline).min();
         let label = match id.as_str() {
             "" => None,
@@ -190,34 +180,26 @@ impl Query {
             deadline,
             default_max_tokens: Some(DEFAULT_MAX_TOKENS),
         };
-        let PlainJob { job, is_streamed } = request.understand(state)?;
-        for (name, n_top) in [
-            ("logprobs", job.sampling.logprobs),
-            ("prompt_logprobs", job.sampling.prompt_logprobs),
-        ] {
-            if let Some(n_top) = n_top {
-                let message = format!("{name} is {n_top}, which this protocol does not report here");
-                return Err(ApiError::field(name, message));
+        let PlainJob { mut job, is_streamed } = request.understand(state)?;
+        if let Some(n_top) = job.sampling.prompt_logprobs {
+            let expected = "nothing: this protocol does not report it";
+            return Err(ApiError::expected("prompt_logprobs", n_top, expected));
+        }
+        match (
+            job.sampling.logprobs,
+            outputs.iter().any(|output| output.needs_logprobs()),
+        ) {
+            (Some(n_top), false) => {
+                return Err(ApiError::expected("logprobs", n_top, "return_logprobs to be true, too"));
             }
+            (n_top, true) => job.sampling.logprobs = Some(n_top.unwrap_or(0)),
+            (None, false) => {}
         }
-        if is_streamed && job.sampling.n > 1 {
-            let message = format!("n is {} and stream is true, expected one or the other", job.sampling.n);
-            return Err(ApiError::field("n", message));
-        }
-        let known = [TEXT_OUTPUT, FINISH_REASON];
-        if let Some(unknown) = outputs.iter().find(|name| !known.contains(name)) {
-            let unknown: String = unknown.chars().take(64).collect();
-            return Err(ApiError::expected("outputs", unknown, known.join(" or ")));
-        }
-        let is_wanted = |name: &&str| match outputs {
-            [] => *name != FINISH_REASON || has_reason,
-            outputs => outputs.contains(name),
-        };
         let shape = Shape {
             id,
             model_name: model_name.into(),
             prefix: if excludes_input { String::new() } else { text },
-            outputs: known.into_iter().filter(is_wanted).collect(),
+            outputs,
             is_raw,
             is_streamed,
         };
@@ -248,6 +230,7 @@ fn name_of(name: &str) -> Result<&str, ApiError> {
     let name = canonical(name);
     let is_known = name == TEXT_INPUT
         || OWN.contains(&name)
+        || REPORTS.contains(&name)
         || FieldRow::of(On::Completions).any(|row| row.name == name)
         || UNSUPPORTED.iter().any(|row| row.name == name);
     match is_known {
@@ -302,13 +285,8 @@ fn sampling_parameters(value: Option<Value>) -> Result<Map<String, Value>, ApiEr
     }
 }
 
-/// Reports and sequences of Triton that are not given here: asked for, they are refused by name.
-fn refuse_reports(fields: &mut Fields) -> Result<(), ApiError> {
-    for name in OWN.into_iter().filter(|name| name.starts_with("return_")) {
-        if fields.boolean(name)? == Some(true) {
-            return Err(ApiError::expected(name, true, "false: it is not reported here"));
-        }
-    }
+/// Sequences of Triton are not known here: asked for, they are refused by name.
+fn refuse_sequences(fields: &mut Fields) -> Result<(), ApiError> {
     if let Some(id) = fields.take("sequence_id").filter(|id| *id != 0 && *id != "") {
         let found = super::super::fields::shown(&id);
         return Err(ApiError::expected("sequence_id", found, "0: requests have no sequence"));

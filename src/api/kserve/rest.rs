@@ -10,10 +10,10 @@ use futures::stream;
 use http::HeaderMap;
 
 use super::super::ApiState;
-use super::super::call::{beside_runtime, with_label};
+use super::super::call::{beside_runtime, with_label, work_of};
 use super::super::error::ApiError;
 use super::super::metrics::Endpoint;
-use super::super::output::{Job, OutputStream};
+use super::super::output::Job;
 use super::super::request_label::RequestLabel;
 use super::super::sse::{self, EventBuffer};
 use super::answer::Pieces;
@@ -71,19 +71,14 @@ async fn respond(
             return refused(error);
         }
     };
-    let (label, n) = (job.label.clone(), job.sampling.n);
-    let response = match OutputStream::start(state, job).await {
+    let label = job.label.clone();
+    let response = match Pieces::start(state, job, &shape).await {
         Err(error) => refused(error),
-        Ok(output) => {
-            let pieces = Pieces::new(output, n, &shape);
-            match is_streamed {
-                true => events(pieces, shape),
-                false => match pieces.whole().await {
-                    Ok(piece) => Json(piece.into_json(&shape)).into_response(),
-                    Err(error) => refused(error),
-                },
-            }
-        }
+        Ok(pieces) if is_streamed => events(pieces, shape),
+        Ok(pieces) => match pieces.whole().await {
+            Ok(piece) => Json(piece.into_json(&shape)).into_response(),
+            Err(error) => refused(error),
+        },
     };
     with_label(&label, response)
 }
@@ -98,7 +93,7 @@ async fn understand(
     let received = state.generator().now();
     let header = RequestLabel::from_headers(headers)?;
     let body = body?;
-    let (worker_state, n_bytes) = (state.clone(), body.len());
+    let (worker_state, n_bytes) = (state.clone(), work_of(&body));
     let work = move || {
         let query = Query::from_json(model, version, &body, received)?;
         query.understand(&worker_state, &[], false, Some(is_streamed))

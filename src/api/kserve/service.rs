@@ -11,11 +11,11 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::super::ApiState;
-use super::super::call::beside_runtime;
+use super::super::call::{beside_runtime, work_of};
 use super::super::error::ApiError;
 use super::super::grpc::deadline;
 use super::super::metrics::Endpoint;
-use super::super::output::{Job, OutputStream};
+use super::super::output::Job;
 use super::answer::Pieces;
 use super::describe;
 use super::query::{Query, Shape, check_model};
@@ -53,12 +53,6 @@ impl InferenceService {
         understood.inspect_err(|error| self.state.metrics().refused(Endpoint::Infer, error))
     }
 
-    async fn start(&self, job: Job, shape: &Shape) -> Result<Pieces, ApiError> {
-        let n = job.sampling.n;
-        let output = OutputStream::start(&self.state, job).await?;
-        Ok(Pieces::new(output, n, shape))
-    }
-
     async fn infer(
         &self,
         headers: &HeaderMap,
@@ -70,7 +64,7 @@ impl InferenceService {
             self.state.metrics().refused(Endpoint::Infer, &error);
             return Err(error);
         }
-        let whole = self.start(job, &shape).await?.whole().await?;
+        let whole = Pieces::start(&self.state, job, &shape).await?.whole().await?;
         Ok(whole.into_response(&shape))
     }
 
@@ -83,7 +77,7 @@ impl InferenceService {
         let id = message.id.clone();
         let started = async move {
             let (job, shape) = self.understand(message, deadline).await?;
-            let pieces = self.start(job, &shape).await?;
+            let pieces = Pieces::start(&self.state, job, &shape).await?;
             Ok((pieces, shape))
         };
         started
@@ -106,14 +100,15 @@ impl InferenceService {
     }
 }
 
-/// How much there is to read, in both forms.
+/// How much work there is, in both forms, in the bytes of [`beside_runtime`].
 fn n_bytes(message: &wire::ModelInferRequest) -> usize {
-    let raw: usize = message.raw_input_contents.iter().map(Vec::len).sum();
     let typed = message.inputs.iter().filter_map(|input| input.contents.as_ref());
-    raw + typed
-        .flat_map(|contents| &contents.bytes_contents)
-        .map(Vec::len)
-        .sum::<usize>()
+    let elements = typed.flat_map(|contents| &contents.bytes_contents);
+    let names = message.inputs.iter().map(|input| input.name.as_bytes());
+    let names = names.chain(message.parameters.keys().map(String::as_bytes));
+    let pieces = message.raw_input_contents.iter().chain(elements).map(Vec::as_slice);
+    let works = pieces.chain(names).map(work_of);
+    works.fold(0, usize::saturating_add)
 }
 
 /// A request of a stream has failed; the others go on.

@@ -148,21 +148,83 @@ pub(super) fn parameter(parameter: InferParameter) -> Option<Value> {
     })
 }
 
-/// A BYTES output of one dimension.
-pub(super) fn texts_output(name: &str, texts: Vec<String>) -> InferOutputTensor {
-    InferOutputTensor {
-        name: name.to_owned(),
-        datatype: "BYTES".to_owned(),
-        shape: vec![texts.len() as i64],
-        contents: Some(InferTensorContents {
-            bytes_contents: texts.into_iter().map(String::into_bytes).collect(),
-            ..InferTensorContents::default()
-        }),
-        ..InferOutputTensor::default()
+/// What an output holds, in one dimension.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Elements {
+    /// BYTES.
+    Texts(Vec<String>),
+    /// FP32.
+    Floats(Vec<f32>),
+    /// UINT32.
+    Counts(Vec<u32>),
+}
+
+impl Elements {
+    /// As an output with typed contents.
+    pub(super) fn into_output(self, name: &str) -> InferOutputTensor {
+        let default = InferTensorContents::default;
+        let (datatype, n, contents) = match self {
+            Elements::Texts(texts) => {
+                let n = texts.len();
+                let bytes_contents = texts.into_iter().map(String::into_bytes).collect();
+                (
+                    "BYTES",
+                    n,
+                    InferTensorContents {
+                        bytes_contents,
+                        ..default()
+                    },
+                )
+            }
+            Elements::Floats(fp32_contents) => {
+                let n = fp32_contents.len();
+                (
+                    "FP32",
+                    n,
+                    InferTensorContents {
+                        fp32_contents,
+                        ..default()
+                    },
+                )
+            }
+            Elements::Counts(uint_contents) => {
+                let n = uint_contents.len();
+                (
+                    "UINT32",
+                    n,
+                    InferTensorContents {
+                        uint_contents,
+                        ..default()
+                    },
+                )
+            }
+        };
+        InferOutputTensor {
+            name: name.to_owned(),
+            datatype: datatype.to_owned(),
+            shape: vec![n as i64],
+            contents: Some(contents),
+            ..InferOutputTensor::default()
+        }
+    }
+
+    /// As JSON: the element where there is one, else a list.
+    pub(super) fn into_json(self) -> Value {
+        fn one_or_all<T: Into<Value>>(mut list: Vec<T>) -> Value {
+            match list.len() {
+                1 => list.remove(0).into(),
+                _ => list.into_iter().map(Into::into).collect(),
+            }
+        }
+        match self {
+            Elements::Texts(texts) => one_or_all(texts),
+            Elements::Floats(floats) => one_or_all(floats.into_iter().map(float).collect()),
+            Elements::Counts(counts) => one_or_all(counts),
+        }
     }
 }
 
-/// Moves the contents of BYTES outputs into their raw form, one entry for each.
+/// Moves the contents of outputs into their raw form, one entry for each.
 pub(super) fn to_raw(outputs: &mut [InferOutputTensor]) -> Vec<Vec<u8>> {
     let raw = |output: &mut InferOutputTensor| {
         let contents = output.contents.take().unwrap_or_default();
@@ -172,6 +234,8 @@ pub(super) fn to_raw(outputs: &mut [InferOutputTensor]) -> Vec<Vec<u8>> {
             bytes.extend_from_slice(&length.to_le_bytes());
             bytes.extend_from_slice(&element);
         }
+        bytes.extend(contents.fp32_contents.into_iter().flat_map(f32::to_le_bytes));
+        bytes.extend(contents.uint_contents.into_iter().flat_map(u32::to_le_bytes));
         bytes
     };
     outputs.iter_mut().map(raw).collect()
@@ -272,12 +336,24 @@ mod tests {
     #[test]
     fn outputs_are_the_same_in_raw_form() {
         let mut outputs = [
-            texts_output("a", vec!["hé".into(), String::new()]),
-            texts_output("b", vec!["x".into()]),
+            Elements::Texts(vec!["hé".into(), String::new()]).into_output("a"),
+            Elements::Texts(vec!["x".into()]).into_output("b"),
+            Elements::Floats(vec![-0.5]).into_output("c"),
+            Elements::Counts(vec![1, 258]).into_output("d"),
         ];
         assert_eq!(outputs[0].shape, [2]);
+        assert_eq!(
+            (outputs[2].datatype.as_str(), outputs[3].datatype.as_str()),
+            ("FP32", "UINT32")
+        );
         let raw = to_raw(&mut outputs);
-        assert_eq!(raw, [b"\x03\0\0\0h\xc3\xa9\0\0\0\0".to_vec(), b"\x01\0\0\0x".to_vec()]);
+        let expected: [&[u8]; 4] = [
+            b"\x03\0\0\0h\xc3\xa9\0\0\0\0",
+            b"\x01\0\0\0x",
+            &(-0.5_f32).to_le_bytes(),
+            &[1, 0, 0, 0, 2, 1, 0, 0],
+        ];
+        assert_eq!(raw, expected);
         assert!(outputs.iter().all(|output| output.contents.is_none()));
     }
 }

@@ -6,6 +6,7 @@ use baton_proto::inference as wire;
 use baton_proto::inference::grpc_inference_service_client::GrpcInferenceServiceClient;
 use baton_proto::inference::infer_parameter::ParameterChoice;
 use baton_proto::inference::model_infer_request::{InferInputTensor, InferRequestedOutputTensor};
+use baton_scheduler::request::{Constraint, TokenLogprobs};
 use tokio_stream::StreamExt as _;
 use tonic::Code;
 use tonic::transport::Channel;
@@ -221,6 +222,156 @@ async fn a_stream_has_a_response_for_each_token_and_marks_the_last() {
 }
 
 #[tokio::test]
+async fn a_stream_of_several_choices_has_an_element_for_each() {
+    let server = start(null("abc")).await;
+    let options = parameters([
+        ("n", ParameterChoice::Int64Param(3)),
+        ("max_tokens", ParameterChoice::Int64Param(3)),
+    ]);
+    let asked = wire::ModelInferRequest {
+        parameters: options,
+        ..request("", vec![text("text_input", "hi"), flag("stream", true)])
+    };
+    let messages = ask_stream(&mut client(&server).await, vec![asked]).await;
+    let responses: Vec<_> = messages
+        .into_iter()
+        .map(|message| message.infer_response.unwrap())
+        .collect();
+    // The null model's choices begin with different tokens of its text; the end is a token too.
+    let mut texts = vec![String::new(); 3];
+    let mut reasons = vec![String::new(); 3];
+    for (idx, response) in responses.iter().enumerate() {
+        let new = output(response, "text_output").unwrap();
+        assert_eq!((new.len(), is_final(response)), (3, idx + 1 == responses.len()));
+        assert!(new.iter().filter(|text| !text.is_empty()).count() <= 1, "{new:?}");
+        for (choice, new) in new.iter().enumerate() {
+            assert!(new.is_empty() || reasons[choice].is_empty(), "text after the end");
+            texts[choice].push_str(new);
+        }
+        let now = output(response, "finish_reason").unwrap();
+        for (before, now) in reasons.iter().zip(&now) {
+            assert!(before.is_empty() || before == now, "an end stays");
+        }
+        reasons = now;
+    }
+    assert_eq!(texts, ["abc", "bc", "c"]);
+    assert_eq!(reasons, ["length", "stop", "stop"]);
+    assert_eq!(responses.len(), 3 + 3 + 2, "a response for each token");
+}
+
+/// Numbers of an FP32 or UINT32 output with typed contents.
+fn numbers(response: &wire::ModelInferResponse, name: &str) -> Vec<f32> {
+    let output = response.outputs.iter().find(|output| output.name == name).expect(name);
+    let contents = output.contents.as_ref().unwrap();
+    let counts = contents.uint_contents.iter().map(|&count| count as f32);
+    let numbers: Vec<f32> = contents.fp32_contents.iter().copied().chain(counts).collect();
+    assert_eq!(output.shape, [numbers.len() as i64]);
+    numbers
+}
+
+#[tokio::test]
+async fn reports_are_outputs_where_they_are_asked_for() {
+    let token = |index: u32, id, logprob| DoorEvent::Token {
+        choice: 0,
+        token: Token {
+            index,
+            id,
+            logprobs: Some(TokenLogprobs {
+                logprob,
+                rank: 2,
+                top: vec![(99, -0.25)],
+            }),
+        },
+    };
+    let plain = Script::ids(4, &[97, 98], Finish::Length);
+    let events = [vec![token(0, 97, -0.5), token(1, 98, -1.0)], plain[2..].to_vec()].concat();
+    let script = Script::of(events);
+    let server = start(script.clone()).await;
+    let mut client = client(&server).await;
+    let reports = [
+        "logprobs",
+        "cumulative_logprob",
+        "num_input_tokens",
+        "num_output_tokens",
+    ];
+    let inputs = |is_streamed: bool| {
+        let flags = reports.iter().map(|name| flag(&format!("return_{name}"), true));
+        let mut inputs = vec![
+            text("text_input", "hey"),
+            flag("stream", is_streamed),
+            text("logprobs", "1"),
+            text("max_tokens", "2"),
+        ];
+        inputs.extend(flags);
+        inputs
+    };
+    let entry = |id: &str, logprob: f32, rank: u32, text: &str| json!({id: {"logprob": logprob, "rank": rank, "decoded_token": text}});
+    let position = |own: Value| {
+        let mut position = entry("99", -0.25, 1, "c");
+        position
+            .as_object_mut()
+            .unwrap()
+            .extend(own.as_object().unwrap().clone());
+        position
+    };
+    let [first, second] = [entry("97", -0.5, 2, "a"), entry("98", -1.0, 2, "b")].map(position);
+    let logprobs = |response: &wire::ModelInferResponse| -> Value {
+        serde_json::from_str(&output(response, "logprobs").unwrap()[0]).unwrap()
+    };
+
+    let whole = client
+        .model_infer(request("", inputs(false)))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(script.last().request.sampling.logprobs, Some(1));
+    assert_eq!(logprobs(&whole), json!([first, second]));
+    assert_eq!(numbers(&whole, "cumulative_logprob"), [-1.5]);
+    // A begin-of-text token and three bytes.
+    assert_eq!(numbers(&whole, "num_input_tokens"), [4.0]);
+    assert_eq!(numbers(&whole, "num_output_tokens"), [2.0]);
+
+    let messages = ask_stream(&mut client, vec![request("", inputs(true))]).await;
+    let [a, b] = &messages[..] else { panic!("{messages:?}") };
+    let (a, b) = (a.infer_response.as_ref().unwrap(), b.infer_response.as_ref().unwrap());
+    assert_eq!((logprobs(a), logprobs(b)), (json!([first]), json!([second])));
+    let sums = [a, b].map(|response| numbers(response, "cumulative_logprob")[0]);
+    assert_eq!(sums, [-0.5, -1.5]);
+    let counts = [a, b].map(|response| numbers(response, "num_output_tokens")[0]);
+    assert_eq!(counts, [1.0, 1.0]);
+
+    let body = json!({"text_input": "hey", "return_logprobs": true, "return_num_input_tokens": true});
+    let answer = server.ask("/v2/models/bytes/generate", body).await;
+    assert_eq!(answer["num_input_tokens"], 4);
+    let reported: Value = serde_json::from_str(answer["logprobs"].as_str().unwrap()).unwrap();
+    let own: Vec<Value> = [("97", -0.5, "a"), ("98", -1.0, "b")]
+        .map(|(id, logprob, text)| entry(id, logprob, 2, text))
+        .into();
+    assert_eq!(reported, json!(own), "no alternatives unless the option asks for them");
+    assert!(answer.get("cumulative_logprob").is_none());
+}
+
+#[tokio::test]
+async fn constraints_reach_the_instances() {
+    let script = Script::of(Script::ids(1, &[97, EOS], Finish::Stop(EOS)));
+    let server = start(script.clone()).await;
+    let asked = wire::ModelInferRequest {
+        parameters: parameters([("guided_regex", ParameterChoice::StringParam("a+".to_owned()))]),
+        ..request("", vec![text("text_input", "hi")])
+    };
+    client(&server).await.model_infer(asked).await.unwrap();
+    let expected = Some(Constraint::Regex("a+".into()));
+    assert_eq!(script.last().request.sampling.constraint, expected);
+    let parameters = json!({"response_format": {"type": "json_object"}});
+    let body = json!({"text_input": "hi", "parameters": parameters});
+    server.ask("/v2/models/bytes/generate", body).await;
+    assert!(matches!(
+        script.last().request.sampling.constraint,
+        Some(Constraint::JsonSchema(_))
+    ));
+}
+
+#[tokio::test]
 async fn requests_of_one_stream_run_side_by_side_and_fail_alone() {
     let server = start(null("abc")).await;
     let mut client = client(&server).await;
@@ -296,7 +447,16 @@ async fn wrong_requests_are_statuses_that_name_the_input() {
         (request("", with(text("text_input", "b"))), "text_input"),
         (request("", with(text("other", "b"))), "other"),
         (request("", with(flag("stream", true))), "stream"),
-        (request("", with(flag("return_logprobs", true))), "return_logprobs"),
+        (request("", with(text("return_logprobs", "perhaps"))), "return_logprobs"),
+        (
+            and("prompt_logprobs", ParameterChoice::Int64Param(3)),
+            "prompt_logprobs",
+        ),
+        (and("min_tokens", ParameterChoice::Int64Param(17)), "min_tokens"),
+        (
+            and("guided_regex", ParameterChoice::StringParam("(".to_owned())),
+            "guided_regex",
+        ),
         (
             request("", with(text("sampling_parameters", "[1]"))),
             "sampling_parameters",
@@ -404,7 +564,14 @@ async fn server_and_model_are_described() {
     };
     let about = client.model_metadata(asked).await.unwrap().into_inner();
     let names: Vec<_> = about.outputs.iter().map(|output| output.name.as_str()).collect();
-    assert_eq!(names, ["text_output", "finish_reason"]);
+    let reports = [
+        "cumulative_logprob",
+        "logprobs",
+        "num_input_tokens",
+        "num_output_tokens",
+    ];
+    assert_eq!(names[..2], ["text_output", "finish_reason"]);
+    assert_eq!(names[2..], reports);
     assert_eq!(
         (about.inputs[0].name.as_str(), about.inputs[0].datatype.as_str()),
         ("text_input", "BYTES")

@@ -9,6 +9,7 @@ mod failures;
 mod grpc;
 mod kserve;
 mod operations;
+mod prompts;
 mod sampling;
 mod stop_strings;
 mod timelines;

@@ -108,11 +108,17 @@ async fn every_supported_parameter_arrives() {
         stop_token_ids: vec![97],
         ignore_eos: true,
         seed: Some(-3),
+        truncate_prompt_tokens: Some(1),
+        constraint: Some(Constraint::Regex("a+".to_owned())),
         ..wire::SamplingParams::default()
     };
     let (_, completes) = all(&mut client(&server).await, ids("", &[1, 2], params)).await;
     assert_eq!(completes[0].matched_stop, Some(MatchedStop::MatchedTokenId(97)));
-    let sampling = script.last().request.sampling;
+    let submitted = script.last().request;
+    assert_eq!(submitted.prompt_ids[..], [2], "the last token stays");
+    let sampling = submitted.sampling;
+    let expected = baton_scheduler::request::Constraint::Regex("a+".into());
+    assert_eq!(sampling.constraint, Some(expected));
     assert_eq!(
         (
             sampling.temperature,
@@ -130,7 +136,7 @@ async fn every_supported_parameter_arrives() {
         ),
         (0.5, -0.5, 1.1)
     );
-    assert_eq!((sampling.stop_token_ids, sampling.seed), (vec![97], -3_i64 as u64));
+    assert_eq!((sampling.stop_token_ids, sampling.seed), (vec![97, EOS], -3_i64 as u64));
 }
 
 #[tokio::test]
@@ -226,7 +232,7 @@ async fn what_is_not_done_here_is_refused_by_name() {
         ),
         (
             params(wire::SamplingParams {
-                truncate_prompt_tokens: Some(5),
+                truncate_prompt_tokens: Some(0),
                 ..default()
             }),
             "truncate_prompt_tokens",

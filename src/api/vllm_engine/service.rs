@@ -40,7 +40,9 @@ impl EngineService {
     async fn understand(&self, headers: &HeaderMap, request: wire::GenerateRequest) -> Result<PlainJob, ApiError> {
         let received = self.state.generator().now();
         let deadline = deadline(headers)?;
+        let is_constrained = |params: &wire::SamplingParams| params.constraint.is_some();
         let n_bytes = match &request.input {
+            _ if request.sampling_params.as_ref().is_some_and(is_constrained) => usize::MAX,
             Some(wire::generate_request::Input::Text(text)) => text.len(),
             _ => 0,
         };
