@@ -7,7 +7,7 @@ use baton_scheduler::ids::Nanos;
 use http::{HeaderMap, HeaderValue};
 
 use super::ApiState;
-use super::constraints::{Asked, constrain, may_constrain};
+use super::constraints::{Asked, constrain};
 use super::error::{ApiError, ErrorKind};
 use super::fields::Fields;
 use super::metrics::Endpoint;
@@ -30,14 +30,20 @@ pub(super) struct Call {
 /// Bodies up to this many bytes are parsed, rendered and tokenized in place: about a quarter of a millisecond.
 const SHORT_BODY_BYTES: usize = 2048;
 
-/// The field as it stands in a body.
-const CHAT_TEMPLATE: &[u8] = b"\"chat_template\"";
+/// What stands in a body whose understanding takes longer than its length says: constraints are compiled, and a template that
+/// a client brings is a program.
+const LONG_FIELDS: [&str; 5] = [
+    "response_format",
+    "structured_outputs",
+    "guided_",
+    "tool_choice",
+    "\"chat_template\"",
+];
 
-/// How much work understanding a body, or part of one, may be, in the bytes of [`beside_runtime`]: a constraint is compiled,
-/// and a template that a client brings is a program.
+/// How much work understanding a body, or part of one, may be, in the bytes of [`beside_runtime`].
 pub(super) fn work_of(body: &[u8]) -> usize {
-    let brings_template = || body.windows(CHAT_TEMPLATE.len()).any(|window| window == CHAT_TEMPLATE);
-    match may_constrain(body) || brings_template() {
+    let text = std::str::from_utf8(body).unwrap_or_default();
+    match LONG_FIELDS.iter().any(|name| text.contains(name)) {
         true => usize::MAX,
         false => body.len(),
     }

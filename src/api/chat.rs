@@ -162,7 +162,7 @@ fn n_top(fields: &mut Fields) -> Result<Option<u8>, ApiError> {
 }
 
 async fn answer(state: &ApiState, request: ChatRequest) -> Result<Response, ApiError> {
-    let ChatRequest { job, mut shape, stream } = request;
+    let ChatRequest { job, shape, stream } = request;
     let prompt_ids = job.prompt_ids.clone();
     let outputs = Outputs::start(state, vec![job]).await?;
     let Some(options) = stream else {
@@ -170,10 +170,7 @@ async fn answer(state: &ApiState, request: ChatRequest) -> Result<Response, ApiE
     };
     let (first, outputs) = outputs.first(state.options().ping_interval).await?;
     let mut stream = ChatStream {
-        prompt: PromptReport {
-            prompt_token_ids: shape.return_token_ids.then(|| prompt_ids.to_vec()),
-            prompt_text: shape.prompt_text.take(),
-        },
+        prompt_ids: shape.return_token_ids.then(|| prompt_ids.to_vec()),
         state: state.clone(),
         has_begun: vec![false; shape.n as usize],
         parsers: (0..shape.n).map(|_| shape.message.parser()).collect(),
@@ -327,19 +324,12 @@ struct ChunkBody<'a> {
     choices: &'a [ChunkChoice<'a>],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<UsageBody>,
-    #[serde(flatten)]
-    prompt: PromptReport,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    timeline: Option<TimelineBody>,
-}
-
-/// What is said of the prompt: with the first chunk, where it was asked for.
-#[derive(Default, Serialize)]
-struct PromptReport {
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<TokenId>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_text: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeline: Option<TimelineBody>,
 }
 
 #[derive(Serialize)]
@@ -388,8 +378,8 @@ struct ChatStream {
     shape: Shape,
     options: StreamOptions,
     buffer: EventBuffer,
-    /// Sent with the first chunk.
-    prompt: PromptReport,
+    /// Sent with the first chunk, when asked for; as is the prompt's text, in `shape`.
+    prompt_ids: Option<Vec<TokenId>>,
     /// Of each choice: its first chunk, which names the role, has gone.
     has_begun: Vec<bool>,
     /// Of each choice.
@@ -463,7 +453,7 @@ impl ChatStream {
     }
 
     fn chunk(&mut self, choices: &[ChunkChoice<'_>], usage: Option<UsageBody>, timeline: Option<TimelineBody>) {
-        let prompt = std::mem::take(&mut self.prompt);
+        let (prompt_token_ids, prompt_text) = (self.prompt_ids.take(), self.shape.prompt_text.take());
         self.buffer.event(&ChunkBody {
             id: &self.shape.id,
             object: "chat.completion.chunk",
@@ -471,7 +461,8 @@ impl ChatStream {
             model: self.state.model().name(),
             choices,
             usage,
-            prompt,
+            prompt_token_ids,
+            prompt_text,
             timeline,
         });
     }

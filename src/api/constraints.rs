@@ -14,9 +14,6 @@ use super::structural_tags;
 /// Most texts of a choice.
 pub const MAX_CHOICE_TEXTS: usize = 1024;
 
-/// Names of fields that ask for a constraint, as they stand in a body.
-const NAMES: &[&str] = &["response_format", "structured_outputs", "guided_", "tool_choice"];
-
 /// Whitespace of a JSON text wherever JSON has it optional: none, a space, or up to two line ends and an indentation. It is
 /// bounded so that no model can go on with it for ever; the bounds are those of llama.cpp's JSON grammars.
 const JSON_WHITESPACE: &str = r"(?:\x20|\n{1,2}[ \t]{0,20})";
@@ -28,12 +25,6 @@ pub struct Asked {
     pub field: &'static str,
     /// What was asked for.
     pub constraint: Constraint,
-}
-
-/// Whether a body may ask for a constraint, so that understanding it takes longer than its length says.
-pub fn may_constrain(body: &[u8]) -> bool {
-    let text = std::str::from_utf8(body).unwrap_or_default();
-    NAMES.iter().any(|name| text.contains(name))
 }
 
 /// Sets a constraint, after compiling it as an instance will. A constrained text ends where it is complete, whatever the
@@ -61,7 +52,11 @@ pub fn constrain(
 /// # Errors
 /// A schema that is no object.
 pub fn json_schema(field: &'static str, schema: Value) -> Result<Constraint, ApiError> {
-    json_schema_with(field, schema, Whitespace::Bounded)
+    let style = JsonStyle {
+        whitespace: Whitespace::Bounded,
+        other_properties: OtherProperties::Allowed,
+    };
+    json_schema_with(field, schema, style)
 }
 
 /// Whitespace between the tokens of JSON.
@@ -72,7 +67,80 @@ enum Whitespace {
     Pattern(String),
 }
 
-fn json_schema_with(field: &'static str, schema: Value, whitespace: Whitespace) -> Result<Constraint, ApiError> {
+/// Whether objects whose schema does not say so may have properties that it does not name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OtherProperties {
+    Allowed,
+    Forbidden,
+}
+
+/// How JSON is to be written.
+#[derive(Clone, Debug, PartialEq)]
+struct JsonStyle {
+    whitespace: Whitespace,
+    other_properties: OtherProperties,
+}
+
+/// Forbids other properties wherever `schema` names some and says nothing of others.
+fn forbid_other_properties(schema: &mut Value) {
+    const MAPS: [&str; 6] = [
+        "properties",
+        "patternProperties",
+        "$defs",
+        "definitions",
+        "dependentSchemas",
+        "dependencies",
+    ];
+    const SCHEMAS: [&str; 16] = [
+        "additionalProperties",
+        "unevaluatedProperties",
+        "propertyNames",
+        "contains",
+        "additionalItems",
+        "unevaluatedItems",
+        "not",
+        "if",
+        "then",
+        "else",
+        "contentSchema",
+        "items",
+        "prefixItems",
+        "allOf",
+        "anyOf",
+        "oneOf",
+    ];
+    match schema {
+        Value::Array(schemas) => schemas.iter_mut().for_each(forbid_other_properties),
+        Value::Object(schema) => {
+            for (name, inner) in schema.iter_mut() {
+                match inner {
+                    Value::Object(named) if MAPS.contains(&name.as_str()) => {
+                        named.values_mut().for_each(forbid_other_properties);
+                    }
+                    inner if SCHEMAS.contains(&name.as_str()) => forbid_other_properties(inner),
+                    _ => {}
+                }
+            }
+            if ["properties", "patternProperties"]
+                .iter()
+                .any(|name| schema.get(*name).is_some_and(Value::is_object))
+            {
+                schema.entry("additionalProperties").or_insert(Value::Bool(false));
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn json_schema_with(field: &'static str, mut schema: Value, style: JsonStyle) -> Result<Constraint, ApiError> {
+    let JsonStyle {
+        whitespace,
+        other_properties,
+    } = style;
+    match other_properties {
+        OtherProperties::Allowed => {}
+        OtherProperties::Forbidden => forbid_other_properties(&mut schema),
+    }
     let Value::Object(mut schema) = schema else {
         let found = kind_of(&schema);
         return Err(ApiError::expected(field, found, "a JSON Schema, which is an object"));
@@ -140,11 +208,11 @@ pub fn take(fields: &mut Fields, model: &ServedModel) -> Result<Option<Asked>, A
     asked.extend(response_format(fields, model)?);
     asked.extend(structured_outputs(fields, model)?);
     let pattern = fields.string("guided_whitespace_pattern")?;
-    asked.extend(guided(
-        fields,
-        &GUIDED,
-        pattern.map_or(Whitespace::Bounded, Whitespace::Pattern),
-    )?);
+    let style = JsonStyle {
+        whitespace: pattern.map_or(Whitespace::Bounded, Whitespace::Pattern),
+        other_properties: OtherProperties::Allowed,
+    };
+    asked.extend(guided(fields, &GUIDED, style)?);
     if let [first, second, ..] = asked.as_slice() {
         let (first, second) = (first.field, second.field);
         let message = format!("{second} and {first} are both set, expected one constraint");
@@ -233,7 +301,15 @@ fn structured_outputs(fields: &mut Fields, model: &ServedModel) -> Result<Option
         (None, true) => Whitespace::None,
         (None, false) => Whitespace::Bounded,
     };
-    let mut asked = guided(&mut inner, &STRUCTURED, whitespace).map_err(within)?;
+    let other_properties = match inner.boolean("disable_additional_properties").map_err(within)? {
+        Some(true) => OtherProperties::Forbidden,
+        Some(false) | None => OtherProperties::Allowed,
+    };
+    let style = JsonStyle {
+        whitespace,
+        other_properties,
+    };
+    let mut asked = guided(&mut inner, &STRUCTURED, style).map_err(within)?;
     if let Some(tag) = inner.take(STRUCTURAL_TAG) {
         let constraint = structural_tag(tag, model).map_err(within)?;
         let field = STRUCTURAL_TAG;
@@ -271,7 +347,7 @@ fn structural_tag(tag: Value, model: &ServedModel) -> Result<Constraint, ApiErro
 }
 
 /// The constraints that a family of fields asks for.
-fn guided(fields: &mut Fields, names: &Names, whitespace: Whitespace) -> Result<Vec<Asked>, ApiError> {
+fn guided(fields: &mut Fields, names: &Names, style: JsonStyle) -> Result<Vec<Asked>, ApiError> {
     let mut asked = Vec::new();
     let mut ask = |field, constraint| asked.push(Asked { field, constraint });
     match fields.take(names.json) {
@@ -282,15 +358,15 @@ fn guided(fields: &mut Fields, names: &Names, whitespace: Whitespace) -> Result<
                 let message = format!("{} is not valid JSON: {error}", names.json);
                 ApiError::field(names.json, message)
             })?;
-            ask(names.json, json_schema_with(names.json, schema, whitespace.clone())?);
+            ask(names.json, json_schema_with(names.json, schema, style.clone())?);
         }
-        Some(schema) => ask(names.json, json_schema_with(names.json, schema, whitespace.clone())?),
+        Some(schema) => ask(names.json, json_schema_with(names.json, schema, style.clone())?),
     }
     if fields.boolean(names.json_object)?.unwrap_or(false) {
         let any_object = Value::Object(Map::from_iter([("type".to_owned(), json!("object"))]));
         ask(
             names.json_object,
-            json_schema_with(names.json_object, any_object, whitespace)?,
+            json_schema_with(names.json_object, any_object, style)?,
         );
     }
     if let Some(regex) = fields.string(names.regex)? {

@@ -358,6 +358,7 @@ pub const FIELDS: &[FieldRow] = &[
                     "grammar": {"type": "string"},
                     "structural_tag": {"type": ["object", "string"]},
                     "disable_any_whitespace": boolean(),
+                    "disable_additional_properties": boolean(),
                     "whitespace_pattern": {"type": "string"},
                 },
             })

@@ -76,3 +76,42 @@ async fn constrained_outputs_are_valid_documents() {
         assert_eq!(choices(&alone, seed).await, answers[seed as usize], "schema {seed}");
     }
 }
+
+/// Free text up to a tag, in the tag what its schema says, and after it free text again.
+#[tokio::test(flavor = "multi_thread")]
+async fn structural_tags_are_kept_over_processes() {
+    let cluster = Cluster::serve(&["--disaggregation-threshold", "0"]).await;
+    let (begin, end) = ("[call ", " done]");
+    let content = json!({"type": "json_schema", "json_schema": schema(3)});
+    let tag = json!({"type": "tag", "begin": begin, "content": content, "end": end});
+    let format = json!({"type": "triggered_tags", "triggers": ["[call"], "tags": [tag], "at_least_one": true});
+    let body = json!({
+        "prompt": "Describe a thing.", "max_tokens": 400, "temperature": 1.0, "seed": 7, "n": 4,
+        "response_format": {"type": "structural_tag", "format": format},
+    });
+    let (status, answer) = cluster.post("/v1/completions", &body).await;
+    assert_eq!(status, 200, "{answer}");
+    let validator = jsonschema::validator_for(&schema(3)).expect("a schema");
+    let mut n_calls = 0;
+    for choice in answer["choices"].as_array().expect("choices") {
+        let text = choice["text"].as_str().expect("text");
+        let mut rest = text
+            .strip_prefix(begin)
+            .unwrap_or_else(|| panic!("no call first in {text}"));
+        loop {
+            let Some((document, after)) = rest.split_once(end) else {
+                assert_eq!(choice["finish_reason"], "length", "a call was not ended: {text}");
+                break;
+            };
+            let document: Value = serde_json::from_str(document).unwrap_or_else(|error| panic!("{error}: {text}"));
+            assert!(validator.is_valid(&document), "{text}");
+            n_calls += 1;
+            match after.split_once(begin) {
+                Some((_, more)) => rest = more,
+                None => break,
+            }
+        }
+    }
+    assert!(n_calls > 0, "no call was ended: {answer}");
+    cluster.until_idle_and_whole().await;
+}

@@ -88,6 +88,37 @@ fn schema_of(sampling: &SamplingParams) -> Value {
 }
 
 #[tokio::test]
+async fn structural_tags_are_grammars() {
+    let structure = json!({"begin": "<f=a>", "schema": {"type": "boolean"}, "end": "</f>"});
+    let tag = json!({"type": "structural_tag", "structures": [structure], "triggers": ["<f="]});
+    let ways = [
+        json!({"response_format": tag}),
+        json!({"structured_outputs": {"structural_tag": tag}}),
+        json!({"structured_outputs": {"structural_tag": tag.to_string()}}),
+    ];
+    for path in [CHAT, COMPLETIONS] {
+        let mut grammars = Vec::new();
+        for fields in &ways {
+            match resolved(path, fields.clone()).await.constraint {
+                Some(Constraint::Grammar(grammar)) => grammars.push(grammar),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(grammars.iter().all(|grammar| *grammar == grammars[0]), "{grammars:?}");
+    }
+    let server = start(null("a")).await;
+    for (field, value) in [
+        ("response_format", json!({"type": "structural_tag"})),
+        ("structured_outputs", json!({"structural_tag": "{"})),
+        ("structured_outputs", json!({"structural_tag": tag, "regex": "a"})),
+    ] {
+        let mut body = json!({"prompt": "hi"});
+        body[field] = value;
+        assert_eq!(server.refused(COMPLETIONS, &body, 400).await["param"], field, "{body}");
+    }
+}
+
+#[tokio::test]
 async fn every_way_to_ask_for_a_constraint_is_one() {
     let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]});
     let whitespace = |mut schema: Value, name: &str, value: Value| {
@@ -123,6 +154,18 @@ async fn every_way_to_ask_for_a_constraint_is_one() {
         .await;
         let expected = whitespace(schema.clone(), "whitespace_flexible", json!(false));
         assert_eq!(schema_of(&compact), expected);
+        let nested = json!({"anyOf": [schema, {"properties": {"properties": schema}, "additionalProperties": true}]});
+        let closed = resolved(
+            path,
+            json!({"structured_outputs": {"json": nested, "disable_additional_properties": true}}),
+        )
+        .await;
+        let closed = schema_of(&closed);
+        let is_closed = |at: &str| closed.pointer(&format!("{at}/additionalProperties")).cloned();
+        assert_eq!(is_closed("/anyOf/0"), Some(json!(false)));
+        assert_eq!(is_closed("/anyOf/1"), Some(json!(true)));
+        assert_eq!(is_closed("/anyOf/1/properties/properties"), Some(json!(false)));
+        assert_eq!((is_closed(""), is_closed("/anyOf/0/properties/a")), (None, None));
         let own = resolved(path, json!({"guided_json": schema, "guided_whitespace_pattern": " ?"})).await;
         assert_eq!(
             schema_of(&own),
