@@ -9,7 +9,7 @@ use baton_scheduler::ids::{Epoch, Fingerprint, Incarnation, InstanceId, Nanos, R
 use baton_scheduler::placement::{
     ClusterView, Disaggregation, InstanceInfo, PlacementRequest, Policy as _, PrefixAware, RequestObjectives, ViewEvent,
 };
-use baton_scheduler::prefix_cache::{PrefixCache, PrefixEvent, PrefixHasher};
+use baton_scheduler::prefix_cache::{Offered, PrefixCache, PrefixEvent, PrefixHasher};
 use baton_scheduler::request::{PortableState, Request, SamplingParams};
 use baton_scheduler::transfer::{
     Destination, DestinationFact, EndsBy, KvRange, Source, SourceFact, TransferId, TransferPlan,
@@ -47,26 +47,34 @@ fn blocks(criterion: &mut Criterion) {
 /// 64 prefixes of 128 blocks are cached; one of them is asked for.
 fn prefixes(criterion: &mut Criterion) {
     let hasher = PrefixHasher::new(FINGERPRINT, BLOCK_SIZE);
-    let (mut pool, mut cache) = (BlockPool::new(16_384), PrefixCache::new(16_384));
+    let (mut pool, mut cache) = (BlockPool::new(16_384), PrefixCache::new(16_384, 1));
     let prompt = |i: u32| Vec::from_iter((0..128 * BLOCK_SIZE as u32).map(|pos| i * 4096 + pos));
     for i in 0..64 {
         let tokens = prompt(i);
-        for (key, block_tokens) in hasher.keys(0, &tokens).into_iter().zip(tokens.chunks_exact(BLOCK_SIZE)) {
+        let keys = hasher.keys(0, &tokens);
+        for (block_idx, tokens) in tokens.chunks_exact(BLOCK_SIZE).enumerate() {
             let block = cache.allocate(&mut pool, &|_| false).expect("a free block");
-            cache.register(&mut pool, key, block_tokens, &block);
+            let offered = Offered {
+                key: keys[block_idx],
+                parent: block_idx.checked_sub(1).map(|idx| keys[idx]),
+                block_idx,
+                salt: 0,
+                tokens,
+            };
+            cache.register(&mut pool, offered, 0, &block);
             pool.release(block, &|_| false);
         }
     }
     let tokens = prompt(17);
     let keys = hasher.keys(0, &tokens);
-    assert_eq!(cache.lookup(&keys, &tokens, BLOCK_SIZE).len(), 128);
+    assert_eq!(cache.lookup(&keys, &tokens, BLOCK_SIZE, |_, _| 0), 128);
     let mut group = criterion.benchmark_group("prefix_cache");
     group.throughput(Throughput::Elements(128));
     group.bench_function("hash_128_blocks", |bencher| {
         bencher.iter(|| hasher.keys(0, black_box(&tokens)));
     });
     group.bench_function("lookup_128_blocks", |bencher| {
-        bencher.iter(|| cache.lookup(black_box(&keys), &tokens, BLOCK_SIZE));
+        bencher.iter(|| cache.lookup(black_box(&keys), &tokens, BLOCK_SIZE, |_, _| 0));
     });
     group.finish();
 }

@@ -163,7 +163,7 @@ impl BatonService {
                 return Err(ApiError::unknown_model(&request.model));
             }
             let prompt_ids = match request.prompt {
-                Some(Prompt::Text(text)) => encode(model, "text", &text, SpecialTokens::Added)?,
+                Some(Prompt::Text(text)) => encode(model, "text", &text, SpecialTokens::Added, None)?,
                 Some(Prompt::TokenIds(ids)) => ids.ids,
                 None => return Err(ApiError::expected("prompt", "missing", "text or token_ids")),
             };
