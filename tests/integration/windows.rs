@@ -10,7 +10,7 @@ use super::moves::{ask, move_one, running};
 
 const WINDOW: usize = 64;
 const N_PROMPT: usize = 600;
-const N_OUTPUT: usize = 150;
+const N_OUTPUT: usize = 400;
 const BLOCK_SIZE: usize = 16;
 /// Blocks of a layer group with a window that a sequence holds while it decodes: the window, 128 tokens that are kept beside
 /// it, what rounding to 64 leaves, and the rounding of both ends to blocks.
