@@ -55,6 +55,7 @@ pub async fn serve_null(listener: TcpListener, config: NullConfig, shutdown: Can
         ParserSelection::AUTO,
     )?;
     let mut options = config.options;
+    options.embedding_size = model.hidden_size as usize;
     if let Some(tokenizer) = &model.tokenizer {
         options.token_ids = tokenizer.encode(SPOKEN)?;
     }

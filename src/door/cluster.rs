@@ -1,6 +1,6 @@
 //! The instances this front door can reach and the policy that picks from them. Fed by the registry; asked by requests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use baton_proto::cluster::worker_client::WorkerClient;
@@ -148,7 +148,11 @@ impl Member {
     }
 
     fn called(&self, link: &LinkOptions) -> Called {
-        let client = WorkerClient::with_interceptor(self.channel.clone(), link.present_secret())
+        self.called_over(self.channel.clone(), link)
+    }
+
+    fn called_over(&self, channel: Channel, link: &LinkOptions) -> Called {
+        let client = WorkerClient::with_interceptor(channel, link.present_secret())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         Called {
@@ -277,15 +281,24 @@ impl Cluster {
         self.notify();
     }
 
-    /// Those that speak at least `version`, by name and incarnation.
-    pub(super) fn listenable(&self, version: u32) -> BTreeMap<(InstanceId, u64), Called> {
+    /// Those that speak at least `version`.
+    pub(super) fn incarnations(&self, version: u32) -> BTreeSet<(InstanceId, Incarnation)> {
         let state = self.state.lock();
         let members = state
             .members
             .iter()
             .filter(|(_, member)| member.join.protocol_version >= version);
-        let called = members.map(|(id, member)| ((id.clone(), member.join.incarnation), member.called(&self.link)));
-        called.collect()
+        members
+            .map(|(id, member)| (id.clone(), Incarnation(member.join.incarnation)))
+            .collect()
+    }
+
+    /// A member over a connection of its own, so that an answer that nobody reads holds up no other call.
+    pub(super) fn called_apart(&self, id: &InstanceId, incarnation: Incarnation) -> Option<Called> {
+        let state = self.state.lock();
+        let member = state.members.get(id)?;
+        let channel = self.link.channel(&member.join.address).ok()?;
+        (member.join.incarnation == incarnation.0).then(|| member.called_over(channel, &self.link))
     }
 
     /// The members, by name.

@@ -2,7 +2,7 @@
 //! their blocks only while somebody subscribes. It is driven by whoever reads it; there is no task, and what is not read waits
 //! at the instances until they give the reader up.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use baton_proto::cluster as wire;
 use baton_proto::convert::kv_changes_from_wire;
 use baton_scheduler::block_events::{BlockEvent, BlockUnion};
-use baton_scheduler::ids::InstanceId;
+use baton_scheduler::ids::{Incarnation, InstanceId};
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt as _};
 use tokio::sync::watch;
@@ -33,7 +33,7 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// One incarnation of an instance.
-type Source = (InstanceId, u64);
+type Source = (InstanceId, Incarnation);
 type Said = Result<Vec<BlockEvent>, Status>;
 
 /// Follows the cluster; begins with [`BlockEvent::Cleared`].
@@ -97,11 +97,11 @@ impl Follower {
     /// Listens to those who have come, and forgets those who have gone with all they held.
     fn follow_members(&mut self) {
         self.looked_at = Some(Instant::now());
-        let members: BTreeMap<Source, Called> = self.cluster.listenable(KV_EVENTS_PROTOCOL_VERSION);
+        let members = self.cluster.incarnations(KV_EVENTS_PROTOCOL_VERSION);
         let gone: Vec<Source> = self
             .sources
             .keys()
-            .filter(|source| !members.contains_key(source))
+            .filter(|source| !members.contains(source))
             .cloned()
             .collect();
         for source in gone {
@@ -110,8 +110,12 @@ impl Follower {
             self.union.leave(&source.0, &mut told);
             self.told.extend(told);
         }
-        for (source, called) in members {
-            if !self.sources.contains_key(&source) {
+        for source in members {
+            if self.sources.contains_key(&source) {
+                continue;
+            }
+            // One that has gone meanwhile is a change of the cluster, which is looked at next.
+            if let Some(called) = self.cluster.called_apart(&source.0, source.1) {
                 self.sources.insert(source, Box::pin(listen(called)));
             }
         }

@@ -55,16 +55,16 @@ async fn a_preempted_one_begins_again() {
     let config = BatchConfig {
         prefix_caching: PrefixCaching::Off,
         max_batch_tokens: 8,
-        ..batch_config(14)
+        ..batch_config(16)
     };
     let (gate, permits) = channel::bounded(0);
-    let model = HashModel::new(14, BLOCK_SIZE).gated(permits);
+    let model = HashModel::new(16, BLOCK_SIZE).gated(permits);
     let engine = start(model, EngineConfig::new(config)).unwrap();
-    // Two that grow while the youngest still computes, and need its blocks.
+    // Two that grow while the youngest still computes, and need its blocks: 9 of the 16, until the second grows again.
     let generations: Vec<Generation> = (0..2)
         .map(|i| engine.generate(greedy(&prompt(8, i), 20)).unwrap())
         .collect();
-    let long = prompt(32, 4);
+    let long = prompt(36, 4);
     let mut embedding = Box::pin(engine.embed(to_embed(&long)));
     assert!(futures::poll!(&mut embedding).is_pending());
     drop(gate);
