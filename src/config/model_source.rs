@@ -103,7 +103,7 @@ mod tests {
             "",
             "/no/such/folder",
             "./no-such",
-            "../a",
+            "../no-such",
             "one/two/three",
             "name-alone",
             "a/b c",
