@@ -12,6 +12,9 @@ use crate::forward::ForwardPass;
 /// Steps whose changes may wait for a listener.
 pub(super) const MAX_STEPS_BEHIND: usize = 256;
 
+/// Listeners at a time: a few front doors with all the subscribers that they let in.
+const MAX_LISTENERS: usize = 64;
+
 /// What changed in one step, shared by all listeners.
 pub(super) type Changes = Arc<[BlockEvent]>;
 
@@ -21,7 +24,7 @@ pub struct BlockWatch {
 }
 
 impl BlockWatch {
-    /// The next changes, in order; `None` once the listener has fallen behind, or the engine has ended.
+    /// The next changes, in order; `None` once the listener has fallen behind or is one too many, or the engine has ended.
     pub async fn next(&mut self) -> Option<Arc<[BlockEvent]>> {
         self.changes.recv().await
     }
@@ -31,6 +34,10 @@ impl<F: ForwardPass> StepLoop<F> {
     pub(super) fn watch_blocks(&mut self, watcher: mpsc::Sender<Changes>) {
         // What has changed so far is in the new one's first message.
         self.tell_watchers();
+        // One too many hears nothing but its end.
+        if self.watchers.len() >= MAX_LISTENERS {
+            return;
+        }
         let cached = self.scheduler.watch_blocks();
         if watcher.try_send(cached.into()).is_ok() {
             self.watchers.push(watcher);

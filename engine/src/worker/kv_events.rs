@@ -55,7 +55,7 @@ pub(super) fn listen(worker: &Worker, handshake: Option<&cluster::Handshake>) ->
             let ended = tokio::select! {
                 message = listener.next() => match message {
                     Some(message) => return Some((Ok(message), Some(listener))),
-                    None => Status::data_loss("the listener fell behind, or the engine has ended"),
+                    None => Status::data_loss("the listener fell behind or is one too many, or the engine has ended"),
                 },
                 () = stopping.cancelled() => Status::unavailable("the instance is stopping"),
             };
