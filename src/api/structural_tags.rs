@@ -1,6 +1,7 @@
 //! Structural tags: free text in which parts between given marks are constrained, in both of the shapes that vLLM takes,
 //! written as a grammar in llguidance's variant of Lark. Nothing is compiled here.
 
+use baton_engine::constraint::MAX_CONSTRAINT_BYTES;
 use baton_engine::text::Tokenizer;
 use baton_scheduler::ids::TokenId;
 use baton_scheduler::request::Constraint;
@@ -22,6 +23,16 @@ const MAX_REPEATS: i64 = 1024;
 /// # Errors
 /// What is wrong or not done, by its place in `field`.
 pub fn constraint(field: &'static str, tag: &Value, tokenizer: Option<&Tokenizer>) -> Result<Constraint, ApiError> {
+    // A grammar that is longer than that is refused, too; here it would take long to write.
+    let n_bytes = tag.to_string().len();
+    if n_bytes > MAX_CONSTRAINT_BYTES {
+        let found = format!("a structural tag of {n_bytes} bytes");
+        return Err(ApiError::expected(
+            field,
+            found,
+            format!("at most {MAX_CONSTRAINT_BYTES}"),
+        ));
+    }
     let mut writer = Writer {
         field,
         tokenizer,

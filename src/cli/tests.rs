@@ -232,6 +232,22 @@ fn colocate_is_a_flag_with_or_without_its_value() {
     }
 }
 
+#[test]
+fn templates_of_requests_are_trusted_only_when_asked() {
+    use crate::config::Switch;
+
+    const VARIABLE: &str = "BATON_TRUST_REQUEST_CHAT_TEMPLATE";
+    for (arguments, variables, expected) in [
+        ("", &[][..], Switch::Off),
+        ("--trust-request-chat-template", &[], Switch::On),
+        ("", &[(VARIABLE, "on")], Switch::On),
+        ("--trust-request-chat-template=off", &[(VARIABLE, "on")], Switch::Off),
+    ] {
+        let config = serve(arguments, variables).expect(arguments);
+        assert_eq!(config.scheduler.client_chat_templates, expected, "{arguments}");
+    }
+}
+
 fn bench(arguments: &str) -> anyhow::Result<crate::bench::BenchConfig> {
     let words = ["baton", "bench"].into_iter().chain(arguments.split_whitespace());
     match Arguments::try_parse_from(words)?.command {

@@ -163,6 +163,10 @@ fn what_is_wrong_is_named_by_its_place() {
             "r.format.type is \"grammar\"",
         ),
         (json!({"format": []}), "r.format.type is missing"),
+        (
+            json!({"format": {"type": "const_string", "value": "x".repeat(MAX_CONSTRAINT_BYTES)}}),
+            "r is a structural tag of 262",
+        ),
         (json!({"format": {"type": "const_string"}}), "r.format.value is missing"),
         (
             json!({"format": {"type": "regex", "pattern": ""}}),
