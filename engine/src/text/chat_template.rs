@@ -23,7 +23,7 @@ pub enum ChatTemplateError {
     /// Rendering failed: the messages do not have the shape the template expects.
     #[error("chat template failed: {0}")]
     Render(String),
-    /// A client's template is too long, or asks for more than is done for one.
+    /// A client's template is too long, or a template asks for more than is done for one.
     #[error("chat template {found}, expected at most {limit}")]
     TooMuch {
         /// What it does.
@@ -47,8 +47,8 @@ pub struct ChatTemplate {
 
 /// Longest template that a client may send, bytes: several times the longest of published models.
 pub const MAX_CLIENT_TEMPLATE_BYTES: usize = 256 << 10;
-/// Instructions that a client's template may execute: a few hundred for each message and tool of the longest chats.
-const CLIENT_FUEL: u64 = 10_000_000;
+/// Instructions that a template may execute, whoever wrote it: a few hundred for each message and tool of the longest chats.
+const FUEL: u64 = 10_000_000;
 /// Longest prompt that a client's template may make, bytes: twice what a request may hold.
 const LONGEST_CLIENT_PROMPT: usize = 32 << 20;
 
@@ -63,6 +63,7 @@ impl ChatTemplate {
         eos_token: Option<&str>,
     ) -> Result<ChatTemplate, ChatTemplateError> {
         let mut environment = environment().map_err(|error| ChatTemplateError::Syntax(one_line(&error)))?;
+        environment.set_fuel(Some(FUEL));
         for (name, source) in templates {
             environment
                 .add_template_owned(name.clone(), without_generation_tags(source))
@@ -86,8 +87,8 @@ impl ChatTemplate {
         })
     }
 
-    /// A template that a client sent. How many instructions it may execute and how long its prompt may be is bounded; what
-    /// it may keep in variables is not, so clients must be trusted.
+    /// A template that a client sent. Its length, and that of its prompt, is bounded besides; what it may keep in variables is
+    /// not, so clients must be trusted.
     pub fn of_client(
         source: &str,
         bos_token: Option<&str>,
@@ -100,7 +101,6 @@ impl ChatTemplate {
             });
         }
         let mut template = ChatTemplate::new(&[(DEFAULT.to_owned(), source.to_owned())], bos_token, eos_token)?;
-        template.environment.set_fuel(Some(CLIENT_FUEL));
         template.longest = Some(LONGEST_CLIENT_PROMPT);
         Ok(template)
     }
@@ -160,7 +160,7 @@ impl ChatTemplate {
             Ok(()) => String::from_utf8(prompt.bytes).map_err(|error| ChatTemplateError::Render(error.to_string())),
             Err(error) if error.kind() == ErrorKind::OutOfFuel => Err(ChatTemplateError::TooMuch {
                 found: "goes on".to_owned(),
-                limit: format!("{CLIENT_FUEL} instructions"),
+                limit: format!("{FUEL} instructions"),
             }),
             Err(error) if error.kind() == ErrorKind::WriteFailure => Err(ChatTemplateError::TooMuch {
                 found: "makes a long prompt".to_owned(),
@@ -322,6 +322,13 @@ mod tests {
     fn render(source: &str, messages: serde_json::Value) -> Result<String, ChatTemplateError> {
         let templates = [("default".to_owned(), source.to_owned())];
         ChatTemplate::new(&templates, Some("<s>"), None)?.render(&messages, None, true, &Map::new())
+    }
+
+    #[test]
+    fn a_template_that_goes_on_and_on_is_stopped() {
+        let source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let error = render(source, json!([])).expect_err("ten thousand million turns");
+        assert!(matches!(error, ChatTemplateError::TooMuch { .. }), "{error}");
     }
 
     #[test]

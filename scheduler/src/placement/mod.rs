@@ -82,7 +82,8 @@ impl PlacementRequest<'_> {
         } else {
             0
         };
-        n_shared + n_choices * (n_held - n_shared) + n_to_grow
+        // Alone, whatever may run begins, though what it would grow into is not there.
+        (n_shared + n_choices * (n_held - n_shared) + n_to_grow).min(decode.n_blocks_total)
     }
 }
 

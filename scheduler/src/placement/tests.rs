@@ -610,3 +610,13 @@ fn room_leaves_a_block_for_each_running_sequence_to_grow_into() {
     assert_eq!(has_room(0), [true, true, true, false]);
     assert_eq!(has_room(2), [true, false, false, false]);
 }
+
+#[test]
+fn what_fills_an_instance_is_placed_on_an_empty_one() {
+    let view = cluster(&[("d0", Role::Mixed)]);
+    let mut policy = policy("least-loaded", Disaggregation::NEVER).unwrap();
+    let total = 100 * 16;
+    for n_tokens in [total - 17, total - 1] {
+        assert!(place(&mut *policy, &view, n_tokens, &[]).is_some(), "{n_tokens} tokens");
+    }
+}
