@@ -8,6 +8,7 @@ mod aligned;
 mod allocator;
 pub mod backend;
 pub mod cpu;
+pub mod cuda;
 mod error;
 pub mod kv;
 pub mod layout;

@@ -1,0 +1,109 @@
+//! The kernels' sources, embedded, and the entry points of each. Compiles and loads nothing.
+
+/// One `.cu` file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// File name without `.cu`.
+    pub name: &'static str,
+    /// The text.
+    pub text: &'static str,
+    /// Its `extern "C"` kernels. Where [`Source::by_head_dim`], each stands for one instance a head size, `<entry>_d128`.
+    pub entries: &'static [&'static str],
+    /// Whether the entries exist for each of [`HEAD_DIMS`], of which `-DBATON_HEAD_DIM=128` compiles one.
+    pub by_head_dim: bool,
+}
+
+/// Head sizes that the tensor-core attention kernels are built for.
+pub const HEAD_DIMS: [u32; 6] = [64, 80, 96, 128, 192, 256];
+
+/// What sources include, by the name they include it by. `shim.h`, which only g++ sees, is not among them.
+pub const HEADERS: [(&str, &str); 1] = [("prelude.cuh", include_str!("../../cuda/prelude.cuh"))];
+
+const fn source(name: &'static str, text: &'static str, entries: &'static [&'static str]) -> Source {
+    Source {
+        name,
+        text,
+        entries,
+        by_head_dim: false,
+    }
+}
+
+/// Every source.
+pub const SOURCES: &[Source] = &[
+    source(
+        "elementwise",
+        include_str!("../../cuda/elementwise.cu"),
+        &[
+            "add_f32",
+            "add_f16",
+            "add_bf16",
+            "add_bias_f32",
+            "add_bias_f16",
+            "add_bias_bf16",
+            "soft_cap_f32",
+            "soft_cap_f16",
+            "soft_cap_bf16",
+            "gated_f32",
+            "gated_f16",
+            "gated_bf16",
+            "convert_f32_bf16",
+            "convert_f32_f16",
+            "convert_bf16_f32",
+            "convert_f16_f32",
+        ],
+    ),
+    source(
+        "embed",
+        include_str!("../../cuda/embed.cu"),
+        &["embed_f32", "embed_f16", "embed_bf16"],
+    ),
+    source(
+        "gather_rows",
+        include_str!("../../cuda/gather_rows.cu"),
+        &["gather_rows_f32", "gather_rows_f16", "gather_rows_bf16"],
+    ),
+    source(
+        "rms_norm",
+        include_str!("../../cuda/rms_norm.cu"),
+        &[
+            "rms_norm_f32",
+            "rms_norm_f16",
+            "rms_norm_bf16",
+            "add_rms_norm_f32",
+            "add_rms_norm_f16",
+            "add_rms_norm_bf16",
+        ],
+    ),
+];
+
+/// The source that has an entry point, given without `_d128`.
+pub fn source_of(entry: &str) -> Option<&'static Source> {
+    SOURCES.iter().find(|source| source.entries.contains(&entry))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A name that stands twice would load the wrong kernel; one that its text does not export would not load.
+    #[test]
+    fn entries_are_unique_and_exported() {
+        let mut seen = std::collections::BTreeSet::new();
+        for source in SOURCES {
+            assert!(source.text.contains("BATON_EXPORT("), "{}", source.name);
+            for entry in source.entries {
+                assert!(seen.insert(entry), "{entry} stands twice");
+            }
+            for line in source.text.lines().filter(|line| line.starts_with("#include")) {
+                let header = line.split('"').nth(1).unwrap();
+                assert!(
+                    HEADERS.iter().any(|(name, _)| *name == header),
+                    "{}: {line}",
+                    source.name
+                );
+            }
+        }
+        assert_eq!(source_of("add_f32").unwrap().name, "elementwise");
+        assert_eq!(source_of("add"), None);
+    }
+}
