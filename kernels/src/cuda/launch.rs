@@ -35,3 +35,84 @@ pub const fn rows(n_rows: u32) -> Launch {
 pub const fn elements(n_elements: u64) -> Launch {
     ctas(n_elements.div_ceil(ELEMENTS_PER_CTA) as u32, ROW_THREADS)
 }
+
+/// `rope_append`: a CTA a row, with a scale for each head of q and k.
+pub const fn rope_append(n_rows: u32, n_heads: u32, n_kv_heads: u32) -> Launch {
+    Launch {
+        shared_bytes: (n_heads + n_kv_heads) * 4,
+        ..ctas(n_rows, ROW_THREADS)
+    }
+}
+
+/// Elements that rows in shared memory are longer than their data (`ROW_PADDING` of `tiles.cuh`).
+const ROW_PADDING: u32 = 8;
+
+/// Packed queries of an item of `attention_decode`.
+pub const DECODE_QUERIES: u32 = 16;
+
+/// Packed queries of an item of `attention_scalar`.
+pub const SCALAR_QUERIES: u32 = 4;
+
+/// Packed queries of an item of `attention_prefill`.
+pub const fn prefill_queries(head_dim: u32) -> u32 {
+    if head_dim <= 128 { 128 } else { 64 }
+}
+
+/// `attention_decode`: warps that each keep some stages of 16 tokens of K and V.
+pub const fn attention_decode(n_items: u32, head_dim: u32) -> Launch {
+    let n_warps = if head_dim <= 128 { 4 } else { 2 };
+    let n_stages = match head_dim {
+        0..=64 => 4,
+        65..=96 => 3,
+        _ => 2,
+    };
+    Launch {
+        shared_bytes: n_warps * n_stages * 2 * 16 * (head_dim + ROW_PADDING) * 2,
+        ..ctas(n_items, 32 * n_warps)
+    }
+}
+
+/// `attention_prefill`: the queries, and two stages of K and V.
+pub const fn attention_prefill(n_items: u32, head_dim: u32) -> Launch {
+    let n_keys = if head_dim <= 96 { 64 } else { 32 };
+    Launch {
+        shared_bytes: (prefill_queries(head_dim) + 2 * 2 * n_keys) * (head_dim + ROW_PADDING) * 2,
+        ..ctas(n_items, 128)
+    }
+}
+
+/// `attention_scalar`: a warp a query.
+pub const fn attention_scalar(n_items: u32) -> Launch {
+    ctas(n_items, 32 * SCALAR_QUERIES)
+}
+
+/// `attention_merge`: four queries a CTA; no merge has more than `max_queries`.
+pub const fn attention_merge(n_merges: u32, max_queries: u32) -> Launch {
+    Launch {
+        grid: [n_merges, max_queries.div_ceil(4), 1],
+        block: [128, 1, 1],
+        shared_bytes: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::sources::HEAD_DIMS;
+
+    /// What a CTA may have on sm_89, the smallest of the targets.
+    const LARGEST_SHARED_BYTES: u32 = 99 * 1024;
+
+    #[test]
+    fn shared_memory_fits_every_target() {
+        for head_dim in HEAD_DIMS {
+            let decode = attention_decode(1, head_dim);
+            assert!(decode.shared_bytes <= LARGEST_SHARED_BYTES, "{head_dim}: {decode:?}");
+            // The warps' states lie over the stages at the end.
+            let states = decode.block[0] / 32 * 16 * (head_dim + 2) * 4;
+            assert!(states <= decode.shared_bytes, "{head_dim}: {states} for {decode:?}");
+            let prefill = attention_prefill(1, head_dim);
+            assert!(prefill.shared_bytes <= LARGEST_SHARED_BYTES, "{head_dim}: {prefill:?}");
+        }
+    }
+}

@@ -17,7 +17,11 @@ pub struct Source {
 pub const HEAD_DIMS: [u32; 6] = [64, 80, 96, 128, 192, 256];
 
 /// What sources include, by the name they include it by. `shim.h`, which only g++ sees, is not among them.
-pub const HEADERS: [(&str, &str); 1] = [("prelude.cuh", include_str!("../../cuda/prelude.cuh"))];
+pub const HEADERS: [(&str, &str); 3] = [
+    ("attention.cuh", include_str!("../../cuda/attention.cuh")),
+    ("prelude.cuh", include_str!("../../cuda/prelude.cuh")),
+    ("tiles.cuh", include_str!("../../cuda/tiles.cuh")),
+];
 
 const fn source(name: &'static str, text: &'static str, entries: &'static [&'static str]) -> Source {
     Source {
@@ -28,8 +32,37 @@ const fn source(name: &'static str, text: &'static str, entries: &'static [&'sta
     }
 }
 
+const fn source_by_head_dim(name: &'static str, text: &'static str, entries: &'static [&'static str]) -> Source {
+    Source {
+        name,
+        text,
+        entries,
+        by_head_dim: true,
+    }
+}
+
 /// Every source.
 pub const SOURCES: &[Source] = &[
+    source_by_head_dim(
+        "attention_decode",
+        include_str!("../../cuda/attention_decode.cu"),
+        &["attention_decode_f16", "attention_decode_bf16"],
+    ),
+    source(
+        "attention_merge",
+        include_str!("../../cuda/attention_merge.cu"),
+        &["attention_merge_f32", "attention_merge_f16", "attention_merge_bf16"],
+    ),
+    source_by_head_dim(
+        "attention_prefill",
+        include_str!("../../cuda/attention_prefill.cu"),
+        &["attention_prefill_f16", "attention_prefill_bf16"],
+    ),
+    source(
+        "attention_scalar",
+        include_str!("../../cuda/attention_scalar.cu"),
+        &["attention_scalar_f32", "attention_scalar_f16", "attention_scalar_bf16"],
+    ),
     source(
         "elementwise",
         include_str!("../../cuda/elementwise.cu"),
@@ -73,6 +106,11 @@ pub const SOURCES: &[Source] = &[
             "add_rms_norm_f16",
             "add_rms_norm_bf16",
         ],
+    ),
+    source(
+        "rope_append",
+        include_str!("../../cuda/rope_append.cu"),
+        &["rope_append_f32", "rope_append_f16", "rope_append_bf16"],
     ),
 ];
 

@@ -1,0 +1,361 @@
+//! How a step's attention is cut into work items of nearly equal size, and which partial results are joined afterwards
+//! (FlashInfer's plan and run, Ye et al., arXiv:2501.01005). Pure and without allocation once warm; launches nothing.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::launch::{self, Launch};
+use crate::backend::WINDOW_GRAIN;
+
+/// One CTA's work; `struct Item` of `attention.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Item {
+    /// Row of the batch of the sequence's first new token.
+    pub first_row: u32,
+    /// That token's position.
+    pub start_pos: u32,
+    /// Where the sequence's table begins among all block tables.
+    pub first_block: u32,
+    /// KV head.
+    pub kv_head: u32,
+    /// First packed query: token times group, plus head of the group.
+    pub first_query: u32,
+    /// Packed queries; 0 does nothing.
+    pub n_queries: u32,
+    /// First token read; a multiple of [`WINDOW_GRAIN`].
+    pub kv_start: u32,
+    /// One past the last token read.
+    pub kv_end: u32,
+    /// First row of the partial state, or [`NONE`] where the result is whole.
+    pub partial: u32,
+    reserved: [u32; 3],
+}
+
+/// Queries whose partial states are joined; `struct Merge` of `attention.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Merge {
+    /// Row of the batch of the sequence's first new token.
+    pub first_row: u32,
+    /// First packed query.
+    pub first_query: u32,
+    /// Packed queries; 0 does nothing.
+    pub n_queries: u32,
+    /// KV head.
+    pub kv_head: u32,
+    /// First partial row of the first split; those of the next are `n_queries` further.
+    pub partial: u32,
+    /// Splits.
+    pub n_splits: u32,
+    reserved: [u32; 2],
+}
+
+/// No partial row: the item writes the result itself.
+pub const NONE: u32 = u32::MAX;
+
+/// Cuts lie at multiples of this many tokens from where an item's tokens begin: a whole tile of every kernel.
+const GRAIN: u32 = 64;
+
+/// Fewer tokens than this are not worth a CTA of their own and a merge.
+const SMALLEST_SPLIT: u32 = 128;
+
+const _: () = assert!(GRAIN as usize == WINDOW_GRAIN && SMALLEST_SPLIT.is_multiple_of(GRAIN));
+
+/// Which kernels run a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernels {
+    /// `attention_decode` and `attention_prefill`: bf16 and f16, head sizes of [`super::sources::HEAD_DIMS`].
+    TensorCore,
+    /// `attention_scalar` for all: f32, and other head sizes up to 256.
+    Scalar,
+}
+
+/// What a layer's attention looks like to the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Query heads; a multiple of `n_kv_heads`.
+    pub n_heads: u32,
+    /// KV heads.
+    pub n_kv_heads: u32,
+    /// Elements of a head.
+    pub head_dim: u32,
+    /// Tokens that a query sees, itself included; `None` shows all.
+    pub window: Option<u32>,
+    /// Which kernels.
+    pub kernels: Kernels,
+}
+
+/// Where contexts are cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Splits {
+    /// So that about `n_ctas` items of like size come out; what else is in the batch moves the cuts.
+    Balanced {
+        /// CTAs that the card runs at once.
+        n_ctas: u32,
+    },
+    /// At multiples of `tokens`, itself a multiple of 64, of every context, and one kernel for decode and prefill:
+    /// deterministic mode.
+    Fixed {
+        /// Tokens between cuts.
+        tokens: u32,
+    },
+}
+
+/// A sequence of the batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    /// Row of its first new token.
+    pub first_row: u32,
+    /// That token's position.
+    pub start_pos: u32,
+    /// New tokens, at least 1.
+    pub n_tokens: u32,
+    /// Where its table begins among all block tables.
+    pub first_block: u32,
+}
+
+/// A step's attention as work items. Kept between steps and refreshed in place.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// For `attention_decode`.
+    pub decode: Vec<Item>,
+    /// For `attention_prefill`, or `attention_scalar`.
+    pub prefill: Vec<Item>,
+    /// For `attention_merge`, after both.
+    pub merges: Vec<Merge>,
+    /// Rows of the partial state that the items use.
+    pub n_partial_rows: u32,
+    tiles: Vec<Item>,
+}
+
+/// Grid sizes that every plan of a kind stays within: what a captured graph is built for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanSize {
+    /// Items for `attention_decode`.
+    pub decode: usize,
+    /// Items for `attention_prefill` or `attention_scalar`.
+    pub prefill: usize,
+    /// Merges.
+    pub merges: usize,
+    /// Rows of the partial state.
+    pub n_partial_rows: u32,
+}
+
+impl Shape {
+    fn group(&self) -> u32 {
+        self.n_heads / self.n_kv_heads
+    }
+
+    /// Packed queries that an item of `attention_decode` takes.
+    fn decode_queries(&self) -> u32 {
+        launch::DECODE_QUERIES
+    }
+
+    /// Packed queries that an item of the other kernel takes.
+    fn prefill_queries(&self) -> u32 {
+        match self.kernels {
+            Kernels::TensorCore => launch::prefill_queries(self.head_dim),
+            Kernels::Scalar => launch::SCALAR_QUERIES,
+        }
+    }
+
+    fn decodes(&self, splits: Splits, n_tokens: u32) -> bool {
+        matches!((self.kernels, splits), (Kernels::TensorCore, Splits::Balanced { .. })) && n_tokens == 1
+    }
+}
+
+impl PlanSize {
+    /// For steps of at most `n_sequences` that each add one token, none beyond `max_context` tokens.
+    pub fn of_decode(shape: Shape, splits: Splits, n_sequences: u32, max_context: u32) -> PlanSize {
+        let is_decode = shape.decodes(splits, 1);
+        let tile = if is_decode {
+            shape.decode_queries()
+        } else {
+            shape.prefill_queries()
+        };
+        let n_tiles = n_sequences * shape.n_kv_heads * shape.group().div_ceil(tile);
+        let n_items = match splits {
+            Splits::Balanced { n_ctas } => n_tiles.max(n_ctas),
+            Splits::Fixed { tokens } => n_tiles * max_context.div_ceil(tokens),
+        };
+        PlanSize {
+            decode: if is_decode { n_items as usize } else { 0 },
+            prefill: if is_decode { 0 } else { n_items as usize },
+            merges: n_tiles as usize,
+            n_partial_rows: n_items * tile.min(shape.group()),
+        }
+    }
+}
+
+impl Plan {
+    /// Plans a step anew.
+    pub fn refresh(&mut self, shape: Shape, splits: Splits, sequences: &[Sequence]) {
+        assert!(
+            shape.n_kv_heads > 0 && shape.n_heads.is_multiple_of(shape.n_kv_heads) && shape.window != Some(0),
+            "plan: {shape:?}"
+        );
+        if let Splits::Fixed { tokens } = splits {
+            assert!(
+                tokens > 0 && tokens.is_multiple_of(GRAIN),
+                "plan: cuts every {tokens} tokens"
+            );
+        }
+        self.merges.clear();
+        self.n_partial_rows = 0;
+        let mut decode = std::mem::take(&mut self.decode);
+        let mut prefill = std::mem::take(&mut self.prefill);
+        self.cut_all(&mut decode, shape, splits, sequences, shape.decode_queries(), true);
+        self.cut_all(&mut prefill, shape, splits, sequences, shape.prefill_queries(), false);
+        // The longest first, so that the last to be started are short.
+        prefill.sort_by_key(|item| std::cmp::Reverse(item.kv_end - item.kv_start));
+        (self.decode, self.prefill) = (decode, prefill);
+    }
+
+    /// Items of the sequences that one kernel takes.
+    fn cut_all(
+        &mut self,
+        items: &mut Vec<Item>,
+        shape: Shape,
+        splits: Splits,
+        sequences: &[Sequence],
+        tile_queries: u32,
+        decodes: bool,
+    ) {
+        items.clear();
+        self.tiles.clear();
+        for sequence in sequences
+            .iter()
+            .filter(|s| shape.decodes(splits, s.n_tokens) == decodes)
+        {
+            self.tiles.extend(tiles(shape, *sequence, tile_queries));
+        }
+        let largest = match splits {
+            Splits::Balanced { n_ctas } => balanced_split(&self.tiles, n_ctas / shape.n_kv_heads),
+            Splits::Fixed { tokens } => tokens,
+        };
+        for tile in &self.tiles {
+            let (length, n_parts) = match splits {
+                Splits::Balanced { .. } => {
+                    let n_tokens = tile.kv_end - tile.kv_start;
+                    let length = n_tokens.div_ceil(n_tokens.div_ceil(largest)).next_multiple_of(GRAIN);
+                    (length, n_tokens.div_ceil(length))
+                }
+                Splits::Fixed { tokens } => (tokens, tile.kv_end.div_ceil(tokens) - tile.kv_start / tokens),
+            };
+            // Fixed cuts count from the beginning of the context, balanced ones from where the tile's tokens begin.
+            let origin = match splits {
+                Splits::Balanced { .. } => tile.kv_start,
+                Splits::Fixed { tokens } => tile.kv_start / tokens * tokens,
+            };
+            for kv_head in 0..shape.n_kv_heads {
+                let partial = self.n_partial_rows;
+                for part_idx in 0..n_parts {
+                    items.push(Item {
+                        kv_head,
+                        kv_start: tile.kv_start.max(origin + part_idx * length),
+                        kv_end: tile.kv_end.min(origin + (part_idx + 1) * length),
+                        partial: if n_parts == 1 {
+                            NONE
+                        } else {
+                            partial + part_idx * tile.n_queries
+                        },
+                        ..*tile
+                    });
+                }
+                if n_parts > 1 {
+                    self.n_partial_rows += n_parts * tile.n_queries;
+                    self.merges.push(Merge {
+                        first_row: tile.first_row,
+                        first_query: tile.first_query,
+                        n_queries: tile.n_queries,
+                        kv_head,
+                        partial,
+                        n_splits: n_parts,
+                        reserved: [0; 2],
+                    });
+                }
+            }
+        }
+    }
+
+    /// Fills up to `size` with items that do nothing, so that a captured graph can run it.
+    pub fn pad_to(&mut self, size: PlanSize) {
+        assert!(
+            self.decode.len() <= size.decode
+                && self.prefill.len() <= size.prefill
+                && self.merges.len() <= size.merges
+                && self.n_partial_rows <= size.n_partial_rows,
+            "plan: {} decode items, {} prefill items, {} merges and {} partial rows for {size:?}",
+            self.decode.len(),
+            self.prefill.len(),
+            self.merges.len(),
+            self.n_partial_rows
+        );
+        self.decode.resize(size.decode, Item::default());
+        self.prefill.resize(size.prefill, Item::default());
+        self.merges.resize(size.merges, Merge::default());
+    }
+
+    /// How `attention_merge` is launched for this plan, padding included.
+    pub fn merge_launch(&self, shape: Shape) -> Launch {
+        let tile = if self.prefill.is_empty() {
+            shape.decode_queries()
+        } else {
+            shape.prefill_queries()
+        };
+        launch::attention_merge(self.merges.len() as u32, tile)
+    }
+}
+
+/// A sequence's packed queries in tiles, each with all the tokens that its queries see, for KV head 0.
+fn tiles(shape: Shape, sequence: Sequence, tile_queries: u32) -> impl Iterator<Item = Item> {
+    let group = shape.group();
+    let n_queries = sequence.n_tokens * group;
+    (0..n_queries).step_by(tile_queries as usize).map(move |first_query| {
+        let n_queries = tile_queries.min(n_queries - first_query);
+        let end_of = |query: u32| sequence.start_pos + query / group + 1;
+        let first_seen = shape
+            .window
+            .map_or(0, |window| end_of(first_query).saturating_sub(window));
+        Item {
+            first_row: sequence.first_row,
+            start_pos: sequence.start_pos,
+            first_block: sequence.first_block,
+            kv_head: 0,
+            first_query,
+            n_queries,
+            kv_start: first_seen / GRAIN * GRAIN,
+            kv_end: end_of(first_query + n_queries - 1),
+            partial: NONE,
+            reserved: [0; 3],
+        }
+    })
+}
+
+/// The smallest number of tokens, a multiple of [`GRAIN`], so that parts no longer than it are at most `n_parts`; where there are
+/// more tiles than that, nothing is cut.
+fn balanced_split(tiles: &[Item], n_parts: u32) -> u32 {
+    let longest = tiles.iter().map(|tile| tile.kv_end - tile.kv_start).max().unwrap_or(0);
+    let fits = |length: u32| {
+        let parts = tiles
+            .iter()
+            .map(|tile| u64::from((tile.kv_end - tile.kv_start).div_ceil(length)));
+        parts.sum::<u64>() <= u64::from(n_parts)
+    };
+    let (mut low, mut high) = (
+        SMALLEST_SPLIT / GRAIN,
+        longest.div_ceil(GRAIN).max(SMALLEST_SPLIT / GRAIN),
+    );
+    while low < high {
+        let middle = (low + high) / 2;
+        if fits(middle * GRAIN) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    low * GRAIN
+}
+
+#[cfg(test)]
+mod tests;
