@@ -98,6 +98,14 @@ pub fn launch(entry: &str, launch: Launch, order: Order, args: &[Arg]) {
     unsafe { library.launch(entry, launch, order, args) }
 }
 
+/// Runs one head size's instance of an entry.
+pub fn launch_for_head_dim(entry: &str, head_dim: u32, launch: Launch, order: Order, args: &[Arg]) {
+    let source = source_of(entry).unwrap_or_else(|| panic!("no source has {entry}"));
+    let library = crate::library::library(source, Some(head_dim));
+    // SAFETY: as for `launch`.
+    unsafe { library.launch(&format!("{entry}_d{head_dim}"), launch, order, args) }
+}
+
 /// The outcome of `run`, the same in both orders of a CTA's threads.
 pub fn in_both_orders<T: PartialEq>(what: &str, run: impl Fn(Order) -> T) -> T {
     let outcome = run(Order::Forward);

@@ -3,8 +3,10 @@
 
 #![allow(unsafe_code)]
 
+mod attention;
 mod harness;
 mod library;
+mod rope;
 mod rowwise;
 
 use baton_kernels::cuda::sources::{HEAD_DIMS, SOURCES};
