@@ -26,7 +26,7 @@ const ROW_THREADS: u32 = 256;
 /// Elements that a CTA of `elementwise.cu` takes.
 const ELEMENTS_PER_CTA: u64 = 2048;
 
-/// `embed`, `gather_rows`, `rms_norm`, `add_rms_norm`, `rope_append`, `moe_combine`: a CTA a row.
+/// `embed`, `gather_rows`, `rms_norm`, `add_rms_norm`, `moe_combine`: a CTA a row.
 pub const fn rows(n_rows: u32) -> Launch {
     ctas(n_rows, ROW_THREADS)
 }
@@ -95,6 +95,75 @@ pub const fn attention_merge(n_merges: u32, max_queries: u32) -> Launch {
     }
 }
 
+/// Rows up to which `linear_narrow` is taken instead of `linear`. Both give the same bits.
+pub const NARROW_ROWS: u32 = 16;
+
+/// Shared memory of a product without tensor cores, which every product has as its other path.
+const SCALAR_PRODUCT_BYTES: u32 = 2 * 16 * 65 * 4;
+
+const fn product(n_row_tiles: u32, n: u32, tile: [u32; 2], depth: u32, n_stages: u32, n_threads: u32) -> Launch {
+    let [rows, cols] = tile;
+    let stages = n_stages * (rows + cols) * (depth + ROW_PADDING) * 2;
+    Launch {
+        grid: [n_row_tiles, n.div_ceil(cols), 1],
+        block: [n_threads, 1, 1],
+        shared_bytes: if stages > SCALAR_PRODUCT_BYTES {
+            stages
+        } else {
+            SCALAR_PRODUCT_BYTES
+        },
+    }
+}
+
+/// `linear`: out `[m, n]`.
+pub const fn linear(m: u32, n: u32) -> Launch {
+    product(m.div_ceil(128), n, [128, 128], 32, 3, 256)
+}
+
+/// `linear_narrow`: out `[m, n]`, m at most [`NARROW_ROWS`].
+pub const fn linear_narrow(m: u32, n: u32) -> Launch {
+    product(m.div_ceil(16), n, [16, 64], 64, 4, 128)
+}
+
+/// Rows of a tile of `moe_linear`.
+const MOE_TILE_ROWS: u32 = 64;
+
+/// Tiles that `moe_permute` lists at most.
+pub const fn moe_tiles(n_pairs: u32, n_experts: u32) -> u32 {
+    let n_with_rows = if n_pairs < n_experts { n_pairs } else { n_experts };
+    n_pairs / MOE_TILE_ROWS + n_with_rows
+}
+
+/// `moe_route`: a warp a row.
+pub const fn moe_route(n_rows: u32, n_experts: u32) -> Launch {
+    Launch {
+        shared_bytes: 4 * n_experts * 4,
+        ..ctas(n_rows.div_ceil(4), 128)
+    }
+}
+
+/// `moe_permute`: a CTA an expert.
+pub const fn moe_permute(n_experts: u32) -> Launch {
+    Launch {
+        shared_bytes: n_experts * 4,
+        ..ctas(n_experts, 256)
+    }
+}
+
+/// `moe_linear`: out `[n_pairs, n]`; `max_tiles` as of [`moe_tiles`].
+pub const fn moe_linear(max_tiles: u32, n: u32) -> Launch {
+    product(max_tiles, n, [MOE_TILE_ROWS, 128], 32, 3, 256)
+}
+
+/// `kv_gather`, `kv_scatter`.
+pub const fn kv_copy(n_listed: u32, n_layers: u32) -> Launch {
+    Launch {
+        grid: [n_listed, n_layers, 2],
+        block: [256, 1, 1],
+        shared_bytes: 0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +182,9 @@ mod tests {
             assert!(states <= decode.shared_bytes, "{head_dim}: {states} for {decode:?}");
             let prefill = attention_prefill(1, head_dim);
             assert!(prefill.shared_bytes <= LARGEST_SHARED_BYTES, "{head_dim}: {prefill:?}");
+        }
+        for product in [linear(1, 1), linear_narrow(1, 1), moe_linear(1, 1)] {
+            assert!(product.shared_bytes <= LARGEST_SHARED_BYTES, "{product:?}");
         }
     }
 }

@@ -17,8 +17,9 @@ pub struct Source {
 pub const HEAD_DIMS: [u32; 6] = [64, 80, 96, 128, 192, 256];
 
 /// What sources include, by the name they include it by. `shim.h`, which only g++ sees, is not among them.
-pub const HEADERS: [(&str, &str); 3] = [
+pub const HEADERS: [(&str, &str); 4] = [
     ("attention.cuh", include_str!("../../cuda/attention.cuh")),
+    ("gemm.cuh", include_str!("../../cuda/gemm.cuh")),
     ("prelude.cuh", include_str!("../../cuda/prelude.cuh")),
     ("tiles.cuh", include_str!("../../cuda/tiles.cuh")),
 ];
@@ -94,6 +95,46 @@ pub const SOURCES: &[Source] = &[
         "gather_rows",
         include_str!("../../cuda/gather_rows.cu"),
         &["gather_rows_f32", "gather_rows_f16", "gather_rows_bf16"],
+    ),
+    source(
+        "kv_copy",
+        include_str!("../../cuda/kv_copy.cu"),
+        &["kv_gather", "kv_scatter"],
+    ),
+    source(
+        "linear",
+        include_str!("../../cuda/linear.cu"),
+        &[
+            "linear_f32",
+            "linear_f16",
+            "linear_bf16",
+            "linear_f16_f32",
+            "linear_bf16_f32",
+            "linear_narrow_f16",
+            "linear_narrow_bf16",
+            "linear_narrow_f16_f32",
+            "linear_narrow_bf16_f32",
+        ],
+    ),
+    source(
+        "moe_combine",
+        include_str!("../../cuda/moe_combine.cu"),
+        &["moe_combine_f32", "moe_combine_f16", "moe_combine_bf16"],
+    ),
+    source(
+        "moe_linear",
+        include_str!("../../cuda/moe_linear.cu"),
+        &["moe_linear_f32", "moe_linear_f16", "moe_linear_bf16"],
+    ),
+    source(
+        "moe_permute",
+        include_str!("../../cuda/moe_permute.cu"),
+        &["moe_permute"],
+    ),
+    source(
+        "moe_route",
+        include_str!("../../cuda/moe_route.cu"),
+        &["moe_route_f32", "moe_route_f16", "moe_route_bf16"],
     ),
     source(
         "rms_norm",

@@ -52,14 +52,15 @@ impl Matrix {
         }
     }
 
-    pub fn arg(&self) -> Arg {
-        Arg::from(&self.bytes)
+    /// Where its elements lie.
+    pub fn address(&self) -> u64 {
+        self.bytes.as_ptr() as u64
     }
 }
 
 impl From<&Matrix> for Arg {
     fn from(matrix: &Matrix) -> Arg {
-        matrix.arg()
+        Arg::from(&matrix.bytes)
     }
 }
 
@@ -125,16 +126,23 @@ pub fn tolerance(dtype: DType) -> f32 {
     }
 }
 
-/// Fails where `found` is further from `expected` than the type's tolerance of the largest value around.
+/// Fails where `found` is further from `expected` than the type's tolerance, `n_roundings` times over.
 #[track_caller]
-pub fn assert_close(what: &str, dtype: DType, found: &[f32], expected: &[f32]) {
+pub fn assert_close_after(what: &str, dtype: DType, n_roundings: f32, found: &[f32], expected: &[f32]) {
     assert_eq!(found.len(), expected.len(), "{what}");
+    // Where large terms cancel, the error is theirs.
     let scale = expected.iter().fold(0.0_f32, |max, x| max.max(x.abs())).max(1e-3);
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-        let bound = tolerance(dtype) * (expected.abs() + 0.1 * scale);
+        let bound = n_roundings * tolerance(dtype) * (expected.abs() + 0.1 * scale);
         assert!(
             (found - expected).abs() <= bound,
             "{what}: element {i} is {found}, expected {expected} within {bound}"
         );
     }
+}
+
+/// Fails where `found` is further from `expected` than the type's tolerance.
+#[track_caller]
+pub fn assert_close(what: &str, dtype: DType, found: &[f32], expected: &[f32]) {
+    assert_close_after(what, dtype, 1.0, found, expected);
 }

@@ -5,7 +5,9 @@
 
 mod attention;
 mod harness;
+mod kv_copy;
 mod library;
+mod linear;
 mod rope;
 mod rowwise;
 

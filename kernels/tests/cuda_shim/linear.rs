@@ -1,0 +1,264 @@
+//! Products without a split of k, and mixtures of experts made of them.
+
+use baton_kernels::cuda::launch::{self, NARROW_ROWS};
+use baton_kernels::{Activation, DType, MoeParams, reference};
+
+use crate::args;
+use crate::harness::*;
+
+/// What a device's product gives; `out` f32 where `wide`.
+fn product(dtype: DType, wide: bool, narrow: bool, x: &[f32], w: &[f32], k: usize, order: Order) -> Matrix {
+    let (m, n) = (x.len() / k, w.len() / k);
+    let suffix = if wide && dtype != DType::F32 { "_f32" } else { "" };
+    let mut out = Matrix::unwritten(if wide { DType::F32 } else { dtype }, m * n);
+    let (x, w) = (Matrix::new(dtype, x), Matrix::new(dtype, w));
+    let args = args![&mut out, &x, &w, m as u32, n as u32, k as u32];
+    let (name, grid) = match narrow {
+        true => ("linear_narrow", launch::linear_narrow(m as u32, n as u32)),
+        false => ("linear", launch::linear(m as u32, n as u32)),
+    };
+    launch(&format!("{name}_{dtype}{suffix}"), grid, order, args);
+    out
+}
+
+#[test]
+fn products_are_the_references() {
+    if !has_compiler() {
+        return;
+    }
+    // One, primes, one past a tile's rows, columns and stage; k in whole chunks and not.
+    let shapes = [
+        (1, 1, 1),
+        (3, 7, 8),
+        (16, 65, 72),
+        (17, 129, 40),
+        (5, 131, 129),
+        (129, 67, 104),
+    ];
+    for dtype in DTYPES {
+        for (m, n, k) in shapes {
+            let (x, w) = (values(31, dtype, m * k), values(32, dtype, n * k));
+            let expected = reference::linear(&x, &w, k);
+            for wide in [false, true] {
+                let what = format!("{dtype}, {m} x {n} x {k}, f32 out: {wide}");
+                let of = |narrow: bool| in_both_orders(&what, |order| product(dtype, wide, narrow, &x, &w, k, order));
+                let found = of(false);
+                assert_close(&what, if wide { DType::F32 } else { dtype }, &found.values(), &expected);
+                if dtype != DType::F32 && m <= NARROW_ROWS as usize {
+                    assert!(of(true) == found, "{what}: the narrow tiling gives other bits");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_product_knows_its_row_alone() {
+    if !has_compiler() {
+        return;
+    }
+    let (m, n, k) = (33, 70, 88);
+    for dtype in DTYPES {
+        let (x, w) = (values(33, dtype, m * k), values(34, dtype, n * k));
+        let all = product(dtype, false, false, &x, &w, k, Order::Forward).values();
+        for row in [0, 15, 16, 32] {
+            let alone = product(dtype, false, false, &x[row * k..][..k], &w, k, Order::Forward).values();
+            assert_eq!(alone, &all[row * n..][..n], "{dtype}, row {row}");
+        }
+    }
+}
+
+struct Moe {
+    dtype: DType,
+    n_rows: usize,
+    hidden: usize,
+    ffn: usize,
+    n_experts: usize,
+    params: MoeParams,
+}
+
+/// One expert's `[gate_up, gate_up_bias, down, down_bias]`.
+type Expert = [Vec<f32>; 4];
+
+impl Moe {
+    fn experts(&self) -> Vec<Expert> {
+        let of = |i: usize| {
+            let seed = 40 + 4 * i as u64;
+            [
+                values(seed, self.dtype, 2 * self.ffn * self.hidden),
+                values(seed + 1, DType::F32, 2 * self.ffn),
+                values(seed + 2, self.dtype, self.hidden * self.ffn),
+                values(seed + 3, DType::F32, self.hidden),
+            ]
+        };
+        (0..self.n_experts).map(of).collect()
+    }
+
+    fn logits(&self) -> Vec<f32> {
+        let mut logits = values(35, self.dtype, self.n_rows * self.n_experts);
+        // Equal logits: the smaller number wins.
+        for row in logits.chunks_exact_mut(self.n_experts).step_by(2) {
+            let last = row[self.n_experts - 1];
+            row[0] = last;
+        }
+        logits
+    }
+
+    fn run(&self, order: Order) -> Matrix {
+        let Moe {
+            dtype,
+            n_rows,
+            hidden,
+            ffn,
+            n_experts,
+            params,
+        } = *self;
+        let n_pairs = n_rows * params.top_k;
+        let (x, logits) = (
+            Matrix::new(dtype, &values(36, dtype, n_rows * hidden)),
+            Matrix::new(dtype, &self.logits()),
+        );
+        let experts = self.experts();
+        let matrix = |which: usize| -> Vec<Matrix> { experts.iter().map(|e| Matrix::new(dtype, &e[which])).collect() };
+        let (gate_up, down) = (matrix(0), matrix(2));
+        let addresses = |matrices: &[Matrix]| -> Vec<u64> { matrices.iter().map(Matrix::address).collect() };
+        let biases = |which: usize| -> Vec<u64> { experts.iter().map(|e| e[which].as_ptr() as u64).collect() };
+        let mut chosen = vec![u32::MAX; n_pairs];
+        let mut weights = vec![f32::NAN; n_pairs];
+        let (n_rows, n_pairs, n_experts) = (n_rows as u32, n_pairs as u32, n_experts as u32);
+        let top_k = params.top_k as u32;
+        let renormalize = u32::from(params.renormalize);
+        let args = args![
+            &mut chosen,
+            &mut weights,
+            &logits,
+            n_rows,
+            n_experts,
+            top_k,
+            renormalize
+        ];
+        launch(
+            &format!("moe_route_{dtype}"),
+            launch::moe_route(n_rows, n_experts),
+            order,
+            args,
+        );
+
+        let max_tiles = launch::moe_tiles(n_pairs, n_experts);
+        let mut offsets = vec![u32::MAX; n_experts as usize + 1];
+        let mut pair_of_slot = vec![u32::MAX; n_pairs as usize];
+        let mut slot_of_pair = pair_of_slot.clone();
+        let mut tiles = vec![0xdead_u32; 2 * max_tiles as usize];
+        let args = args![
+            &mut offsets,
+            &mut pair_of_slot,
+            &mut slot_of_pair,
+            &mut tiles,
+            &chosen,
+            n_pairs,
+            n_experts,
+            max_tiles
+        ];
+        launch("moe_permute", launch::moe_permute(n_experts), order, args);
+        self.check_permutation(&chosen, &offsets, &pair_of_slot, &slot_of_pair);
+
+        let linear = |x: &Matrix, weights: &[Matrix], biases: &Vec<u64>, gathers: bool, n: usize, k: usize| {
+            let mut out = Matrix::unwritten(dtype, n_pairs as usize * n);
+            let weights = addresses(weights);
+            let gather = if gathers { Arg::from(&pair_of_slot) } else { NULL };
+            let args = args![
+                &mut out, x, &weights, biases, &offsets, gather, &tiles, top_k, n as u32, k as u32
+            ];
+            launch(
+                &format!("moe_linear_{dtype}"),
+                launch::moe_linear(max_tiles, n as u32),
+                order,
+                args,
+            );
+            out
+        };
+        let up = linear(&x, &gate_up, &biases(1), true, 2 * ffn, hidden);
+        let mut activated = Matrix::unwritten(dtype, n_pairs as usize * ffn);
+        let n_activated = u64::from(n_pairs) * ffn as u64;
+        let args = args![&mut activated, &up, n_activated, ffn as u32, 0_u32, 0.0_f32, 0.0_f32];
+        launch(&format!("gated_{dtype}"), launch::elements(n_activated), order, args);
+        let y = linear(&activated, &down, &biases(3), false, hidden, ffn);
+        let mut out = Matrix::unwritten(dtype, n_rows as usize * hidden);
+        let args = args![&mut out, &y, &slot_of_pair, &weights, top_k, hidden as u32];
+        launch(&format!("moe_combine_{dtype}"), launch::rows(n_rows), order, args);
+        out
+    }
+
+    /// Slots are by expert, then by pair, and each pair has one.
+    fn check_permutation(&self, chosen: &[u32], offsets: &[u32], pair_of_slot: &[u32], slot_of_pair: &[u32]) {
+        let mut expected: Vec<u32> = (0..chosen.len() as u32).collect();
+        expected.sort_by_key(|pair| chosen[*pair as usize]);
+        assert_eq!(pair_of_slot, expected);
+        assert!(
+            slot_of_pair
+                .iter()
+                .enumerate()
+                .all(|(pair, slot)| pair_of_slot[*slot as usize] == pair as u32)
+        );
+        for (expert, range) in offsets.windows(2).enumerate() {
+            let slots = range[0] as usize..range[1] as usize;
+            assert!(
+                pair_of_slot[slots]
+                    .iter()
+                    .all(|pair| chosen[*pair as usize] == expert as u32)
+            );
+        }
+        assert_eq!((offsets[0], *offsets.last().unwrap() as usize), (0, chosen.len()));
+    }
+
+    fn expected(&self) -> Vec<f32> {
+        let experts = self.experts();
+        let experts: Vec<reference::Expert<'_>> = experts
+            .iter()
+            .map(|[gate_up, gate_up_bias, down, down_bias]| reference::Expert {
+                gate_up,
+                gate_up_bias,
+                down,
+                down_bias,
+            })
+            .collect();
+        let x = values(36, self.dtype, self.n_rows * self.hidden);
+        let logits = self.logits();
+        let rows = x.chunks_exact(self.hidden).zip(logits.chunks_exact(self.n_experts));
+        rows.flat_map(|(x, logits)| reference::moe_row(x, logits, &experts, self.params))
+            .collect()
+    }
+}
+
+#[test]
+fn mixtures_are_the_references() {
+    if !has_compiler() {
+        return;
+    }
+    for dtype in DTYPES {
+        for (n_rows, hidden, ffn, n_experts, top_k, renormalize) in [
+            (1, 8, 16, 4, 2, true),
+            (7, 40, 24, 5, 3, false),
+            (131, 16, 8, 3, 1, false),
+            (9, 7, 13, 40, 32, true),
+        ] {
+            let params = MoeParams {
+                top_k,
+                renormalize,
+                activation: Activation::Silu,
+            };
+            let moe = Moe {
+                dtype,
+                n_rows,
+                hidden,
+                ffn,
+                n_experts,
+                params,
+            };
+            let what = format!("{dtype}, {n_rows} rows, {top_k} of {n_experts} experts of {hidden} and {ffn}");
+            let found = in_both_orders(&what, |order| moe.run(order)).values();
+            // Product, activation, product: each is rounded.
+            assert_close_after(&what, dtype, 3.0, &found, &moe.expected());
+        }
+    }
+}
