@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use baton_engine::forward::{ForwardPass, LogitsWanted, StepSequence};
-use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, LoadFormat, ModelConfig, ModelFolder, load_cpu};
+use baton_engine::model::{
+    CpuLoadOptions, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelConfig, ModelFolder, load_cpu,
+};
 use baton_kernels::machine::{measure_peak, measure_read_bandwidth};
 use baton_kernels::{Cpu, DType};
 use serde_json::{Value, json};
@@ -144,17 +146,19 @@ impl Bench {
     fn load(n_threads: usize) -> anyhow::Result<Bench> {
         let folder = ModelFolder::open(MODEL)?;
         let options = CpuLoadOptions {
-            dtype: DType::Bf16,
+            model: LoadOptions {
+                dtype: DType::Bf16,
+                block_size: BLOCK_SIZE,
+                limits: DecoderLimits {
+                    max_batch_tokens: CHUNK_TOKENS,
+                    max_model_len: MAX_CONTEXT,
+                },
+                packed_dir: Some(Path::new(PACKED).to_owned()),
+                load_format: LoadFormat::Dummy { seed: 0 },
+            },
             n_threads,
             isa: None,
             n_kv_blocks: N_BLOCKS,
-            block_size: BLOCK_SIZE,
-            limits: DecoderLimits {
-                max_batch_tokens: CHUNK_TOKENS,
-                max_model_len: MAX_CONTEXT,
-            },
-            packed_dir: Some(Path::new(PACKED).to_owned()),
-            load_format: LoadFormat::Dummy { seed: 0 },
         };
         let started = Instant::now();
         let mut model = load_cpu(&folder, &options, &mut |_, _| {})?;

@@ -11,4 +11,4 @@ pub mod sampler;
 pub mod text;
 pub mod worker;
 
-pub use baton_kernels::{Cpu, DType, Isa, KvPrefault, keep_freed_memory};
+pub use baton_kernels::{Backend, Cpu, DType, Isa, KvPrefault, cuda, keep_freed_memory};

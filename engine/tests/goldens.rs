@@ -1,12 +1,15 @@
 //! The decoder against an independent implementation's numbers (tests/data/models), for every instruction set of this machine.
 //! Tolerances are those of goldens.json; f32 is the test that decides correctness.
 
+mod cuda;
 mod golden_model;
+#[path = "../../kernels/tests/cuda_device/stand_in/mod.rs"]
+mod stand_in;
 
 use baton_engine::forward::{ForwardPass, LogitsWanted, StepSequence};
-use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, LoadFormat, ModelFolder, load_cpu};
+use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelFolder, load_cpu};
 use baton_engine::sampler::Sampler;
-use baton_kernels::{Cpu, DType, Isa};
+use baton_kernels::{Backend, Cpu, DType, Isa};
 use baton_scheduler::batch::RELEASED_BLOCK;
 use baton_scheduler::request::SamplingParams;
 
@@ -22,17 +25,19 @@ const N_KV_BLOCKS: usize = 256;
 
 fn options(dtype: DType, isa: Option<Isa>) -> CpuLoadOptions {
     CpuLoadOptions {
-        dtype,
+        model: LoadOptions {
+            dtype,
+            block_size: BLOCK_SIZE,
+            limits: DecoderLimits {
+                max_batch_tokens: MAX_LEN,
+                max_model_len: MAX_LEN,
+            },
+            packed_dir: None,
+            load_format: LoadFormat::Safetensors,
+        },
         n_threads: 2,
         isa,
         n_kv_blocks: N_KV_BLOCKS,
-        block_size: BLOCK_SIZE,
-        limits: DecoderLimits {
-            max_batch_tokens: MAX_LEN,
-            max_model_len: MAX_LEN,
-        },
-        packed_dir: None,
-        load_format: LoadFormat::Safetensors,
     }
 }
 
@@ -47,7 +52,7 @@ fn load(model: &str, dtype: DType, isa: Option<Isa>) -> Decoder<Cpu> {
 }
 
 /// Logits of every position of `tokens`, computed in steps of at most `chunk` tokens over scattered blocks.
-fn logits_of(decoder: &mut Decoder<Cpu>, tokens: &[u32], chunk: usize) -> Vec<Vec<f32>> {
+fn logits_of<B: Backend>(decoder: &mut Decoder<B>, tokens: &[u32], chunk: usize) -> Vec<Vec<f32>> {
     // Neither in order nor starting at block 0; those of the layer groups alternate.
     let windows = decoder.config().sliding_windows();
     let scattered = |i: usize| ((i * 7 + 3) % N_KV_BLOCKS) as u32;
@@ -95,7 +100,7 @@ fn top1(row: &[f32]) -> u32 {
 }
 
 /// Everything goldens.json says about one prompt, from logits of every position.
-fn check_f32(decoder: &mut Decoder<Cpu>, golden: &Golden, prompt: &Prompt, what: &str) {
+fn check_f32<B: Backend>(decoder: &mut Decoder<B>, golden: &Golden, prompt: &Prompt, what: &str) {
     let tolerance = golden.tolerances.f32_max_abs_logit;
     let near = |got: f32, want: f32, at: &str| {
         assert!(
@@ -277,10 +282,8 @@ fn a_packed_file_is_shared() {
     let golden = Golden::load(SHARDED_MODEL);
     let folder = ModelFolder::open(models_folder().join(SHARDED_MODEL)).unwrap();
     let directory = tempfile::tempdir().unwrap();
-    let on_disk = CpuLoadOptions {
-        packed_dir: Some(directory.path().to_owned()),
-        ..options(DType::F32, None)
-    };
+    let mut on_disk = options(DType::F32, None);
+    on_disk.model.packed_dir = Some(directory.path().to_owned());
     let prompt = &golden.prompts[0].input_ids;
     let expected = logits_of(&mut load(SHARDED_MODEL, DType::F32, None), prompt, MAX_LEN);
     let mut n_reports = Vec::new();
@@ -298,10 +301,8 @@ fn dummy_weights_need_no_files_and_depend_on_the_seed() {
     let config = std::fs::read(models_folder().join(ONE_MODEL).join("config.json")).unwrap();
     let folder = ModelFolder::from_embedded(&[("config.json", config.leak())]).unwrap();
     let logits = |seed: u64| {
-        let options = CpuLoadOptions {
-            load_format: LoadFormat::Dummy { seed },
-            ..options(DType::Bf16, None)
-        };
+        let mut options = options(DType::Bf16, None);
+        options.model.load_format = LoadFormat::Dummy { seed };
         let mut decoder = load_cpu(&folder, &options, &mut |_, _| {}).unwrap();
         (
             logits_of(&mut decoder, &[1, 2, 3], MAX_LEN).concat(),

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use baton_kernels::machine::{measure_peak, measure_read_bandwidth};
 use baton_kernels::{
-    AttentionParams, Backend, Cpu, CpuOptions, DType, KernelError, KvCache, KvLayout, PackedWeights, RaggedBatch,
-    RaggedSequence, SourceTensor, WeightKind, WeightSource, WeightSpec,
+    AttentionParams, Backend, Cpu, CpuOptions, DType, KernelError, KvCache, KvLayout, PackedWeights, Packing,
+    RaggedBatch, RaggedSequence, SourceTensor, WeightKind, WeightSource, WeightSpec,
 };
 use criterion::Criterion;
 
@@ -153,6 +153,7 @@ fn weights(n_in: usize, n_out: usize) -> (Arc<PackedWeights>, usize) {
         })
         .collect();
     let packed = PackedWeights::in_memory(
+        Packing::Panels,
         DTYPE,
         &specs,
         &Generator {
@@ -166,9 +167,9 @@ fn linear(bench: &mut Bench<'_>, n_in: usize, n_out: usize) {
     let cpu = bench.cpu;
     let built = std::cell::OnceCell::new();
     for rows in [1, 4, 8, 32, 512] {
-        let mut x = cpu.tensor(rows, n_in);
+        let mut x = cpu.tensor(rows, n_in).unwrap();
         x.set(&values(rows * n_in));
-        let mut out = cpu.tensor(rows, n_out);
+        let mut out = cpu.tensor(rows, n_out).unwrap();
         let mut turn = 0;
         let bytes = (n_in * n_out * DTYPE.size() + 4 * rows * (n_in + n_out)) as f64;
         let flops = 2.0 * (rows * n_in * n_out) as f64;
@@ -213,9 +214,9 @@ fn attention(bench: &mut Bench<'_>, name: &str, make_cache: MakeCache, start_pos
     }];
     let batch = RaggedBatch { sequences: &sequences };
     let cols = (N_HEADS + 2 * LAYOUT.n_kv_heads) * LAYOUT.head_dim;
-    let mut qkv = cpu.tensor(n_tokens, cols);
+    let mut qkv = cpu.tensor(n_tokens, cols).unwrap();
     qkv.set(&values(n_tokens * cols));
-    let mut out = cpu.tensor(n_tokens, N_HEADS * LAYOUT.head_dim);
+    let mut out = cpu.tensor(n_tokens, N_HEADS * LAYOUT.head_dim).unwrap();
     let params = AttentionParams {
         n_heads: N_HEADS,
         scale: 0.125,

@@ -279,6 +279,8 @@ void launch_with(void (*kernel)(Params...), uint3 grid, uint3 block, size_t shar
     launch(grid, block, shared_bytes, body);
 }
 
+template <typename... Params> constexpr unsigned n_params(void (*)(Params...)) { return sizeof...(Params); }
+
 template <typename... Params>
 void launch_kernel(void (*kernel)(Params...), uint3 grid, uint3 block, size_t shared_bytes, void** args) {
     launch_with(kernel, grid, block, shared_bytes, args, std::index_sequence_for<Params...>{});
@@ -333,7 +335,8 @@ inline uint16_t f16_of_f32(float x) {
         unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y, unsigned block_z,           \
         size_t shared_bytes, void** args) {                                                                               \
         ::baton_shim::launch_kernel(op, {grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared_bytes, args);         \
-    }
+    }                                                                                                                     \
+    extern "C" __attribute__((visibility("default"))) unsigned op##__n_params() { return ::baton_shim::n_params(op); }
 
 // The calling thread's next launches run from the last thread of a CTA to the first (1), or from the first to the last (0):
 // results must not differ.

@@ -142,14 +142,18 @@ pub trait Backend: Sized + Send + 'static {
     /// All experts of one layer.
     type Experts: Send + Sync;
 
-    /// What this device computes in: f32 or bf16.
+    /// What this device computes in.
     fn compute_dtype(&self) -> DType;
 
     /// Device kind, instruction set and dtypes, e.g. `cpu-avx512bf16-bf16`: instances with equal classes give equal bits.
     fn numerics_class(&self) -> String;
 
     /// An activation with room for `max_rows` rows of `cols`; starts with 0 rows.
-    fn tensor(&self, max_rows: usize, cols: usize) -> Self::Tensor;
+    fn tensor(&self, max_rows: usize, cols: usize) -> Result<Self::Tensor, KernelError>;
+
+    /// The same for logits, of which [`Backend::linear`] and [`Backend::soft_cap`] keep more digits than of other activations
+    /// where those are rounded.
+    fn logits(&self, max_rows: usize, cols: usize) -> Result<Self::Tensor, KernelError>;
 
     /// A matrix of the packed file by its name.
     fn matrix(&self, weights: &PackedWeights, name: &str) -> Result<Self::Matrix, KernelError>;
@@ -161,7 +165,10 @@ pub trait Backend: Sized + Send + 'static {
     fn experts(&self, weights: &PackedWeights, names: &[ExpertNames]) -> Result<Self::Experts, KernelError>;
 
     /// Precomputes cos and sin for positions below `max_positions`, for each variant; all have as many frequencies.
-    fn rope(&self, variants: &[RopeParams], max_positions: usize) -> Self::Rope;
+    fn rope(&self, variants: &[RopeParams], max_positions: usize) -> Result<Self::Rope, KernelError>;
+
+    /// Says that a step begins. Until the next one, a batch that lies at the same address is the same batch.
+    fn begin_step(&self);
 
     /// `out[r] = scale * table[ids[r]]`, `out: [ids.len(), hidden]`. The table is an ordinary packed matrix `[vocab, hidden]`.
     fn embed(&self, out: &mut Self::Tensor, table: &Self::Matrix, ids: &[u32], scale: f32);

@@ -3,11 +3,15 @@
 use std::path::PathBuf;
 
 use crate::cpu::Isa;
+use crate::cuda::CudaError;
 use crate::layout::{DType, KvLayout};
 
 /// An expected failure of device memory, packed weights or device options.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
+    /// The CUDA device.
+    #[error("device cuda: {0}")]
+    Cuda(#[from] CudaError),
     /// A tensor of the model folder does not have the shape that the configuration implies.
     #[error("tensor {tensor}: expected shape {expected:?}, found {found:?}")]
     Shape {
@@ -77,11 +81,13 @@ pub enum KernelError {
         #[source]
         error: std::io::Error,
     },
-    /// Another process has held the lock on the packed weights for too long.
-    #[error("gave up after {waited_s} s waiting for another process to pack weights: {}", path.display())]
+    /// Another process has held a lock for too long.
+    #[error("gave up after {waited_s} s waiting for another process to {work}: {}", path.display())]
     LockTimeout {
         /// The lock file.
         path: PathBuf,
+        /// What the other does under it.
+        work: &'static str,
         /// How long we waited.
         waited_s: u64,
     },

@@ -9,15 +9,18 @@ mod handles;
 mod memory;
 mod prefault;
 
-use std::sync::Arc;
+use std::cell::RefCell;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, OnceLock};
 
 use memory::{Geometry, KvMemory, Part};
 
 pub use foreign::{ForeignKv, KvShare};
+use handles::Staged;
 pub use handles::{KvRead, KvWrite};
 pub use prefault::KvPrefault;
 
+use crate::cuda::{DeviceKv, Fence};
 use crate::error::KernelError;
 use crate::layout::KvLayout;
 
@@ -29,6 +32,8 @@ pub struct KvCache {
     /// Per block, the append that last touched it: no two sequences of a batch may append to one block.
     append_marks: Vec<u64>,
     append_mark: u64,
+    /// Of a device: behind everything it has been given, until it is given more.
+    fence: RefCell<Option<Fence>>,
 }
 
 impl KvCache {
@@ -48,10 +53,22 @@ impl KvCache {
         Ok(KvCache::over(KvMemory::shared(Geometry::new(layout, n_blocks)?)?))
     }
 
+    /// The same in memory of a device, which `allocate` gives for as many bytes.
+    pub(crate) fn on_device(
+        layout: KvLayout,
+        n_blocks: usize,
+        allocate: impl FnOnce(usize) -> Result<DeviceKv, KernelError>,
+    ) -> Result<KvCache, KernelError> {
+        let geometry = Geometry::new(layout, n_blocks)?;
+        let planes = allocate(geometry.plane_bytes())?;
+        Ok(KvCache::over(KvMemory::on_device(geometry, planes)?))
+    }
+
     fn over(memory: KvMemory) -> KvCache {
         KvCache {
             append_marks: vec![0; memory.geometry.n_blocks],
             append_mark: 0,
+            fence: RefCell::new(None),
             memory: Arc::new(memory),
         }
     }
@@ -89,11 +106,35 @@ impl KvCache {
     pub fn pin(&mut self, layer: usize, block: u32) -> KvRead {
         self.memory.assert_readable(layer, block);
         self.memory.add_pin(layer, block);
+        let on_device = self.current_fence().map(|fence| Staged {
+            fence,
+            bytes: OnceLock::new(),
+        });
         KvRead {
             memory: Arc::clone(&self.memory),
             layer,
             block,
+            on_device,
         }
+    }
+
+    /// Behind everything that the device has been given; `None` on the host, where what was called is done.
+    fn current_fence(&self) -> Option<Fence> {
+        let device = self.memory.device()?;
+        let mut fence = self.fence.borrow_mut();
+        Some(fence.get_or_insert_with(|| device.fence()).clone())
+    }
+
+    /// Says that the device is about to be given work on blocks.
+    pub(crate) fn queue_work(&self) {
+        *self.fence.borrow_mut() = None;
+    }
+
+    /// Device addresses of a layer's K and V parts of block 0; block `b` is `b * part_bytes` further. `None` on the host.
+    pub(crate) fn layer_addresses(&self, layer: usize) -> Option<(u64, u64)> {
+        let device = self.memory.device()?;
+        let at = |part| device.address(self.memory.geometry.plane_offset(layer, 0, part));
+        Some((at(Part::Key), at(Part::Value)))
     }
 
     /// Whether any layer of the block is pinned: such a block must not be given to another sequence yet.
@@ -125,6 +166,7 @@ impl KvCache {
         Ok(KvWrite {
             memory: Arc::clone(&self.memory),
             block,
+            fence: self.current_fence(),
         })
     }
 
@@ -153,6 +195,14 @@ impl KvCache {
             return Ok(());
         }
         let layout = self.memory.geometry.layout;
+        let parts = (0..layout.n_layers).flat_map(|layer| [(layer, Part::Key), (layer, Part::Value)]);
+        if let Some(device) = self.memory.device() {
+            self.queue_work();
+            let offset = |layer, block, part| self.memory.geometry.plane_offset(layer, block, part);
+            let parts = parts.map(|(layer, part)| (offset(layer, from, part), offset(layer, to, part)));
+            device.copy_parts(parts, layout.part_bytes());
+            return Ok(());
+        }
         for layer in 0..layout.n_layers {
             for part in [Part::Key, Part::Value] {
                 // SAFETY: both parts lie within the map and differ, as the blocks do; `from` has no writer and `to` no
@@ -173,8 +223,17 @@ impl KvCache {
 
     /// Pointers to the K and V parts of a block that the forward pass is about to append to.
     ///
-    /// Panics if the (layer, block) is pinned, the block has a writer, or another sequence of this append has it.
+    /// Panics if [`KvCache::claim_append`] does, or on a device.
     pub(crate) fn append_block(&mut self, layer: usize, block: u32) -> (*mut u8, *mut u8) {
+        self.claim_append(layer, block);
+        (
+            self.memory.part(layer, block, Part::Key),
+            self.memory.part(layer, block, Part::Value),
+        )
+    }
+
+    /// Panics if the (layer, block) is pinned, the block has a writer, or another sequence of this append has it.
+    pub(crate) fn claim_append(&mut self, layer: usize, block: u32) {
         self.memory.assert_readable(layer, block);
         let pins = self.memory.layer_pins[self.memory.pin_index(layer, block)].load(Ordering::Acquire);
         assert!(
@@ -186,10 +245,6 @@ impl KvCache {
             mark != self.append_mark,
             "two sequences of a batch append to block {block}"
         );
-        (
-            self.memory.part(layer, block, Part::Key),
-            self.memory.part(layer, block, Part::Value),
-        )
     }
 
     /// Checks that the forward pass may read these blocks of a layer for as long as it borrows the cache.

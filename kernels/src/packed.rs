@@ -1,8 +1,9 @@
-//! Weights packed for the CPU's products: one read-only file that all processes of a host map. No arithmetic here.
+//! Weights packed for a device's products: one read-only file that all processes of a host map. No arithmetic here.
 //!
-//! File: a header (magic, version, dtype, the table of weights), zeros up to 2 MiB, then each weight on a 4 KiB boundary.
-//! Matrices are panels of 64 outputs, `[n_out / 64][n_words][64]`, where a word is one f32 or two neighbouring bf16 of the
-//! input, little endian; vectors are f32. Padding is zero. The layout is the same for every instruction set.
+//! File: a header (magic, version, dtype, packing, the table of weights), zeros up to 2 MiB, then each weight on a 4 KiB
+//! boundary, little endian; vectors are f32. Padding is zero.
+//! For the CPU, matrices are panels of 64 outputs, `[n_out / 64][n_words][64]`, where a word is one f32 or two neighbouring
+//! bf16 of the input; the same for every instruction set. For CUDA they are rows, `[n_out][n_in]`.
 
 mod build;
 mod file;
@@ -21,6 +22,15 @@ use crate::layout::DType;
 
 /// Outputs of one panel.
 pub(crate) const PANEL: usize = 64;
+
+/// How matrices lie in a packed file: what the device's products read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// Panels of 64 outputs, for the CPU; f32 or bf16.
+    Panels,
+    /// Row major without padding, for CUDA.
+    Rows,
+}
 
 /// What a weight is once packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +80,7 @@ pub trait WeightSource {
 /// Weights ready for the products, read only and shared.
 pub struct PackedWeights {
     storage: Arc<Storage>,
+    packing: Packing,
     dtype: DType,
     entries: HashMap<String, Entry>,
 }
@@ -88,26 +99,28 @@ pub(crate) struct Entry {
 }
 
 impl PackedWeights {
-    /// Maps `<dir>/<key>.<dtype>`, packing it first if it is not there or not ours.
+    /// Maps `<dir>/<key>.<dtype>` (of rows, `<key>.rows.<dtype>`), packing it first if it is not there or not ours.
     ///
     /// Of several processes that start at once, one packs and the others wait for it. `progress` hears of packed bytes,
     /// done and in total; it is not called when the file was already there. `key` names the weights: same key, same bytes.
     ///
     /// # Errors
-    /// A dtype other than f32 and bf16, a key that is no plain file name, missing or misshapen tensors, file problems, or a
+    /// f16 in panels, a key that is no plain file name, missing or misshapen tensors, file problems, or a
     /// lock held by another process for more than 30 minutes.
     pub fn open_or_build(
         dir: &Path,
         key: &str,
+        packing: Packing,
         dtype: DType,
         specs: &[WeightSpec],
         source: &dyn WeightSource,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Arc<PackedWeights>, KernelError> {
-        let plan = build::Plan::new(dtype, specs)?;
+        let plan = build::Plan::new(packing, dtype, specs)?;
         let map = file::open_or_build(dir, key, &plan, source, progress)?;
         Ok(Arc::new(PackedWeights {
             storage: Arc::new(Storage::File(map)),
+            packing,
             dtype,
             entries: plan.entries(),
         }))
@@ -118,11 +131,12 @@ impl PackedWeights {
     /// # Errors
     /// As [`PackedWeights::open_or_build`], without the file's.
     pub fn in_memory(
+        packing: Packing,
         dtype: DType,
         specs: &[WeightSpec],
         source: &dyn WeightSource,
     ) -> Result<Arc<PackedWeights>, KernelError> {
-        let plan = build::Plan::new(dtype, specs)?;
+        let plan = build::Plan::new(packing, dtype, specs)?;
         let mut words = AlignedBuf::zeroed(plan.total_words());
         let start = std::sync::Mutex::new(&mut words[..]);
         plan.pack_all(
@@ -138,6 +152,7 @@ impl PackedWeights {
         )?;
         Ok(Arc::new(PackedWeights {
             storage: Arc::new(Storage::Memory(words)),
+            packing,
             dtype,
             entries: plan.entries(),
         }))
@@ -154,6 +169,7 @@ impl PackedWeights {
     }
 
     pub(crate) fn matrix(&self, name: &str) -> Result<CpuMatrix, KernelError> {
+        assert_eq!(self.packing, Packing::Panels, "the CPU reads panels");
         match self.entries.get(name) {
             Some(&Entry {
                 kind: WeightKind::Matrix { n_out, n_in },
@@ -167,6 +183,24 @@ impl PackedWeights {
                     n_in,
                     n_words,
                 })
+            }
+            _ => Err(KernelError::MissingWeight {
+                kind: "matrix",
+                name: name.to_owned(),
+            }),
+        }
+    }
+
+    /// The bytes of a matrix in rows, `[n_out, n_in]`, and its shape.
+    pub(crate) fn rows(&self, name: &str) -> Result<(&[u8], [usize; 2]), KernelError> {
+        assert_eq!(self.packing, Packing::Rows, "only rows are read as they lie");
+        match self.entries.get(name) {
+            Some(&Entry {
+                kind: WeightKind::Matrix { n_out, n_in },
+                offset,
+            }) => {
+                let bytes: &[u8] = bytemuck::cast_slice(&self.storage.words()[offset..]);
+                Ok((&bytes[..n_out * n_in * self.dtype.size()], [n_out, n_in]))
             }
             _ => Err(KernelError::MissingWeight {
                 kind: "matrix",

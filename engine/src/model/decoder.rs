@@ -193,7 +193,7 @@ impl<B: Backend> LayerWeights<B> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Puts packed weights and a cache together.
+    /// Puts packed weights and a cache together; `kv` makes it, last, of what the device then has left.
     ///
     /// # Errors
     /// A packed weight that is missing or of another dtype, or a cache that cannot be had.
@@ -202,8 +202,8 @@ impl<B: Backend> Decoder<B> {
         config: ModelConfig,
         fingerprint: ModelFingerprint,
         packed: &PackedWeights,
-        kv: KvCache,
         limits: DecoderLimits,
+        kv: impl FnOnce(&B) -> Result<KvCache, KernelError>,
     ) -> Result<Decoder<B>, KernelError> {
         let layer = |layer: usize| LayerWeights::new(&backend, &config, packed, layer);
         let lm_head = if config.tie_word_embeddings {
@@ -218,8 +218,14 @@ impl<B: Backend> Decoder<B> {
             lm_head,
         };
         let rope = |rope: &RopeConfig| backend.rope(&rope.variants(), limits.max_model_len);
-        let ropes = config.ropes.iter().map(rope).collect();
-        let activations = Activations::new(&backend, &config, limits.max_batch_tokens);
+        let ropes = config.ropes.iter().map(rope).collect::<Result<_, KernelError>>()?;
+        let activations = Activations::new(&backend, &config, limits.max_batch_tokens)?;
+        let kv = kv(&backend)?;
+        // A cache of what a card has left may hold less than the longest sequence.
+        let limits = DecoderLimits {
+            max_model_len: limits.max_model_len.min(kv.n_blocks() * kv.layout().block_size),
+            ..limits
+        };
         Ok(Decoder {
             backend,
             layer_groups: config.layer_groups(),
@@ -337,7 +343,8 @@ impl<B: Backend> Decoder<B> {
         // Gemma's factor takes the model's own precision.
         let embedding_scale = match backend.compute_dtype() {
             DType::Bf16 => half::bf16::from_f32(config.embedding_scale).to_f32(),
-            DType::F32 | DType::F16 => config.embedding_scale,
+            DType::F16 => half::f16::from_f32(config.embedding_scale).to_f32(),
+            DType::F32 => config.embedding_scale,
         };
         backend.embed(&mut a.residual, &weights.embed, token_ids, embedding_scale);
         for (layer_idx, layer) in weights.layers.iter().enumerate() {
@@ -500,40 +507,40 @@ fn finish_layer<B: Backend>(
 }
 
 impl<B: Backend> Activations<B> {
-    fn new(backend: &B, config: &ModelConfig, max_rows: usize) -> Activations<B> {
+    fn new(backend: &B, config: &ModelConfig, max_rows: usize) -> Result<Activations<B>, KernelError> {
         let hidden = config.hidden_size;
         let query_width = config.n_heads * config.head_dim;
         let max_wanted = max_rows.min(MAX_LOGIT_ROWS);
-        Activations {
-            residual: backend.tensor(max_rows, hidden),
-            qkv: backend.tensor(max_rows, query_width + 2 * config.n_kv_heads * config.head_dim),
-            attention: backend.tensor(max_rows, query_width),
-            block: BlockActivations::new(backend, config, max_rows),
-            wanted_residual: backend.tensor(max_wanted, hidden),
-            wanted_attention: backend.tensor(max_wanted, query_width),
-            logits: backend.tensor(max_wanted, config.vocab_size),
-        }
+        Ok(Activations {
+            residual: backend.tensor(max_rows, hidden)?,
+            qkv: backend.tensor(max_rows, query_width + 2 * config.n_kv_heads * config.head_dim)?,
+            attention: backend.tensor(max_rows, query_width)?,
+            block: BlockActivations::new(backend, config, max_rows)?,
+            wanted_residual: backend.tensor(max_wanted, hidden)?,
+            wanted_attention: backend.tensor(max_wanted, query_width)?,
+            logits: backend.logits(max_wanted, config.vocab_size)?,
+        })
     }
 }
 
 impl<B: Backend> BlockActivations<B> {
     /// What no layer needs has no columns.
-    fn new(backend: &B, config: &ModelConfig, max_rows: usize) -> BlockActivations<B> {
+    fn new(backend: &B, config: &ModelConfig, max_rows: usize) -> Result<BlockActivations<B>, KernelError> {
         let tensors = &config.architecture.tensors;
         let hidden = config.hidden_size;
         let only_if = |needed: bool, cols: usize| backend.tensor(max_rows, if needed { cols } else { 0 });
         let has_dense = config.layers.iter().any(|layer| !layer.has_experts);
-        BlockActivations {
-            normed: backend.tensor(max_rows, hidden),
-            delta: backend.tensor(max_rows, hidden),
+        Ok(BlockActivations {
+            normed: backend.tensor(max_rows, hidden)?,
+            delta: backend.tensor(max_rows, hidden)?,
             post: only_if(
                 tensors.post_attention_norm.is_some() || tensors.post_ffn_norm.is_some(),
                 hidden,
-            ),
-            gate_up: only_if(has_dense, 2 * config.ffn_size),
-            ffn: only_if(has_dense, config.ffn_size),
-            router_logits: backend.tensor(max_rows, config.experts.as_ref().map_or(0, |experts| experts.n_experts)),
-        }
+            )?,
+            gate_up: only_if(has_dense, 2 * config.ffn_size)?,
+            ffn: only_if(has_dense, config.ffn_size)?,
+            router_logits: backend.tensor(max_rows, config.experts.as_ref().map_or(0, |experts| experts.n_experts))?,
+        })
     }
 }
 
@@ -573,6 +580,7 @@ impl<B: Backend> ForwardPass for Decoder<B> {
             return Ok(StepOutput::default());
         }
         self.assert_valid(sequences);
+        self.backend.begin_step();
         self.list_wanted_rows(sequences);
         self.token_ids.clear();
         self.token_ids

@@ -1,9 +1,11 @@
-//! A model folder -> a decoder on the CPU: check the tensors, pack them or map what another process packed, set the cache up.
+//! A model folder -> a decoder on a device: check the tensors, pack them or map what another process packed, set the cache up.
 
 use std::path::PathBuf;
 
+use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, ImageFolders};
 use baton_kernels::{
-    Cpu, CpuOptions, DType, Isa, KernelError, KvCache, KvLayout, PackedWeights, WINDOW_GRAIN, WeightSource, WeightSpec,
+    Backend, Cpu, CpuOptions, DType, Isa, KernelError, KvCache, KvLayout, PackedWeights, Packing, WINDOW_GRAIN,
+    WeightSource, WeightSpec,
 };
 use baton_scheduler::batch::SlidingWindow;
 
@@ -15,17 +17,11 @@ use super::fingerprint::ModelFingerprint;
 use super::folder::ModelFolder;
 use super::weights::{DummyWeights, LoadFormat, check_tensors, weight_specs};
 
-/// How to load a model on the CPU.
+/// What loading takes on every device.
 #[derive(Clone, Debug)]
-pub struct CpuLoadOptions {
-    /// Compute and KV dtype: f32 or bf16.
+pub struct LoadOptions {
+    /// Compute and KV dtype: f32, bf16, or f16 on CUDA.
     pub dtype: DType,
-    /// Threads of the step, its own included.
-    pub n_threads: usize,
-    /// Instruction set; `None` takes the best there is.
-    pub isa: Option<Isa>,
-    /// Blocks of the KV cache.
-    pub n_kv_blocks: usize,
     /// Tokens of a block.
     pub block_size: usize,
     /// What one step and one sequence may hold.
@@ -34,6 +30,47 @@ pub struct CpuLoadOptions {
     pub packed_dir: Option<PathBuf>,
     /// Files or random numbers.
     pub load_format: LoadFormat,
+}
+
+/// How to load a model on the CPU.
+#[derive(Clone, Debug)]
+pub struct CpuLoadOptions {
+    /// What loading takes on every device.
+    pub model: LoadOptions,
+    /// Threads of the step, its own included.
+    pub n_threads: usize,
+    /// Instruction set; `None` takes the best there is.
+    pub isa: Option<Isa>,
+    /// Blocks of the KV cache.
+    pub n_kv_blocks: usize,
+}
+
+/// How to load a model on a CUDA card.
+#[derive(Clone, Debug)]
+pub struct CudaLoadOptions {
+    /// What loading takes on every device.
+    pub model: LoadOptions,
+    /// The driver's number of the card.
+    pub ordinal: usize,
+    /// Whether a row's bits may depend on what else is in the batch.
+    pub mode: CudaMode,
+    /// Folders with CUDA's libraries, looked through before the system's own.
+    pub libraries: Vec<PathBuf>,
+    /// Where compiled kernels are.
+    pub images: ImageFolders,
+    /// Size of the KV cache.
+    pub kv: CudaKvSize,
+}
+
+/// How large a KV cache in a card's memory is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum CudaKvSize {
+    /// So many blocks.
+    Blocks(usize),
+    /// As many bytes.
+    Bytes(u64),
+    /// So many hundredths of what weights and activations have left free.
+    PercentOfFree(u8),
 }
 
 impl ModelConfig {
@@ -71,6 +108,58 @@ pub fn load_cpu(
     options: &CpuLoadOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Decoder<Cpu>, ModelError> {
+    let CpuLoadOptions {
+        ref model,
+        n_threads,
+        isa,
+        n_kv_blocks,
+    } = *options;
+    let dtype = model.dtype;
+    let open = || Cpu::new(CpuOptions { n_threads, dtype, isa });
+    load(folder, model, Packing::Panels, progress, open, |_, layout| {
+        // In a file that other processes of the host can map, where there are such files.
+        KvCache::shared(layout, n_kv_blocks).or_else(|_| KvCache::new(layout, n_kv_blocks))
+    })
+}
+
+/// The same on a CUDA card. A sequence is at most as long as the cache, whose size is what the card has left.
+///
+/// # Errors
+/// As [`load_cpu`], a card or kernels that cannot be had, or too little device memory.
+pub fn load_cuda(
+    folder: &ModelFolder,
+    options: &CudaLoadOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Decoder<Cuda>, ModelError> {
+    let open = || {
+        Cuda::new(CudaOptions {
+            ordinal: options.ordinal,
+            dtype: options.model.dtype,
+            head_dim: folder.config.head_dim,
+            mode: options.mode,
+            libraries: options.libraries.clone(),
+            images: options.images.clone(),
+        })
+    };
+    load(folder, &options.model, Packing::Rows, progress, open, |cuda, layout| {
+        let n_bytes = match options.kv {
+            CudaKvSize::Blocks(n_blocks) => return cuda.kv_cache(layout, n_blocks),
+            CudaKvSize::Bytes(n_bytes) => n_bytes,
+            CudaKvSize::PercentOfFree(percent) => cuda.free_bytes()? as u64 / 100 * u64::from(percent),
+        };
+        cuda.kv_cache(layout, n_bytes as usize / layout.block_bytes())
+    })
+}
+
+/// A decoder on the device that `open` opens, with the cache that `kv` makes once everything else is there.
+fn load<B: Backend>(
+    folder: &ModelFolder,
+    options: &LoadOptions,
+    packing: Packing,
+    progress: &mut dyn FnMut(u64, u64),
+    open: impl FnOnce() -> Result<B, KernelError>,
+    kv: impl FnOnce(&B, KvLayout) -> Result<KvCache, KernelError>,
+) -> Result<Decoder<B>, ModelError> {
     let kernel = |source: KernelError| ModelError::Kernel {
         model: folder.location().display().to_string(),
         source,
@@ -85,10 +174,7 @@ pub fn load_cpu(
             found: config.max_position_embeddings.to_string(),
         });
     }
-    let CpuLoadOptions {
-        dtype, n_threads, isa, ..
-    } = *options;
-    let backend = Cpu::new(CpuOptions { n_threads, dtype, isa }).map_err(kernel)?;
+    let backend = open().map_err(kernel)?;
     let (packed, fingerprint) = match options.load_format {
         LoadFormat::Safetensors => {
             let table = folder.open_weights()?;
@@ -96,7 +182,7 @@ pub fn load_cpu(
             let fingerprint = ModelFingerprint::of_files(folder, &table);
             let source = DerivedWeights::new(config, &table);
             (
-                pack(config, fingerprint, options, &source, progress).map_err(kernel)?,
+                pack(config, fingerprint, options, packing, &source, progress).map_err(kernel)?,
                 fingerprint,
             )
         }
@@ -104,22 +190,21 @@ pub fn load_cpu(
             let source = DummyWeights::new(config, seed);
             let fingerprint = ModelFingerprint::of_dummy(folder, seed);
             (
-                pack(config, fingerprint, options, &source, progress).map_err(kernel)?,
+                pack(config, fingerprint, options, packing, &source, progress).map_err(kernel)?,
                 fingerprint,
             )
         }
     };
-    let layout = config.kv_layout(options.block_size, dtype);
-    // In a file that other processes of the host can map, where there are such files.
-    let kv = KvCache::shared(layout, options.n_kv_blocks).or_else(|_| KvCache::new(layout, options.n_kv_blocks));
-    let kv = kv.map_err(kernel)?;
-    Decoder::new(backend, config.clone(), fingerprint, &packed, kv, options.limits).map_err(kernel)
+    let layout = config.kv_layout(options.block_size, options.dtype);
+    let kv = |backend: &B| kv(backend, layout);
+    Decoder::new(backend, config.clone(), fingerprint, &packed, options.limits, kv).map_err(kernel)
 }
 
 fn pack(
     config: &ModelConfig,
     fingerprint: ModelFingerprint,
-    options: &CpuLoadOptions,
+    options: &LoadOptions,
+    packing: Packing,
     source: &dyn WeightSource,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<std::sync::Arc<PackedWeights>, KernelError> {
@@ -127,8 +212,8 @@ fn pack(
     match &options.packed_dir {
         Some(directory) => {
             let key = fingerprint.packed_key(options.dtype);
-            PackedWeights::open_or_build(directory, &key, options.dtype, &specs, source, progress)
+            PackedWeights::open_or_build(directory, &key, packing, options.dtype, &specs, source, progress)
         }
-        None => PackedWeights::in_memory(options.dtype, &specs, source),
+        None => PackedWeights::in_memory(packing, options.dtype, &specs, source),
     }
 }

@@ -21,6 +21,7 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 
 pub use isa::Isa;
+pub(crate) use rope::table as rope_table;
 pub use tensor::{CpuMatrix, CpuRope, CpuTensor, CpuVector};
 
 use crate::aligned::AlignedBuf;
@@ -158,8 +159,12 @@ impl Backend for Cpu {
         format!("cpu-{}-{}", self.isa, self.dtype)
     }
 
-    fn tensor(&self, max_rows: usize, cols: usize) -> CpuTensor {
-        CpuTensor::new(max_rows, cols)
+    fn tensor(&self, max_rows: usize, cols: usize) -> Result<CpuTensor, KernelError> {
+        Ok(CpuTensor::new(max_rows, cols))
+    }
+
+    fn logits(&self, max_rows: usize, cols: usize) -> Result<CpuTensor, KernelError> {
+        self.tensor(max_rows, cols)
     }
 
     fn matrix(&self, weights: &PackedWeights, name: &str) -> Result<CpuMatrix, KernelError> {
@@ -191,9 +196,11 @@ impl Backend for Cpu {
         names.iter().map(expert).collect::<Result<_, _>>().map(CpuExperts)
     }
 
-    fn rope(&self, variants: &[RopeParams], max_positions: usize) -> CpuRope {
-        rope::table(variants, max_positions)
+    fn rope(&self, variants: &[RopeParams], max_positions: usize) -> Result<CpuRope, KernelError> {
+        Ok(rope::table(variants, max_positions))
     }
+
+    fn begin_step(&self) {}
 
     fn embed(&self, out: &mut CpuTensor, table: &CpuMatrix, ids: &[u32], scale: f32) {
         let out = out.resize("embed", ids.len(), table.n_in);

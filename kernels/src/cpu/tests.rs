@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use super::*;
 use crate::backend::{QkNorm, RaggedSequence, WINDOW_GRAIN};
 use crate::layout::KvLayout;
-use crate::packed::{SourceTensor, WeightKind, WeightSource, WeightSpec};
+use crate::packed::{Packing, SourceTensor, WeightKind, WeightSource, WeightSpec};
 use crate::reference;
 
 /// A small generator of our own: the tests need values, not quality.
@@ -75,11 +75,11 @@ fn weights(dtype: DType, w: &[f32], n_out: usize, n_in: usize) -> std::sync::Arc
         spec("w", WeightKind::Matrix { n_out, n_in }),
         spec("v", WeightKind::Vector { len: n_in }),
     ];
-    PackedWeights::in_memory(dtype, &specs, &source).unwrap()
+    PackedWeights::in_memory(Packing::Panels, dtype, &specs, &source).unwrap()
 }
 
 fn tensor(cpu: &Cpu, cols: usize, values: &[f32]) -> CpuTensor {
-    let mut tensor = cpu.tensor(values.len() / cols, cols);
+    let mut tensor = cpu.tensor(values.len() / cols, cols).unwrap();
     tensor.set(values);
     tensor
 }
@@ -103,7 +103,7 @@ fn assert_close(cpu: &Cpu, found: &[f32], expected: &[f32], tolerance: f32) {
 
 fn linear(cpu: &Cpu, x: &[f32], w: &CpuMatrix) -> Vec<f32> {
     let x = tensor(cpu, w.n_in, x);
-    let mut out = cpu.tensor(x.rows(), w.n_out);
+    let mut out = cpu.tensor(x.rows(), w.n_out).unwrap();
     cpu.linear(&mut out, &x, w);
     out.as_slice().to_vec()
 }
@@ -180,7 +180,7 @@ fn row_operators_are_close_to_the_reference_and_row_independent() {
         for cpu in devices(DType::F32, 2) {
             let packed = weights(DType::F32, &weight, 1, cols);
             let vector = cpu.vector(&packed, "v").unwrap();
-            let mut out = cpu.tensor(rows, cols);
+            let mut out = cpu.tensor(rows, cols).unwrap();
             cpu.rms_norm(&mut out, &tensor(&cpu, cols, &x), &vector, 1e-5);
             assert_close(&cpu, out.as_slice(), &reference::rms_norm(&x, &weight, 1e-5), 1e-5);
 
@@ -190,7 +190,7 @@ fn row_operators_are_close_to_the_reference_and_row_independent() {
             assert_close(&cpu, out.as_slice(), &reference::rms_norm(&sums, &weight, 1e-5), 1e-5);
             let batch = out.as_slice().to_vec();
             for (row_idx, row) in sums.chunks_exact(cols).enumerate() {
-                let mut one = cpu.tensor(1, cols);
+                let mut one = cpu.tensor(1, cols).unwrap();
                 cpu.rms_norm(&mut one, &tensor(&cpu, cols, row), &vector, 1e-5);
                 assert_eq!(bits(one.as_slice()), bits(&batch[row_idx * cols..][..cols]));
             }
@@ -282,20 +282,20 @@ fn embed_and_gather_return_the_rows_asked_for() {
         let packed = weights(dtype, &table, vocab, hidden);
         let rounded = reference::round(dtype, &table);
         for cpu in devices(dtype, 2) {
-            let mut out = cpu.tensor(6, hidden);
+            let mut out = cpu.tensor(6, hidden).unwrap();
             cpu.embed(&mut out, &cpu.matrix(&packed, "w").unwrap(), &ids, 1.0);
             let expected: Vec<f32> = ids
                 .iter()
                 .flat_map(|id| rounded[*id as usize * hidden..][..hidden].to_vec())
                 .collect();
             assert_eq!(cpu.to_host(&out), expected);
-            let mut twice = cpu.tensor(6, hidden);
+            let mut twice = cpu.tensor(6, hidden).unwrap();
             cpu.embed(&mut twice, &cpu.matrix(&packed, "w").unwrap(), &ids, 2.0);
             assert_eq!(
                 cpu.to_host(&twice),
                 expected.iter().map(|x| 2.0 * x).collect::<Vec<f32>>()
             );
-            let mut some = cpu.tensor(3, hidden);
+            let mut some = cpu.tensor(3, hidden).unwrap();
             cpu.gather_rows(&mut some, &out, &[5, 0]);
             assert_eq!(some.rows(), 2);
             assert_eq!(some.as_slice(), [&expected[5 * hidden..], &expected[..hidden]].concat());

@@ -1,5 +1,34 @@
-//! The CUDA device: its kernels' sources, how they are launched, and how attention is cut into work.
+//! The CUDA device: whether there is one, its memory and streams, its kernels and where they come from, and the operators
+//! over them. Nothing of CUDA is needed to build or to start; all of it is loaded when a card is asked for.
+//!
+//! What the kernels are, and how they divide their work, is in `kernels/cuda/` and docs/kernels.md.
 
+mod attention;
+mod backend;
+mod batch;
+mod buffer;
+mod compile;
+mod device;
+mod error;
+mod function;
+mod gemm;
+mod images;
+mod kernels;
+mod kv;
 pub mod launch;
+mod libraries;
+mod moe;
 pub mod plan;
+mod probe;
+mod rope;
+mod scratch;
 pub mod sources;
+mod tensor;
+mod upload;
+
+pub use backend::{Cuda, CudaMode, CudaOptions};
+pub use error::CudaError;
+pub use images::{ImageFolders, ImageOrigin};
+pub(crate) use kv::{DeviceKv, Fence};
+pub use probe::{CudaCard, probe};
+pub use tensor::{CudaExperts, CudaMatrix, CudaRope, CudaTensor, CudaVector};

@@ -109,8 +109,12 @@ impl ForeignKv {
             );
         }
         self.check(blocks)?;
-        for part in [Part::Key, Part::Value] {
-            self.copy_parts(layer, part, blocks, writers);
+        if writers.iter().any(|writer| writer.memory.device().is_some()) {
+            self.stage_parts(layer, blocks, writers)?;
+        } else {
+            for part in [Part::Key, Part::Value] {
+                self.copy_parts(layer, part, blocks, writers);
+            }
         }
         // Full: the loads of a string copy are not promised to precede a later load otherwise.
         fence(Ordering::SeqCst);
@@ -144,6 +148,25 @@ impl ForeignKv {
             unsafe { copy_changing(source, target, n * part_bytes) };
             first += n;
         }
+    }
+
+    /// By way of ordinary memory, to writers whose blocks are on a device.
+    fn stage_parts(&self, layer: usize, blocks: &[(u32, u32)], writers: &mut [KvWrite]) -> Result<(), KernelError> {
+        let part_bytes = self.geometry.layout.part_bytes();
+        let [mut key, mut value] = [vec![0; part_bytes], vec![0; part_bytes]];
+        for (&(block, _), writer) in blocks.iter().zip(writers) {
+            for (part, staged) in [(Part::Key, &mut key), (Part::Value, &mut value)] {
+                let source = self
+                    .map
+                    .as_ptr()
+                    .wrapping_add(self.geometry.part_at(layer, block, part));
+                // SAFETY: a part lies within the mapping, and the vector has as many bytes and is ours. The source may
+                // change while it is read, which the copy allows.
+                unsafe { copy_changing(source, staged.as_mut_ptr(), part_bytes) };
+            }
+            writer.write(layer, &key, &value)?;
+        }
+        Ok(())
     }
 
     fn check(&self, blocks: &[(u32, u32)]) -> Result<(), KernelError> {

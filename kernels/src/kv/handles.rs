@@ -1,9 +1,10 @@
 //! Pins and writers: what code outside the forward pass holds of the KV memory. Who may make them is `KvCache`'s business.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 
 use super::memory::{KvMemory, Part};
+use crate::cuda::Fence;
 use crate::error::KernelError;
 
 /// A pin on one (layer, block): its bytes stay as they are while any clone lives. Dropping the last one unpins.
@@ -11,12 +12,23 @@ pub struct KvRead {
     pub(super) memory: Arc<KvMemory>,
     pub(super) layer: usize,
     pub(super) block: u32,
+    pub(super) on_device: Option<Staged>,
+}
+
+/// What a pin needs beyond the mapping where the block is on a device.
+pub(super) struct Staged {
+    /// Behind what has written the block.
+    pub(super) fence: Fence,
+    /// K then V, fetched when they are first asked for.
+    pub(super) bytes: OnceLock<Box<[u8]>>,
 }
 
 /// The only writer of one block, over all layers. Dropping it, sealed or not, ends the writing.
 pub struct KvWrite {
     pub(super) memory: Arc<KvMemory>,
     pub(super) block: u32,
+    /// Behind what has read the block, where it is on a device.
+    pub(super) fence: Option<Fence>,
 }
 
 impl KvRead {
@@ -54,16 +66,42 @@ impl KvRead {
 
     fn bytes(&self, part: Part) -> &[u8] {
         let bytes = self.memory.geometry.layout.part_bytes();
+        if let Some(staged) = &self.on_device {
+            let (key, value) = self.fetch(staged).split_at(bytes);
+            return match part {
+                Part::Key => key,
+                Part::Value => value,
+            };
+        }
         // SAFETY: within the map, which the Arc keeps; nobody writes a pinned (layer, block): appends and copies assert
         // its pins, and a writer is refused while any layer is pinned.
         unsafe { std::slice::from_raw_parts(self.memory.part(self.layer, self.block, part), bytes) }
     }
 }
 
+impl KvRead {
+    /// K and V on the host; a failure of the device ends the thread, as there is nothing left to serve from.
+    fn fetch<'a>(&self, staged: &'a Staged) -> &'a [u8] {
+        staged.bytes.get_or_init(|| {
+            let KvMemory { geometry, .. } = &*self.memory;
+            let device = self.memory.device().expect("only blocks of a device are staged");
+            let parts = [Part::Key, Part::Value].map(|part| geometry.plane_offset(self.layer, self.block, part));
+            let mut bytes = vec![0; geometry.layout.layer_block_bytes()].into_boxed_slice();
+            device.read(&staged.fence, &parts, &mut bytes);
+            bytes
+        })
+    }
+}
+
 impl Clone for KvRead {
     fn clone(&self) -> KvRead {
         self.memory.add_pin(self.layer, self.block);
+        let on_device = self.on_device.as_ref().map(|staged| Staged {
+            fence: staged.fence.clone(),
+            bytes: OnceLock::new(),
+        });
         KvRead {
+            on_device,
             memory: Arc::clone(&self.memory),
             layer: self.layer,
             block: self.block,
@@ -109,6 +147,11 @@ impl KvWrite {
                     found: bytes.len(),
                 });
             }
+        }
+        if let (Some(device), Some(fence)) = (self.memory.device(), &self.fence) {
+            let offset = |part| self.memory.geometry.plane_offset(layer, self.block, part);
+            device.write(fence, &[(offset(Part::Key), key), (offset(Part::Value), value)]);
+            return Ok(());
         }
         for (part, bytes) in [(Part::Key, key), (Part::Value, value)] {
             // SAFETY: within the map, which the Arc keeps. This handle is the block's only writer, and `writing`, set until

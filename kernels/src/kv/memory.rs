@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use crate::cuda::DeviceKv;
 use crate::error::KernelError;
 use crate::layout::{DType, KvLayout};
 
@@ -32,9 +33,6 @@ pub(super) struct Geometry {
 impl Geometry {
     pub(super) fn new(layout: KvLayout, n_blocks: usize) -> Result<Geometry, KernelError> {
         let refuse = |reason| Err(KernelError::Layout { layout, reason });
-        if layout.dtype == DType::F16 {
-            return refuse("f16 is not stored, expected f32 or bf16");
-        }
         let dimensions = [layout.n_layers, layout.n_kv_heads, layout.block_size, layout.head_dim];
         if dimensions.contains(&0) {
             return refuse("every dimension must be at least 1");
@@ -80,6 +78,26 @@ impl Geometry {
         self.planes_at + (plane * self.n_blocks + block as usize) * self.layout.part_bytes()
     }
 
+    /// Start of a part within the planes.
+    pub(super) fn plane_offset(&self, layer: usize, block: u32, part: Part) -> usize {
+        self.part_at(layer, block, part) - self.planes_at
+    }
+
+    /// Bytes of the planes.
+    pub(super) fn plane_bytes(&self) -> usize {
+        self.n_bytes - self.planes_at
+    }
+
+    fn check_host_dtype(&self) -> Result<(), KernelError> {
+        match self.layout.dtype {
+            DType::F32 | DType::Bf16 => Ok(()),
+            DType::F16 => Err(KernelError::Layout {
+                layout: self.layout,
+                reason: "f16 is not stored on the host, expected f32 or bf16",
+            }),
+        }
+    }
+
     pub(super) fn check_block(&self, block: u32) -> Result<(), KernelError> {
         if (block as usize) < self.n_blocks {
             Ok(())
@@ -92,8 +110,17 @@ impl Geometry {
     }
 }
 
+/// Where the bytes of blocks are.
+pub(super) enum Home {
+    /// In the mapping, behind the generations.
+    Host,
+    /// In device memory; the mapping holds the generations alone.
+    Device(DeviceKv),
+}
+
 pub(super) struct KvMemory {
     map: MmapRaw,
+    pub(super) home: Home,
     pub(super) geometry: Geometry,
     /// What is mapped, when other processes may map it too.
     pub(super) file: Option<OwnedFd>,
@@ -108,18 +135,29 @@ pub(super) struct KvMemory {
 impl KvMemory {
     /// Memory of this process alone.
     pub(super) fn anonymous(geometry: Geometry) -> Result<KvMemory, KernelError> {
+        geometry.check_host_dtype()?;
         let map = MmapOptions::new()
             .len(geometry.n_bytes)
             .no_reserve_swap()
             .map_anon()
             .map_err(|error| out_of_memory(geometry, error))?;
-        Ok(KvMemory::over(map.into(), geometry, None))
+        Ok(KvMemory::over(map.into(), geometry, None, Home::Host))
+    }
+
+    /// Memory of a device.
+    pub(super) fn on_device(geometry: Geometry, planes: DeviceKv) -> Result<KvMemory, KernelError> {
+        let map = MmapOptions::new()
+            .len(geometry.planes_at)
+            .map_anon()
+            .map_err(|error| out_of_memory(geometry, error))?;
+        Ok(KvMemory::over(map.into(), geometry, None, Home::Device(planes)))
     }
 
     /// Memory that other processes may map for reading.
     #[cfg(target_os = "linux")]
     pub(super) fn shared(geometry: Geometry) -> Result<KvMemory, KernelError> {
         use rustix::fs::{MemfdFlags, SealFlags};
+        geometry.check_host_dtype()?;
         let fail = |error: rustix::io::Errno| out_of_memory(geometry, error.into());
         let file =
             rustix::fs::memfd_create("baton-kv", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(fail)?;
@@ -136,7 +174,7 @@ impl KvMemory {
             sealed => sealed,
         }
         .map_err(fail)?;
-        Ok(KvMemory::over(map, geometry, Some(file)))
+        Ok(KvMemory::over(map, geometry, Some(file), Home::Host))
     }
 
     #[cfg(not(target_os = "linux"))]
@@ -144,7 +182,7 @@ impl KvMemory {
         Err(out_of_memory(geometry, io::ErrorKind::Unsupported.into()))
     }
 
-    fn over(map: MmapRaw, geometry: Geometry, file: Option<OwnedFd>) -> KvMemory {
+    fn over(map: MmapRaw, geometry: Geometry, file: Option<OwnedFd>, home: Home) -> KvMemory {
         #[cfg(target_os = "linux")]
         if let Err(error) = map.advise(memmap2::Advice::HugePage) {
             tracing::debug!(%error, "no huge pages for the KV cache");
@@ -153,6 +191,7 @@ impl KvMemory {
         let n_blocks = geometry.n_blocks;
         KvMemory {
             map,
+            home,
             geometry,
             file,
             layer_pins: counters(geometry.layout.n_layers * n_blocks),
@@ -172,8 +211,28 @@ impl KvMemory {
         }
     }
 
-    /// Start of a part; in range because every caller has checked layer and block, which is asserted again here.
+    /// Bytes of the host's mapping.
+    pub(super) fn host_bytes(&self) -> usize {
+        match self.home {
+            Home::Host => self.geometry.n_bytes,
+            Home::Device(_) => self.geometry.planes_at,
+        }
+    }
+
+    /// The device that has the blocks, unless the host has them.
+    pub(super) fn device(&self) -> Option<&DeviceKv> {
+        match &self.home {
+            Home::Host => None,
+            Home::Device(planes) => Some(planes),
+        }
+    }
+
+    /// Start of a part on the host; in range because every caller has checked layer and block, which is asserted again here.
     pub(super) fn part(&self, layer: usize, block: u32, part: Part) -> *mut u8 {
+        assert!(
+            matches!(self.home, Home::Host),
+            "blocks of a device have no address on the host"
+        );
         self.map
             .as_mut_ptr()
             .wrapping_add(self.geometry.part_at(layer, block, part))

@@ -29,7 +29,7 @@ impl KvPrefault {
     pub fn run(self) -> io::Result<usize> {
         let mut offset = 0;
         while let Some(memory) = self.memory.upgrade() {
-            let n_left = memory.geometry.n_bytes - offset;
+            let n_left = memory.host_bytes() - offset;
             if n_left == 0 {
                 break;
             }

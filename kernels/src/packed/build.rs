@@ -1,10 +1,10 @@
-//! Turning source tensors into packed words: the table of a packed file, its offsets, and the packing of panels.
+//! Turning source tensors into packed words: the table of a packed file, its offsets, and the packing of panels or rows.
 //! Where the words go (file or memory) is the caller's.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use super::{Entry, PANEL, SourceTensor, WeightKind, WeightSource, WeightSpec};
+use super::{Entry, PANEL, Packing, SourceTensor, WeightKind, WeightSource, WeightSpec};
 use crate::cpu::simd::{round_bf16, widen_bf16};
 use crate::error::KernelError;
 use crate::layout::DType;
@@ -21,6 +21,7 @@ pub(super) type Sink<'a> = dyn Fn(usize, &[u32]) -> Result<(), KernelError> + Sy
 
 /// What a packed file of these specifications looks like.
 pub(super) struct Plan<'a> {
+    packing: Packing,
     dtype: DType,
     specs: &'a [WeightSpec],
     /// Per spec, in words.
@@ -30,8 +31,8 @@ pub(super) struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    pub(super) fn new(dtype: DType, specs: &'a [WeightSpec]) -> Result<Plan<'a>, KernelError> {
-        if dtype == DType::F16 {
+    pub(super) fn new(packing: Packing, dtype: DType, specs: &'a [WeightSpec]) -> Result<Plan<'a>, KernelError> {
+        if packing == Packing::Panels && dtype == DType::F16 {
             return Err(KernelError::UnsupportedDType {
                 what: "packed weights",
                 dtype,
@@ -40,7 +41,13 @@ impl<'a> Plan<'a> {
         let mut header = Vec::new();
         header.extend_from_slice(MAGIC);
         header.extend_from_slice(&VERSION.to_le_bytes());
-        header.extend_from_slice(&[dtype.size() as u8, PANEL as u8, 0, 0]);
+        // What panels of f32 and of bf16 have always said; the others say something else.
+        let shape = match (packing, dtype) {
+            (Packing::Panels, _) => [dtype.size() as u8, PANEL as u8, 0, 0],
+            (Packing::Rows, DType::F32 | DType::Bf16) => [dtype.size() as u8, 1, 0, 0],
+            (Packing::Rows, DType::F16) => [dtype.size() as u8, 1, 1, 0],
+        };
+        header.extend_from_slice(&shape);
         header.extend_from_slice(&(specs.len() as u64).to_le_bytes());
         // The table's size does not depend on the offsets in it, so it can be measured before they are known.
         let table_bytes: usize = specs.iter().map(|spec| 8 + spec.name.len() + 8 * 4).sum();
@@ -59,10 +66,11 @@ impl<'a> Plan<'a> {
                 header.extend_from_slice(&field.to_le_bytes());
             }
             offsets.push(end);
-            end = (end + packed_words(spec.kind, dtype)).next_multiple_of(PAGE_WORDS);
+            end = (end + packed_words(packing, spec.kind, dtype)).next_multiple_of(PAGE_WORDS);
         }
         header.extend_from_slice(&(end as u64).to_le_bytes());
         Ok(Plan {
+            packing,
             dtype,
             specs,
             offsets,
@@ -76,8 +84,12 @@ impl<'a> Plan<'a> {
         &self.header
     }
 
-    pub(super) fn dtype(&self) -> DType {
-        self.dtype
+    /// Which of a key's files this is.
+    pub(super) fn extension(&self) -> String {
+        match self.packing {
+            Packing::Panels => self.dtype.to_string(),
+            Packing::Rows => format!("rows.{}", self.dtype),
+        }
     }
 
     pub(super) fn total_words(&self) -> usize {
@@ -104,7 +116,7 @@ impl<'a> Plan<'a> {
         sink: &Sink<'_>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<(), KernelError> {
-        let words = |spec: &WeightSpec| packed_words(spec.kind, self.dtype) as u64 * 4;
+        let words = |spec: &WeightSpec| packed_words(self.packing, spec.kind, self.dtype) as u64 * 4;
         let total: u64 = self.specs.iter().map(words).sum();
         let mut done = 0;
         progress(0, total);
@@ -117,7 +129,8 @@ impl<'a> Plan<'a> {
                         n_out,
                         n_in,
                     };
-                    matrix.pack(self.dtype, *offset, sink, &mut |bytes| progress(done + bytes, total))?;
+                    let progress = &mut |bytes| progress(done + bytes, total);
+                    matrix.pack(self.packing, self.dtype, *offset, sink, progress)?;
                 }
                 WeightKind::Vector { .. } => {
                     let elements = parts.iter().flat_map(|part| {
@@ -141,11 +154,20 @@ pub(super) fn column_words(n_in: usize, dtype: DType) -> usize {
     n_in.div_ceil(4 / dtype.size())
 }
 
-fn packed_words(kind: WeightKind, dtype: DType) -> usize {
-    match kind {
-        WeightKind::Matrix { n_out, n_in } => n_out.div_ceil(PANEL) * PANEL * column_words(n_in, dtype),
-        WeightKind::Vector { len } => len,
+fn packed_words(packing: Packing, kind: WeightKind, dtype: DType) -> usize {
+    match (packing, kind) {
+        (Packing::Panels, WeightKind::Matrix { n_out, n_in }) => {
+            n_out.div_ceil(PANEL) * PANEL * column_words(n_in, dtype)
+        }
+        (Packing::Rows, WeightKind::Matrix { n_out, n_in }) => (n_out * n_in * dtype.size()).div_ceil(4),
+        (_, WeightKind::Vector { len }) => len,
     }
+}
+
+/// Rows that are packed at once: an even number, so that each time whole words are.
+fn rows_at_once(n_in: usize) -> usize {
+    const ELEMENTS: usize = 1 << 18;
+    (ELEMENTS / n_in.max(1)).next_multiple_of(2).max(2)
 }
 
 /// The parts of a weight, their shapes checked against the specification.
@@ -218,29 +240,49 @@ struct MatrixSource<'a> {
 impl MatrixSource<'_> {
     fn pack(
         &self,
+        packing: Packing,
         dtype: DType,
         offset: usize,
         sink: &Sink<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), KernelError> {
-        let n_panels = self.n_out.div_ceil(PANEL);
-        let panel_words = PANEL * column_words(self.n_in, dtype);
+        let rows_of_item = match packing {
+            Packing::Panels => PANEL,
+            Packing::Rows => rows_at_once(self.n_in),
+        };
+        let n_items = self.n_out.div_ceil(rows_of_item);
+        let item_words = match packing {
+            Packing::Panels => PANEL * column_words(self.n_in, dtype),
+            Packing::Rows => rows_of_item * self.n_in * dtype.size() / 4,
+        };
         let n_threads = std::thread::available_parallelism()
             .map_or(1, |cores| cores.get())
-            .min(n_panels)
+            .min(n_items)
             .min(16);
         let next = AtomicUsize::new(0);
         let done = AtomicU64::new(0);
         let pack_some = |report: &mut dyn FnMut(u64)| {
-            let mut panel = vec![0_u32; panel_words];
+            let mut words = vec![0_u32; item_words];
             loop {
-                let panel_idx = next.fetch_add(1, Ordering::Relaxed);
-                if panel_idx >= n_panels {
+                let item = next.fetch_add(1, Ordering::Relaxed);
+                if item >= n_items {
                     return Ok(());
                 }
-                self.pack_panel(dtype, panel_idx, &mut panel);
-                sink(offset + panel_idx * panel_words, &panel)?;
-                let bytes = panel_words as u64 * 4;
+                let words = match packing {
+                    Packing::Panels => {
+                        self.pack_panel(dtype, item, &mut words);
+                        &words[..]
+                    }
+                    Packing::Rows => {
+                        let first = item * rows_of_item;
+                        let n_rows = rows_of_item.min(self.n_out - first);
+                        let n_words = (n_rows * self.n_in * dtype.size()).div_ceil(4);
+                        self.pack_rows(dtype, first, n_rows, &mut words[..n_words]);
+                        &words[..n_words]
+                    }
+                };
+                sink(offset + item * item_words, words)?;
+                let bytes = words.len() as u64 * 4;
                 report(done.fetch_add(bytes, Ordering::Relaxed) + bytes);
             }
         };
@@ -286,6 +328,34 @@ impl MatrixSource<'_> {
                         *word = to_f32(source, bytes).to_bits();
                     }
                 }
+            }
+        }
+    }
+
+    /// `words`: `[n_rows, n_in]` elements from row `first` on, and zero where they end within a word.
+    fn pack_rows(&self, dtype: DType, first: usize, n_rows: usize, words: &mut [u32]) {
+        if let Some(last) = words.last_mut() {
+            *last = 0;
+        }
+        let row_bytes = self.n_in * dtype.size();
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(words);
+        for (row_idx, to) in bytes.chunks_exact_mut(row_bytes).take(n_rows).enumerate() {
+            let (source, row) = self.row(first + row_idx).expect("the parts hold all rows");
+            if source == dtype {
+                to.copy_from_slice(row);
+                continue;
+            }
+            let elements = row.chunks_exact(source.size()).map(|bytes| to_f32(source, bytes));
+            match dtype {
+                DType::F32 => elements
+                    .zip(to.chunks_exact_mut(4))
+                    .for_each(|(x, to)| to.copy_from_slice(&x.to_le_bytes())),
+                DType::F16 => elements
+                    .zip(to.chunks_exact_mut(2))
+                    .for_each(|(x, to)| to.copy_from_slice(&half::f16::from_f32(x).to_le_bytes())),
+                DType::Bf16 => elements
+                    .zip(to.chunks_exact_mut(2))
+                    .for_each(|(x, to)| to.copy_from_slice(&round_bf16(x).to_le_bytes())),
             }
         }
     }

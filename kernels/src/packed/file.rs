@@ -3,19 +3,14 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
 
 use memmap2::{Mmap, MmapOptions};
-use rustix::fs::{FlockOperation, flock};
 
 use super::WeightSource;
 use super::build::Plan;
 use crate::error::KernelError;
-
-/// Longer than packing takes for any model on a slow disk; a dead process gives its lock back at once.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(30 * 60);
-const LOCK_POLL: Duration = Duration::from_millis(50);
+use crate::file_lock::lock;
 
 pub(super) fn open_or_build(
     dir: &Path,
@@ -31,17 +26,17 @@ pub(super) fn open_or_build(
     {
         return Err(KernelError::Key { key: key.to_owned() });
     }
-    let path = dir.join(format!("{key}.{}", plan.dtype()));
+    let path = dir.join(format!("{key}.{}", plan.extension()));
     if let Some(map) = open_valid(&path, plan)? {
         return Ok(map);
     }
     std::fs::create_dir_all(dir).map_err(wrap("create folder", dir))?;
-    let _lock = lock(&path.with_extension(format!("{}.lock", plan.dtype())))?;
+    let _lock = lock(&beside(&path, "lock"), "pack the weights")?;
     // Whoever held the lock may have built it.
     if let Some(map) = open_valid(&path, plan)? {
         return Ok(map);
     }
-    let temporary = path.with_extension(format!("{}.tmp", plan.dtype()));
+    let temporary = beside(&path, "tmp");
     let outcome = build(&temporary, plan, source, progress)
         .and_then(|()| std::fs::rename(&temporary, &path).map_err(wrap("rename into place", &path)));
     if let Err(error) = outcome {
@@ -54,6 +49,14 @@ pub(super) fn open_or_build(
             "it changed after it was written",
         ))
     })
+}
+
+/// The file of that name with an extension more.
+fn beside(path: &Path, extension: &str) -> std::path::PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".");
+    name.push(extension);
+    name.into()
 }
 
 fn wrap(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> KernelError {
@@ -128,33 +131,4 @@ fn build(
     // The header last, and everything on disk before the name exists: a crash leaves no valid-looking file.
     file.write_all_at(plan.header(), 0).map_err(wrap("write", path))?;
     file.sync_all().map_err(wrap("flush", path))
-}
-
-/// Holds the exclusive lock until dropped.
-fn lock(path: &PathBuf) -> Result<File, KernelError> {
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(wrap("create", path))?;
-    let started = Instant::now();
-    let mut is_waiting = false;
-    loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(error) if error == rustix::io::Errno::WOULDBLOCK || error == rustix::io::Errno::INTR => {}
-            Err(error) => return Err(wrap("lock", path)(error.into())),
-        }
-        if !std::mem::replace(&mut is_waiting, true) {
-            tracing::info!(path = %path.display(), "waiting for another process to pack the weights");
-        }
-        if started.elapsed() > LOCK_TIMEOUT {
-            return Err(KernelError::LockTimeout {
-                path: path.clone(),
-                waited_s: LOCK_TIMEOUT.as_secs(),
-            });
-        }
-        std::thread::sleep(LOCK_POLL);
-    }
 }

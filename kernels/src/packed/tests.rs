@@ -105,10 +105,19 @@ fn parts_of_any_dtype_pack_to_panels_in_memory_and_on_disk() {
     let folder = tempfile::tempdir().unwrap();
     let (source, specs) = source_and_specs();
     for dtype in [DType::F32, DType::Bf16] {
-        assert_right(&PackedWeights::in_memory(dtype, &specs, &source).unwrap());
+        assert_right(&PackedWeights::in_memory(Packing::Panels, dtype, &specs, &source).unwrap());
         let mut reports = Vec::new();
         let mut progress = |done, total| reports.push((done, total));
-        let weights = PackedWeights::open_or_build(folder.path(), "k1", dtype, &specs, &source, &mut progress).unwrap();
+        let weights = PackedWeights::open_or_build(
+            folder.path(),
+            "k1",
+            Packing::Panels,
+            dtype,
+            &specs,
+            &source,
+            &mut progress,
+        )
+        .unwrap();
         assert_right(&weights);
         let (done, total) = *reports.last().unwrap();
         assert!(done == total && total > 0 && reports.is_sorted(), "{reports:?}");
@@ -116,11 +125,60 @@ fn parts_of_any_dtype_pack_to_panels_in_memory_and_on_disk() {
         // A second opening maps the same file and asks for nothing.
         let asked = source.asked.load(Ordering::Relaxed);
         let mut silent = |_, _| panic!("progress without packing");
-        let again = PackedWeights::open_or_build(folder.path(), "k1", dtype, &specs, &source, &mut silent).unwrap();
+        let again = PackedWeights::open_or_build(
+            folder.path(),
+            "k1",
+            Packing::Panels,
+            dtype,
+            &specs,
+            &source,
+            &mut silent,
+        )
+        .unwrap();
         assert_right(&again);
         assert_eq!(source.asked.load(Ordering::Relaxed), asked);
         assert_eq!(again.bytes(), weights.bytes());
     }
+}
+
+/// Elements of the matrix as rows hold them.
+fn elements_of_rows(weights: &PackedWeights) -> Vec<f32> {
+    let (bytes, shape) = weights.rows("qkv").unwrap();
+    assert_eq!(shape, [133, 5]);
+    let element = |bytes: &[u8]| match weights.dtype() {
+        DType::F32 => f32::from_le_bytes(bytes.try_into().unwrap()),
+        DType::F16 => half::f16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
+        DType::Bf16 => half::bf16::from_le_bytes(bytes.try_into().unwrap()).to_f32(),
+    };
+    bytes.chunks_exact(weights.dtype().size()).map(element).collect()
+}
+
+#[test]
+fn rows_lie_as_they_came_in_a_file_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, specs) = source_and_specs();
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        let in_memory = PackedWeights::in_memory(Packing::Rows, dtype, &specs, &source).unwrap();
+        let open = |packing, dtype| {
+            PackedWeights::open_or_build(folder.path(), "k", packing, dtype, &specs, &source, &mut |_, _| {})
+        };
+        let in_file = open(Packing::Rows, dtype).unwrap();
+        let panels = (dtype != DType::F16).then(|| open(Packing::Panels, dtype).unwrap());
+        for weights in [&in_memory, &in_file] {
+            let expected = (0..133).flat_map(|row| (0..5).map(move |col| (row, col)));
+            for ((row, col), found) in expected.zip(elements_of_rows(weights)) {
+                let expected = match row {
+                    0..70 => ((row * 5 + col) % 128) as f32,
+                    70..73 => 128.0 + ((row - 70) * 5 + col) as f32,
+                    _ => -128.0 + (((row - 73) * 5 + col) % 128) as f32,
+                };
+                assert_eq!(found, expected, "{dtype}: row {row}, col {col}");
+            }
+            assert_eq!(weights.vector("norm").unwrap().data[..], [1.0, -2.0, 0.5]);
+        }
+        panels.iter().for_each(|panels| assert_right(panels));
+    }
+    assert!(folder.path().join("k.rows.f16").exists() && folder.path().join("k.bf16").exists());
 }
 
 #[test]
@@ -128,7 +186,16 @@ fn truncated_and_foreign_files_are_rebuilt() {
     let folder = tempfile::tempdir().unwrap();
     let (source, specs) = source_and_specs();
     let open = |specs: &[WeightSpec]| {
-        PackedWeights::open_or_build(folder.path(), "k", DType::Bf16, specs, &source, &mut |_, _| {}).unwrap()
+        PackedWeights::open_or_build(
+            folder.path(),
+            "k",
+            Packing::Panels,
+            DType::Bf16,
+            specs,
+            &source,
+            &mut |_, _| {},
+        )
+        .unwrap()
     };
     let first = open(&specs);
     let path = folder.path().join("k.bf16");
@@ -170,6 +237,7 @@ fn of_many_starters_one_packs() {
                 let weights = PackedWeights::open_or_build(
                     folder.path(),
                     "k",
+                    Packing::Panels,
                     DType::Bf16,
                     &specs,
                     &SyncSource(&source),
@@ -200,7 +268,7 @@ fn what_does_not_fit_is_named() {
     let mut source = source.with("short", DType::F32, &[4, 5], &[0.0; 19]);
     source.tensors.get_mut("short").unwrap().2.truncate(76);
     let error = |spec: WeightSpec| {
-        PackedWeights::in_memory(DType::F32, &[spec], &source)
+        PackedWeights::in_memory(Packing::Panels, DType::F32, &[spec], &source)
             .err()
             .unwrap()
             .to_string()
@@ -227,12 +295,31 @@ fn what_does_not_fit_is_named() {
         "tensor short: f32 of shape [4, 5] needs 80 bytes, found 76"
     );
     for key in ["", "../x", "a/b", "a.b"] {
-        let found = PackedWeights::open_or_build(folder.path(), key, DType::F32, &[], &source, &mut |_, _| {});
+        let found = PackedWeights::open_or_build(
+            folder.path(),
+            key,
+            Packing::Panels,
+            DType::F32,
+            &[],
+            &source,
+            &mut |_, _| {},
+        );
         assert!(matches!(found, Err(KernelError::Key { .. })), "{key:?}");
     }
     // A failed build leaves neither a file nor a temporary one.
     let specs = [matrix("a", 3, 5, &["absent"])];
-    assert!(PackedWeights::open_or_build(folder.path(), "k", DType::F32, &specs, &source, &mut |_, _| {}).is_err());
+    assert!(
+        PackedWeights::open_or_build(
+            folder.path(),
+            "k",
+            Packing::Panels,
+            DType::F32,
+            &specs,
+            &source,
+            &mut |_, _| {}
+        )
+        .is_err()
+    );
     let names: Vec<_> = std::fs::read_dir(folder.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name())

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::*;
 use crate::model::weights::{RequiredTensor, check_tensors, weight_specs};
-use crate::model::{CpuLoadOptions, DecoderLimits, LoadFormat, load_cpu};
+use crate::model::{CpuLoadOptions, DecoderLimits, LoadFormat, LoadOptions, load_cpu};
 
 fn config() -> Value {
     json!({
@@ -97,17 +97,19 @@ fn stored_dtypes_give_the_same_numbers() {
         let on_disk = Folder::whole(dtype);
         let folder = on_disk.open_all().unwrap();
         let options = CpuLoadOptions {
-            dtype: DType::F32,
+            model: LoadOptions {
+                dtype: DType::F32,
+                block_size: 16,
+                limits: DecoderLimits {
+                    max_batch_tokens: 16,
+                    max_model_len: 64,
+                },
+                packed_dir: None,
+                load_format: LoadFormat::Safetensors,
+            },
             n_threads: 1,
             isa: None,
             n_kv_blocks: 4,
-            block_size: 16,
-            limits: DecoderLimits {
-                max_batch_tokens: 16,
-                max_model_len: 64,
-            },
-            packed_dir: None,
-            load_format: LoadFormat::Safetensors,
         };
         let mut decoder = load_cpu(&folder, &options, &mut |_, _| {}).unwrap();
         let sequence = crate::forward::StepSequence {
@@ -262,17 +264,19 @@ fn broken_small_files_are_named() {
 fn a_longer_context_than_the_models_is_refused() {
     let folder = Folder::whole(Dtype::BF16).open_all().unwrap();
     let options = CpuLoadOptions {
-        dtype: DType::F32,
+        model: LoadOptions {
+            dtype: DType::F32,
+            block_size: 16,
+            limits: DecoderLimits {
+                max_batch_tokens: 16,
+                max_model_len: 65,
+            },
+            packed_dir: None,
+            load_format: LoadFormat::Safetensors,
+        },
         n_threads: 1,
         isa: None,
         n_kv_blocks: 4,
-        block_size: 16,
-        limits: DecoderLimits {
-            max_batch_tokens: 16,
-            max_model_len: 65,
-        },
-        packed_dir: None,
-        load_format: LoadFormat::Safetensors,
     };
     let message = load_cpu(&folder, &options, &mut |_, _| {}).err().unwrap().to_string();
     assert!(

@@ -91,7 +91,9 @@ impl Case {
             attention_factor: 2.0,
         };
         let variants = [other, self.rope.clone()];
-        let rope = cpu.rope(&variants, self.n_tokens.max(companion * chunks.len()));
+        let rope = cpu
+            .rope(&variants, self.n_tokens.max(companion * chunks.len()))
+            .unwrap();
         let vector = |data: Vec<f32>| CpuVector { data: data.into() };
         let qk_norm = self.qk_norm().map(|[query, key]| QkNorm {
             query: vector(query),
@@ -130,7 +132,7 @@ impl Case {
                 qk_norm: qk_norm.as_ref(),
             };
             cpu.rope_append(&mut qkv, batch, heads, layer, &mut kv);
-            let mut out = cpu.tensor(companion + n_tokens, out_cols);
+            let mut out = cpu.tensor(companion + n_tokens, out_cols).unwrap();
             // Blocks that the contract says are not read are no blocks at all.
             let mut seen = block_table.clone();
             if let Some(window) = self.kind.window {
@@ -287,13 +289,15 @@ proptest! {
 fn rope_leaves_values_behind_its_dimensions_alone() {
     let layout = layout(1, 4, 8, DType::F32);
     for cpu in devices(DType::F32, 1) {
-        let rope = cpu.rope(
-            &[RopeParams {
-                inv_freq: vec![1.0],
-                attention_factor: 1.0,
-            }],
-            4,
-        );
+        let rope = cpu
+            .rope(
+                &[RopeParams {
+                    inv_freq: vec![1.0],
+                    attention_factor: 1.0,
+                }],
+                4,
+            )
+            .unwrap();
         let mut kv = KvCache::new(layout, 1).unwrap();
         let row: Vec<f32> = (0..24).map(|i| i as f32).collect();
         let mut qkv = tensor(&cpu, 24, &row);
@@ -354,7 +358,7 @@ fn two_sequences_may_not_append_to_one_block() {
     };
     let heads = RopeAppendParams {
         n_heads: 1,
-        rope: &cpu.rope(&[case.rope], 4),
+        rope: &cpu.rope(&[case.rope], 4).unwrap(),
         qk_norm: None,
     };
     cpu.rope_append(&mut qkv, batch, heads, 0, &mut kv);

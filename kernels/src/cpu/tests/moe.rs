@@ -96,14 +96,14 @@ fn pack(dtype: DType, models: &[Model]) -> (std::sync::Arc<PackedWeights>, Vec<E
         });
     }
     (
-        PackedWeights::in_memory(dtype, &specs, &Experts(models)).unwrap(),
+        PackedWeights::in_memory(Packing::Panels, dtype, &specs, &Experts(models)).unwrap(),
         names,
     )
 }
 
 fn run(cpu: &Cpu, experts: &CpuExperts, x: &[f32], logits: &[f32], params: MoeParams) -> Vec<f32> {
     let x = tensor(cpu, HIDDEN, x);
-    let mut out = cpu.tensor(x.rows(), HIDDEN);
+    let mut out = cpu.tensor(x.rows(), HIDDEN).unwrap();
     cpu.moe(&mut out, &x, &tensor(cpu, EXPERTS, logits), experts, params);
     out.as_slice().to_vec()
 }

@@ -1,0 +1,16 @@
+//! Questions to the stand-in that no driver answers.
+
+/// Bytes of device memory that the stand-in has given and not got back.
+pub fn allocated_bytes() -> i64 {
+    // SAFETY: the stand-in's function of that name takes nothing and returns an integer of 64 bits.
+    let function: extern "C" fn() -> i64 = unsafe { std::mem::transmute(symbol(c"stand_in_allocated_bytes")) };
+    function()
+}
+
+/// A function of the stand-in, which has been loaded.
+fn symbol(name: &std::ffi::CStr) -> *mut std::ffi::c_void {
+    // SAFETY: a string that ends in zero.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    assert!(!found.is_null(), "{name:?}");
+    found
+}

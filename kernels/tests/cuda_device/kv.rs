@@ -1,0 +1,203 @@
+//! KV memory on the device: what transports read and write is ordered behind what was queued, and nothing is lost or leaked.
+
+use baton_kernels::cuda::{Cuda, CudaMode};
+use baton_kernels::{
+    AttentionParams, Backend, DType, KvCache, KvLayout, RaggedBatch, RaggedSequence, RopeAppendParams, RopeParams,
+};
+
+use crate::controls::allocated_bytes;
+use crate::stand_in::{self, Driver};
+use crate::support::{Values, bits, device, tensor};
+
+const LAYOUT: KvLayout = KvLayout {
+    n_layers: 2,
+    n_kv_heads: 2,
+    block_size: 4,
+    head_dim: 8,
+    dtype: DType::F32,
+};
+
+/// 2 heads of q, k and v each.
+const COLS: usize = 48;
+
+fn cuda() -> Option<Cuda> {
+    device(DType::F32, CudaMode::Fast, LAYOUT.head_dim)
+}
+
+fn part(seed: u64) -> Vec<u8> {
+    let values = Values(seed).vec(LAYOUT.elements_per_part());
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// Queues the append of `n_tokens` rows to block 0 of layer 1, and returns the rows.
+fn append(cuda: &Cuda, kv: &mut KvCache, n_tokens: usize) -> Vec<f32> {
+    let rows = Values(3).vec(n_tokens * COLS);
+    let mut qkv = tensor(cuda, COLS, &rows);
+    // No rotation.
+    let still = RopeParams {
+        inv_freq: vec![0.0; 4],
+        attention_factor: 1.0,
+    };
+    let sequences = [RaggedSequence {
+        start_pos: 0,
+        n_tokens,
+        block_table: &[0],
+        rope_variant: 0,
+    }];
+    let heads = RopeAppendParams {
+        n_heads: 2,
+        rope: &cuda.rope(&[still], 4).unwrap(),
+        qk_norm: None,
+    };
+    cuda.begin_step();
+    cuda.rope_append(&mut qkv, RaggedBatch { sequences: &sequences }, heads, 1, kv);
+    rows
+}
+
+#[test]
+fn what_is_written_is_read_and_neighbours_stay_zero() {
+    let Some(cuda) = cuda() else { return };
+    let mut kv = cuda.kv_cache(LAYOUT, 5).unwrap();
+    let (key, value) = (part(1), part(2));
+    let mut writer = kv.write_handle(3).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| writer.write(1, &key, &value).unwrap());
+    });
+    writer.seal();
+    let read = kv.pin(1, 3);
+    assert!(read.key() == key && read.value() == value);
+    let mut both = vec![0; LAYOUT.layer_block_bytes()];
+    read.clone().copy_to(&mut both);
+    assert_eq!(both, [key.clone(), value.clone()].concat());
+    for (layer, block) in [(0, 3), (1, 2), (1, 4), (0, 0)] {
+        let other = kv.pin(layer, block);
+        assert!(other.key().iter().chain(other.value()).all(|byte| *byte == 0));
+    }
+    drop(read);
+    kv.copy_block(3, 0).unwrap();
+    let copied = kv.pin(1, 0);
+    drop(kv);
+    assert!(
+        copied.key() == key && copied.value() == value,
+        "a pin outlives the cache"
+    );
+}
+
+/// A pin made while the append is queued reads what was appended, on whatever thread it is read.
+#[test]
+fn a_pin_waits_for_the_append_before_it() {
+    let Some(cuda) = cuda() else { return };
+    let mut kv = cuda.kv_cache(LAYOUT, 2).unwrap();
+    let rows = append(&cuda, &mut kv, 3);
+    let pin = kv.pin(1, 0);
+    let (key, value) = std::thread::spawn(move || (pin.key().to_vec(), pin.value().to_vec()))
+        .join()
+        .unwrap();
+    let [key, value] = [key, value].map(|bytes| {
+        let numbers = bytes
+            .chunks_exact(4)
+            .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()));
+        numbers.collect::<Vec<f32>>()
+    });
+    for (token, row) in rows.chunks(COLS).enumerate() {
+        for head in 0..2 {
+            let at = (head * LAYOUT.block_size + token) * LAYOUT.head_dim;
+            let of_row = |first: usize| &row[first + head * LAYOUT.head_dim..][..LAYOUT.head_dim];
+            assert_eq!(
+                key[at..][..LAYOUT.head_dim],
+                *of_row(16),
+                "k of token {token}, head {head}"
+            );
+            assert_eq!(
+                value[at..][..LAYOUT.head_dim],
+                *of_row(32),
+                "v of token {token}, head {head}"
+            );
+        }
+    }
+}
+
+/// A block that is given to a writer while attention over it is queued keeps its bytes until that is through.
+#[test]
+fn a_writer_waits_for_the_attention_before_it() {
+    let Some(cuda) = cuda() else { return };
+    let attend = |kv: &mut KvCache, meanwhile: &mut dyn FnMut(&mut KvCache)| {
+        let rows = append(&cuda, kv, 4);
+        let qkv = tensor(&cuda, COLS, &rows);
+        let sequences = [RaggedSequence {
+            start_pos: 3,
+            n_tokens: 4,
+            block_table: &[1, 0],
+            rope_variant: 0,
+        }];
+        let params = AttentionParams {
+            n_heads: 2,
+            scale: 0.5,
+            window: None,
+            soft_cap: None,
+            sinks: None,
+        };
+        let mut out = cuda.tensor(4, 16).unwrap();
+        cuda.attention(&mut out, &qkv, RaggedBatch { sequences: &sequences }, &params, 1, kv);
+        meanwhile(kv);
+        cuda.to_host(&out).to_vec()
+    };
+    let mut kv = cuda.kv_cache(LAYOUT, 2).unwrap();
+    let expected = attend(&mut kv, &mut |_| {});
+    let found = attend(&mut kv, &mut |kv| {
+        let mut writer = kv.write_handle(1).unwrap();
+        writer.write(1, &part(1), &part(2)).unwrap();
+    });
+    assert_eq!(bits(&found), bits(&expected));
+    assert!(attend(&mut kv, &mut |_| {}) != expected, "the block is another now");
+}
+
+#[test]
+fn a_cache_that_does_not_fit_is_refused_in_one_line() {
+    let Some(cuda) = cuda() else { return };
+    let block_bytes = LAYOUT.block_bytes();
+    let n_blocks = (1 << 41) / block_bytes;
+    let message = cuda.kv_cache(LAYOUT, n_blocks).err().unwrap().to_string();
+    let (start, end) = (
+        "device cuda: the KV cache: 2199023255552 bytes of device memory, ",
+        " are free",
+    );
+    assert!(message.starts_with(start) && message.ends_with(end), "{message}");
+    let odd = KvLayout {
+        block_size: 5,
+        ..LAYOUT
+    };
+    let message = cuda.kv_cache(odd, 1).err().unwrap().to_string();
+    assert!(
+        message.ends_with("block_size must be a power of two on a CUDA device"),
+        "{message}"
+    );
+}
+
+/// Run in a process of its own, so that no other test's memory is counted.
+#[test]
+fn everything_is_given_back() {
+    if !matches!(stand_in::driver(), Some(Driver::StandIn(_))) {
+        return;
+    }
+    const ALONE: &str = "BATON_STAND_IN_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let itself = std::env::current_exe().unwrap();
+        let output = std::process::Command::new(itself)
+            .args(["--exact", "kv::everything_is_given_back", "--nocapture"])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    }
+    let cuda = cuda().unwrap();
+    let mut kv = cuda.kv_cache(LAYOUT, 2).unwrap();
+    append(&cuda, &mut kv, 3);
+    let pin = kv.pin(1, 0);
+    assert!(allocated_bytes() > 0);
+    drop((cuda, kv));
+    assert!(!pin.key().is_empty());
+    drop(pin);
+    assert_eq!(allocated_bytes(), 0);
+}

@@ -1,0 +1,12 @@
+//! The CUDA device as a whole: driver, kernels, products and KV memory through cudarc, on a card (REQUIRE_GPU=1) or on the
+//! stand-in for its driver, against the plain reference.
+
+#![allow(unsafe_code)]
+
+mod attention;
+mod controls;
+mod kv;
+mod moe;
+mod operators;
+mod stand_in;
+mod support;

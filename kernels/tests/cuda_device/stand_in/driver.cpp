@@ -1,0 +1,697 @@
+// A stand-in for libcuda.so.1 over host memory, for tests: the driver functions that Baton calls, with the promises that a
+// card keeps and none that it does not.
+//
+// Streams run late: work is queued, and done only when something waits for it, so that a missing wait reads what is not
+// there yet. Buffers end at a page nobody may touch and stay unmapped once freed, so that overruns and uses after a free
+// end the process. A module image is a shared library with, for each kernel, `<name>__launch` and `<name>__n_params`.
+#include <dlfcn.h>
+#include <elf.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+using Result = int;
+enum : Result {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NOT_INITIALIZED = 3,
+    NO_DEVICE = 100,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    NO_BINARY_FOR_GPU = 209,
+    INVALID_HANDLE = 400,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    ILLEGAL_ADDRESS = 700,
+    STREAM_CAPTURE_UNSUPPORTED = 900,
+};
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+struct Settings {
+    int64_t init_result = SUCCESS;
+    int64_t driver_version = 13000;
+    int64_t n_devices = 1;
+    int64_t capability = 90;
+    int64_t total_bytes = int64_t{8} << 30;
+} settings;
+
+[[noreturn]] void die(const char* what) {
+    std::fprintf(stderr, "CUDA stand-in: %s\n", what);
+    std::abort();
+}
+
+std::recursive_mutex mutex;
+using Lock = std::lock_guard<std::recursive_mutex>;
+bool is_initialized = false;
+Result sticky = SUCCESS;
+thread_local void* current_context = nullptr;
+int primary_context;
+int n_retained = 0;
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+constexpr size_t ALIGNMENT = 256;
+constexpr unsigned char SLACK = 0xa5;
+
+struct Allocation {
+    size_t n_bytes;
+    unsigned char* map;
+    size_t map_bytes;
+};
+std::map<uintptr_t, Allocation> device_memory;
+std::map<uintptr_t, size_t> pinned_memory;
+size_t allocated_bytes = 0;
+
+size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
+
+void check_slack(uintptr_t base, const Allocation& allocation) {
+    auto* end = reinterpret_cast<unsigned char*>(base) + round_up(allocation.n_bytes, ALIGNMENT);
+    for (auto* p = reinterpret_cast<unsigned char*>(base) + allocation.n_bytes; p < end; p++)
+        if (*p != SLACK) die("a kernel or copy wrote past the end of a buffer");
+}
+
+void check_all_slack() {
+    for (auto& [base, allocation] : device_memory) check_slack(base, allocation);
+}
+
+// Whether [at, at + n) lies in one live buffer.
+bool is_device(uintptr_t at, size_t n) {
+    auto next = device_memory.upper_bound(at);
+    if (next == device_memory.begin()) return false;
+    auto& [base, allocation] = *std::prev(next);
+    return at - base <= allocation.n_bytes && n <= allocation.n_bytes - (at - base);
+}
+
+bool is_pinned(const void* p, size_t n) {
+    auto at = reinterpret_cast<uintptr_t>(p);
+    auto next = pinned_memory.upper_bound(at);
+    if (next == pinned_memory.begin()) return false;
+    auto& [base, n_bytes] = *std::prev(next);
+    return at - base <= n_bytes && n <= n_bytes - (at - base);
+}
+
+// ---- streams, events, graphs --------------------------------------------------------------------------------------
+
+using Op = std::function<void()>;
+
+struct Graph {
+    std::vector<Op> ops;
+};
+
+struct Stream {
+    std::deque<Op> queue;
+    std::unique_ptr<Graph> capture;
+    bool is_alive = true;
+};
+
+struct Event {
+    std::shared_ptr<Stream> stream;
+    uint64_t recorded = 0;
+    uint64_t completed = 0;
+};
+
+std::map<void*, std::shared_ptr<Stream>> streams;
+std::map<void*, std::shared_ptr<Event>> events;
+
+void run_one(Stream& stream) {
+    if (stream.queue.empty()) die("waiting for an event that no work leads to");
+    Op op = std::move(stream.queue.front());
+    stream.queue.pop_front();
+    op();
+}
+
+void run_all(Stream& stream) {
+    while (!stream.queue.empty()) run_one(stream);
+    check_all_slack();
+}
+
+void enqueue(Stream& stream, Op op) {
+    if (stream.capture)
+        stream.capture->ops.push_back(std::move(op));
+    else
+        stream.queue.push_back(std::move(op));
+}
+
+// The null stream is refused: it waits for streams in ways that production must not lean on.
+std::shared_ptr<Stream> stream_of(void* handle) {
+    auto found = streams.find(handle);
+    return found == streams.end() ? nullptr : found->second;
+}
+
+void wait_for(const std::shared_ptr<Event>& event, uint64_t ticket) {
+    while (event->completed < ticket) run_one(*event->stream);
+}
+
+void fail(Result why) {
+    if (sticky == SUCCESS) sticky = why;
+}
+
+// Everything a card would be asked while a stream is captured and must not be.
+bool any_capture() {
+    for (auto& [handle, stream] : streams)
+        if (stream->capture) return true;
+    return false;
+}
+
+struct Function {
+    void (*launch)(unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, size_t, void**);
+    unsigned n_params;
+    size_t max_dynamic_shared = 48 << 10;
+    std::string name;
+};
+
+struct Module {
+    void* library;
+    std::map<std::string, std::unique_ptr<Function>> functions;
+};
+
+size_t elf_bytes(const void* image) {
+    Elf64_Ehdr header;
+    std::memcpy(&header, image, sizeof header);
+    return header.e_shoff + size_t{header.e_shentsize} * header.e_shnum;
+}
+
+}  // namespace
+
+#define CHECKED                                  \
+    Lock lock(mutex);                            \
+    if (!is_initialized) return NOT_INITIALIZED; \
+    if (sticky != SUCCESS) return sticky;
+
+// ---- for tests ----------------------------------------------------------------------------------------------------
+
+EXPORT int stand_in_set(const char* name, int64_t value) {
+    Lock lock(mutex);
+    std::string key = name;
+    if (key == "init_result") settings.init_result = value;
+    else if (key == "driver_version") settings.driver_version = value;
+    else if (key == "n_devices") settings.n_devices = value;
+    else if (key == "capability") settings.capability = value;
+    else if (key == "total_bytes") settings.total_bytes = value;
+    else return 0;
+    return 1;
+}
+
+EXPORT int64_t stand_in_allocated_bytes() {
+    Lock lock(mutex);
+    return static_cast<int64_t>(allocated_bytes);
+}
+
+// For the stand-ins of other libraries.
+EXPORT int stand_in_enqueue(void* handle, void (*op)(void*), void* argument) {
+    Lock lock(mutex);
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    enqueue(*stream, [op, argument] { op(argument); });
+    return SUCCESS;
+}
+
+EXPORT int stand_in_is_device(uint64_t at, size_t n_bytes) {
+    Lock lock(mutex);
+    return is_device(at, n_bytes);
+}
+
+// ---- the driver ---------------------------------------------------------------------------------------------------
+
+EXPORT Result cuInit(unsigned) {
+    Lock lock(mutex);
+    if (settings.init_result == SUCCESS && settings.n_devices == 0) return NO_DEVICE;
+    if (settings.init_result == SUCCESS) is_initialized = true;
+    return static_cast<Result>(settings.init_result);
+}
+EXPORT Result cuDriverGetVersion(int* version) {
+    *version = static_cast<int>(settings.driver_version);
+    return SUCCESS;
+}
+EXPORT Result cuGetErrorName(Result error, const char** name) {
+    switch (error) {
+        case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+        case INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; break;
+        case ILLEGAL_ADDRESS: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; break;
+        default: *name = "CUDA_ERROR_OF_THE_STAND_IN";
+    }
+    return SUCCESS;
+}
+EXPORT Result cuGetErrorString(Result error, const char** words) {
+    switch (error) {
+        case OUT_OF_MEMORY: *words = "out of memory"; break;
+        case INVALID_VALUE: *words = "invalid argument"; break;
+        case ILLEGAL_ADDRESS: *words = "an illegal memory access was encountered"; break;
+        default: *words = "an error of the stand-in";
+    }
+    return SUCCESS;
+}
+EXPORT Result cuDeviceGetCount(int* n) {
+    CHECKED
+    *n = static_cast<int>(settings.n_devices);
+    return SUCCESS;
+}
+EXPORT Result cuDeviceGet(int* device, int ordinal) {
+    CHECKED
+    if (ordinal < 0 || ordinal >= settings.n_devices) return INVALID_DEVICE;
+    *device = ordinal;
+    return SUCCESS;
+}
+EXPORT Result cuDeviceGetName(char* name, int n, int) {
+    CHECKED
+    std::snprintf(name, static_cast<size_t>(n), "CUDA stand-in");
+    return SUCCESS;
+}
+EXPORT Result cuDeviceGetUuid_v2(char* uuid, int) {
+    std::memset(uuid, 0x5b, 16);
+    return SUCCESS;
+}
+EXPORT Result cuDeviceTotalMem_v2(size_t* n_bytes, int) {
+    CHECKED
+    *n_bytes = static_cast<size_t>(settings.total_bytes);
+    return SUCCESS;
+}
+EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int) {
+    CHECKED
+    switch (attribute) {
+        case 8: *value = 48 << 10; break;                                  // shared memory of a CTA without asking
+        case 10: *value = 32; break;                                       // warp size
+        case 16: *value = 4; break;                                        // multiprocessors
+        case 75: *value = static_cast<int>(settings.capability / 10); break;
+        case 76: *value = static_cast<int>(settings.capability % 10); break;
+        case 81: *value = 228 << 10; break;                                // shared memory of a multiprocessor
+        case 97: *value = 227 << 10; break;                                // shared memory of a CTA that asks
+        default: *value = 0;
+    }
+    return SUCCESS;
+}
+EXPORT Result cuDevicePrimaryCtxRetain(void** context, int) {
+    CHECKED
+    n_retained++;
+    *context = &primary_context;
+    return SUCCESS;
+}
+EXPORT Result cuDevicePrimaryCtxRelease_v2(int) {
+    Lock lock(mutex);
+    if (--n_retained < 0) die("a context is released more often than it was retained");
+    return SUCCESS;
+}
+EXPORT Result cuCtxSetCurrent(void* context) {
+    current_context = context;
+    return SUCCESS;
+}
+EXPORT Result cuCtxGetCurrent(void** context) {
+    *context = current_context;
+    return SUCCESS;
+}
+EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+    *least = 0;
+    *greatest = -5;
+    return SUCCESS;
+}
+
+#define IN_CONTEXT \
+    CHECKED        \
+    if (!current_context) return INVALID_CONTEXT;
+
+EXPORT Result cuCtxSynchronize() {
+    IN_CONTEXT
+    if (any_capture()) return STREAM_CAPTURE_UNSUPPORTED;
+    for (auto& [handle, stream] : streams) run_all(*stream);
+    return sticky;
+}
+
+EXPORT Result cuMemGetInfo_v2(size_t* free, size_t* total) {
+    IN_CONTEXT
+    *total = static_cast<size_t>(settings.total_bytes);
+    *free = *total > allocated_bytes ? *total - allocated_bytes : 0;
+    return SUCCESS;
+}
+EXPORT Result cuMemAlloc_v2(uint64_t* out, size_t n_bytes) {
+    IN_CONTEXT
+    if (n_bytes == 0) return INVALID_VALUE;
+    if (any_capture()) return STREAM_CAPTURE_UNSUPPORTED;
+    if (allocated_bytes + n_bytes > static_cast<size_t>(settings.total_bytes)) return OUT_OF_MEMORY;
+    const size_t page = 4096, body = round_up(n_bytes, ALIGNMENT), map_bytes = round_up(body, page) + 2 * page;
+    void* map = mmap(nullptr, map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED) return OUT_OF_MEMORY;
+    auto* first = static_cast<unsigned char*>(map) + page;
+    if (mprotect(first, map_bytes - 2 * page, PROT_READ | PROT_WRITE) != 0) return OUT_OF_MEMORY;
+    unsigned char* base = static_cast<unsigned char*>(map) + map_bytes - page - body;
+    // Whatever a card would hold: as f32, f16 or bf16 it is not a number. Large buffers are left to the system's zeros.
+    if (body <= size_t{64} << 20) std::memset(base, 0xff, body);
+    std::memset(base + n_bytes, SLACK, body - n_bytes);
+    device_memory[reinterpret_cast<uintptr_t>(base)] = {n_bytes, static_cast<unsigned char*>(map), map_bytes};
+    allocated_bytes += n_bytes;
+    *out = reinterpret_cast<uint64_t>(base);
+    return SUCCESS;
+}
+EXPORT Result cuMemFree_v2(uint64_t at) {
+    Lock lock(mutex);
+    if (at == 0) return SUCCESS;
+    auto found = device_memory.find(at);
+    if (found == device_memory.end()) die("a device pointer is freed that was not allocated, or was freed before");
+    // A card's driver waits here too.
+    for (auto& [handle, stream] : streams) run_all(*stream);
+    check_slack(found->first, found->second);
+    auto [n_bytes, map, map_bytes] = found->second;
+    // Stays mapped and forbidden, so that nothing else gets the address.
+    mprotect(map, map_bytes, PROT_NONE);
+    madvise(map, map_bytes, MADV_DONTNEED);
+    allocated_bytes -= n_bytes;
+    device_memory.erase(found);
+    return SUCCESS;
+}
+EXPORT Result cuMemHostAlloc(void** out, size_t n_bytes, unsigned) {
+    IN_CONTEXT
+    *out = std::aligned_alloc(4096, round_up(n_bytes, 4096));
+    if (!*out) return OUT_OF_MEMORY;
+    std::memset(*out, 0xff, n_bytes);
+    pinned_memory[reinterpret_cast<uintptr_t>(*out)] = n_bytes;
+    return SUCCESS;
+}
+EXPORT Result cuMemFreeHost(void* p) {
+    Lock lock(mutex);
+    if (pinned_memory.erase(reinterpret_cast<uintptr_t>(p)) == 0) die("host memory is freed that was not allocated here");
+    for (auto& [handle, stream] : streams) run_all(*stream);
+    std::free(p);
+    return SUCCESS;
+}
+
+// Copies that return when they are done wait for no stream that was made non-blocking.
+EXPORT Result cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
+    IN_CONTEXT
+    if (!is_device(to, n)) return INVALID_VALUE;
+    std::memcpy(reinterpret_cast<void*>(to), from, n);
+    return SUCCESS;
+}
+EXPORT Result cuMemcpyDtoH_v2(void* to, uint64_t from, size_t n) {
+    IN_CONTEXT
+    if (!is_device(from, n)) return INVALID_VALUE;
+    std::memcpy(to, reinterpret_cast<void*>(from), n);
+    return SUCCESS;
+}
+EXPORT Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void* handle) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    if (!is_device(to, n)) return INVALID_VALUE;
+    if (is_pinned(from, n)) {
+        enqueue(*stream, [=] {
+            if (!is_device(to, n)) return fail(ILLEGAL_ADDRESS);
+            std::memcpy(reinterpret_cast<void*>(to), from, n);
+        });
+    } else {
+        // Ordinary memory is staged before the call returns.
+        if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+        auto bytes = std::make_shared<std::vector<char>>(static_cast<const char*>(from), static_cast<const char*>(from) + n);
+        enqueue(*stream, [=] {
+            if (!is_device(to, n)) return fail(ILLEGAL_ADDRESS);
+            std::memcpy(reinterpret_cast<void*>(to), bytes->data(), n);
+        });
+    }
+    return SUCCESS;
+}
+EXPORT Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void* handle) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    if (!is_device(from, n)) return INVALID_VALUE;
+    bool pinned = is_pinned(to, n);
+    if (!pinned && stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    enqueue(*stream, [=] {
+        if (!is_device(from, n)) return fail(ILLEGAL_ADDRESS);
+        std::memcpy(to, reinterpret_cast<void*>(from), n);
+    });
+    // To ordinary memory the call returns when the bytes are there.
+    if (!pinned) run_all(*stream);
+    return sticky;
+}
+EXPORT Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void* handle) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    if (!is_device(from, n) || !is_device(to, n)) return INVALID_VALUE;
+    enqueue(*stream, [=] {
+        if (!is_device(from, n) || !is_device(to, n)) return fail(ILLEGAL_ADDRESS);
+        std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), n);
+    });
+    return SUCCESS;
+}
+EXPORT Result cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void* handle) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    if (!is_device(to, n)) return INVALID_VALUE;
+    enqueue(*stream, [=] {
+        if (!is_device(to, n)) return fail(ILLEGAL_ADDRESS);
+        std::memset(reinterpret_cast<void*>(to), value, n);
+    });
+    return SUCCESS;
+}
+
+EXPORT Result cuStreamCreateWithPriority(void** out, unsigned flags, int) {
+    IN_CONTEXT
+    if (flags != 1) return INVALID_VALUE;
+    auto stream = std::make_shared<Stream>();
+    *out = stream.get();
+    streams[*out] = stream;
+    return SUCCESS;
+}
+EXPORT Result cuStreamCreate(void** out, unsigned flags) { return cuStreamCreateWithPriority(out, flags, 0); }
+EXPORT Result cuStreamDestroy_v2(void* handle) {
+    Lock lock(mutex);
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    run_all(*stream);
+    streams.erase(handle);
+    return SUCCESS;
+}
+EXPORT Result cuStreamSynchronize(void* handle) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    run_all(*stream);
+    return sticky;
+}
+EXPORT Result cuStreamQuery(void* handle) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    if (stream->queue.empty()) return SUCCESS;
+    run_one(*stream);
+    return NOT_READY;
+}
+EXPORT Result cuStreamWaitEvent(void* handle, void* event_handle, unsigned) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    auto event = events.find(event_handle);
+    if (!stream || event == events.end()) return INVALID_HANDLE;
+    if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    enqueue(*stream, [of = event->second, ticket = event->second->recorded] { wait_for(of, ticket); });
+    return SUCCESS;
+}
+
+EXPORT Result cuEventCreate(void** out, unsigned) {
+    IN_CONTEXT
+    auto event = std::make_shared<Event>();
+    *out = event.get();
+    events[*out] = event;
+    return SUCCESS;
+}
+EXPORT Result cuEventDestroy_v2(void* handle) {
+    Lock lock(mutex);
+    return events.erase(handle) ? SUCCESS : INVALID_HANDLE;
+}
+EXPORT Result cuEventRecord(void* handle, void* stream_handle) {
+    IN_CONTEXT
+    auto stream = stream_of(stream_handle);
+    auto event = events.find(handle);
+    if (!stream || event == events.end()) return INVALID_HANDLE;
+    if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    auto of = event->second;
+    // What an event said of another stream is lost with a new record; until then it is waited for there.
+    if (of->stream && of->stream != stream) wait_for(of, of->recorded);
+    of->stream = stream;
+    enqueue(*stream, [of, ticket = ++of->recorded] { of->completed = std::max(of->completed, ticket); });
+    return SUCCESS;
+}
+EXPORT Result cuEventSynchronize(void* handle) {
+    IN_CONTEXT
+    auto event = events.find(handle);
+    if (event == events.end()) return INVALID_HANDLE;
+    auto of = event->second;
+    wait_for(of, of->recorded);
+    check_all_slack();
+    return sticky;
+}
+EXPORT Result cuEventQuery(void* handle) {
+    IN_CONTEXT
+    auto event = events.find(handle);
+    if (event == events.end()) return INVALID_HANDLE;
+    auto of = event->second;
+    if (of->completed >= of->recorded) return SUCCESS;
+    run_one(*of->stream);
+    return NOT_READY;
+}
+EXPORT Result cuEventElapsedTime_v2(float* ms, void*, void*) {
+    *ms = 1.0f;
+    return SUCCESS;
+}
+EXPORT Result cuEventElapsedTime(float* ms, void* a, void* b) { return cuEventElapsedTime_v2(ms, a, b); }
+
+// ---- modules and launches -----------------------------------------------------------------------------------------
+
+EXPORT Result cuModuleLoadData(void** out, const void* image) {
+    IN_CONTEXT
+    if (std::memcmp(image, ELFMAG, SELFMAG) != 0) return INVALID_IMAGE;
+    Elf64_Ehdr header;
+    std::memcpy(&header, image, sizeof header);
+    if (header.e_machine == 190) return NO_BINARY_FOR_GPU;  // a real cubin
+    // A file of its own: the loader tells libraries by their paths.
+    char path[] = "/tmp/baton-stand-in-module-XXXXXX";
+    int fd = mkstemp(path);
+    size_t n = elf_bytes(image), done = 0;
+    while (done < n) {
+        ssize_t written = write(fd, static_cast<const char*>(image) + done, n - done);
+        if (written <= 0) break;
+        done += static_cast<size_t>(written);
+    }
+    close(fd);
+    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) std::fprintf(stderr, "CUDA stand-in: %s\n", dlerror());
+    unlink(path);
+    if (!library) return INVALID_IMAGE;
+    *out = new Module{library, {}};
+    return SUCCESS;
+}
+EXPORT Result cuModuleUnload(void* handle) {
+    Lock lock(mutex);
+    for (auto& [of, stream] : streams) run_all(*stream);
+    auto* module = static_cast<Module*>(handle);
+    dlclose(module->library);
+    delete module;
+    return SUCCESS;
+}
+EXPORT Result cuModuleGetFunction(void** out, void* handle, const char* name) {
+    IN_CONTEXT
+    auto* module = static_cast<Module*>(handle);
+    auto& function = module->functions[name];
+    if (!function) {
+        std::string symbol = name;
+        void* launch = dlsym(module->library, (symbol + "__launch").c_str());
+        void* n_params = dlsym(module->library, (symbol + "__n_params").c_str());
+        if (!launch || !n_params) return NOT_FOUND;
+        function = std::make_unique<Function>();
+        function->launch = reinterpret_cast<decltype(function->launch)>(launch);
+        function->n_params = reinterpret_cast<unsigned (*)()>(n_params)();
+        function->name = symbol;
+    }
+    *out = function.get();
+    return SUCCESS;
+}
+EXPORT Result cuFuncSetAttribute(void* handle, int attribute, int value) {
+    IN_CONTEXT
+    if (attribute == 8) {
+        if (value > 227 << 10) return INVALID_VALUE;
+        static_cast<Function*>(handle)->max_dynamic_shared = static_cast<size_t>(value);
+    }
+    return SUCCESS;
+}
+EXPORT Result cuFuncGetAttribute(int* value, int, void*) {
+    *value = 0;
+    return SUCCESS;
+}
+// The parameters' number is what our host code compares; all are at most 8 bytes wide.
+EXPORT Result cuFuncGetParamInfo(void* handle, size_t index, size_t* offset, size_t* n_bytes) {
+    CHECKED
+    if (index >= static_cast<Function*>(handle)->n_params) return INVALID_VALUE;
+    *offset = 8 * index;
+    *n_bytes = 8;
+    return SUCCESS;
+}
+EXPORT Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, void*, int, size_t) {
+    *n = 2;
+    return SUCCESS;
+}
+EXPORT Result cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                             unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream_handle, void** params,
+                             void** extra) {
+    IN_CONTEXT
+    auto* function = static_cast<Function*>(handle);
+    auto stream = stream_of(stream_handle);
+    if (!stream) return INVALID_HANDLE;
+    uint64_t n_threads = uint64_t{block_x} * block_y * block_z;
+    if (extra || !grid_x || !grid_y || !grid_z || grid_y > 65535 || grid_z > 65535 || grid_x > 0x7fffffffu || !n_threads ||
+        n_threads > 1024 || block_z > 64 || shared_bytes > function->max_dynamic_shared) {
+        std::fprintf(stderr, "CUDA stand-in: %s cannot be launched with grid %u %u %u, block %u %u %u, %u bytes shared\n",
+                     function->name.c_str(), grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes);
+        return INVALID_VALUE;
+    }
+    // Our host code gives each parameter eight bytes. They are copied now, as a driver does.
+    std::vector<uint64_t> values(function->n_params);
+    for (unsigned i = 0; i < function->n_params; i++) std::memcpy(&values[i], params[i], 8);
+    enqueue(*stream, [=]() mutable {
+        std::vector<void*> arguments;
+        for (auto& value : values) arguments.push_back(&value);
+        function->launch(grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes, arguments.data());
+    });
+    return SUCCESS;
+}
+
+// ---- capture ------------------------------------------------------------------------------------------------------
+
+EXPORT Result cuStreamBeginCapture_v2(void* handle, int) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream || stream->capture) return INVALID_HANDLE;
+    stream->capture = std::make_unique<Graph>();
+    return SUCCESS;
+}
+EXPORT Result cuStreamEndCapture(void* handle, void** graph) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream || !stream->capture) return INVALID_HANDLE;
+    *graph = stream->capture.release();
+    return SUCCESS;
+}
+EXPORT Result cuStreamIsCapturing(void* handle, int* status) {
+    CHECKED
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    *status = stream->capture ? 1 : 0;
+    return SUCCESS;
+}
+EXPORT Result cuGraphInstantiateWithFlags(void** out, void* graph, uint64_t) {
+    CHECKED
+    *out = new Graph(*static_cast<Graph*>(graph));
+    return SUCCESS;
+}
+EXPORT Result cuGraphLaunch(void* exec, void* handle) {
+    IN_CONTEXT
+    auto stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    for (auto& op : static_cast<Graph*>(exec)->ops) enqueue(*stream, op);
+    return SUCCESS;
+}
+EXPORT Result cuGraphUpload(void*, void*) { return SUCCESS; }
+EXPORT Result cuGraphExecDestroy(void* exec) {
+    delete static_cast<Graph*>(exec);
+    return SUCCESS;
+}
+EXPORT Result cuGraphDestroy(void* graph) {
+    delete static_cast<Graph*>(graph);
+    return SUCCESS;
+}
