@@ -11,8 +11,8 @@ use baton_engine::{DType, Isa};
 use baton_proto::link::{ClusterSecret, LinkError, LinkOptions};
 
 use crate::config::{
-    ByteSize, ComputeDtype, HubEnvironment, InstructionSet, KvTransportKind, LoadFormat, ModelSource,
-    ReasoningParserKind, Secret, Switch, ToolCallParserKind,
+    ByteSize, ComputeDtype, ConfigError, Folders, HubEnvironment, InstructionSet, KvMemory, KvTransportKind, Layers,
+    LoadFormat, ModelSource, ReasoningParserKind, Secret, Switch, ToolCallParserKind,
 };
 
 /// Which model, and where its files come from and go to.
@@ -52,12 +52,14 @@ impl ParserSelection {
 pub struct EngineConfig {
     /// Element type of weights, KV cache and the inputs of matrix products.
     pub dtype: ComputeDtype,
-    /// The instruction set to compute with.
+    /// What computes.
+    pub device: DeviceConfig,
+    /// The instruction set to compute with, on the CPU.
     pub isa: InstructionSet,
     /// Threads that compute, the step loop's own included.
     pub n_threads: u32,
     /// Memory of the KV cache.
-    pub kv_memory: ByteSize,
+    pub kv_memory: KvMemory,
     /// Whether the KV cache gets its pages before they are needed.
     pub kv_prefault: Switch,
     /// Tokens of a block.
@@ -72,10 +74,55 @@ pub struct EngineConfig {
     pub prefix_caching: Switch,
 }
 
+/// The device of an instance.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceConfig {
+    /// The processor.
+    Cpu,
+    /// The first card that the driver shows (CUDA_VISIBLE_DEVICES chooses).
+    Cuda(CudaConfig),
+}
+
+/// What a card computes with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CudaConfig {
+    /// Whether a row's bits must not depend on what else is in the batch.
+    pub deterministic: Switch,
+    /// Folders with CUDA's libraries, looked through before the system's own.
+    pub libraries: Folders,
+    /// Folder of compiled kernels that came with the installation.
+    pub kernels: Option<PathBuf>,
+    /// Where kernels that are compiled here are kept.
+    pub image_cache: PathBuf,
+}
+
+impl CudaConfig {
+    /// From the flags given, and the places below them.
+    ///
+    /// # Errors
+    /// A value of a variable or file that cannot be read.
+    pub fn resolve(
+        layers: &Layers,
+        deterministic: Option<Switch>,
+        libraries: Option<Folders>,
+        kernels: Option<PathBuf>,
+    ) -> Result<CudaConfig, ConfigError> {
+        Ok(CudaConfig {
+            deterministic: layers.pick("deterministic", deterministic)?.unwrap_or(Switch::Off),
+            libraries: layers.pick("cuda_libraries", libraries)?.unwrap_or_default(),
+            kernels: layers
+                .pick("cuda_kernels", kernels)?
+                .or_else(crate::device::packaged_kernels),
+            image_cache: layers.environment.image_cache_dir(),
+        })
+    }
+}
+
 impl From<ComputeDtype> for DType {
     fn from(dtype: ComputeDtype) -> DType {
         match dtype {
             ComputeDtype::Bf16 => DType::Bf16,
+            ComputeDtype::F16 => DType::F16,
             ComputeDtype::F32 => DType::F32,
         }
     }
@@ -124,6 +171,8 @@ impl EngineConfig {
     pub const DEFAULT_MAX_BATCH_TOKENS: NonZeroU32 = NonZeroU32::new(512).expect("512 is not zero");
     /// KV memory where the machine has room.
     pub const DEFAULT_KV_MEMORY: ByteSize = ByteSize(2 << 30);
+    /// Of a card's free memory; the rest is for what the driver and the libraries take on their way.
+    pub const DEFAULT_CARD_PERCENT: u8 = 90;
 }
 
 /// How processes of a cluster watch and trust each other.

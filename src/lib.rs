@@ -7,6 +7,7 @@ pub mod cli;
 pub mod cluster_metrics;
 pub mod config;
 pub mod ctl;
+pub mod device;
 pub mod doctor;
 pub mod door;
 pub mod engine_config;

@@ -1,11 +1,13 @@
 //! `baton doctor`: flags of the measurements that tell what a machine can do.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use crate::config::{ByteSize, flag};
+use crate::config::{ByteSize, Environment, Folders, Layers, Switch, flag};
 use crate::doctor::transfer::TransferConfig;
+use crate::engine_config::CudaConfig;
 
 const TRANSFER_EXAMPLES: &str = "\
 Examples:
@@ -29,6 +31,33 @@ pub struct DoctorFlags {
 enum DoctorCommand {
     /// Measure how fast KV moves between processes, by each transport
     Transfer(TransferFlags),
+    /// Say whether there is a card to compute on, where its kernels come from, and how fast it is
+    Cuda(CudaFlags),
+}
+
+#[derive(Args, Debug)]
+struct CudaFlags {
+    /// Folders with the libraries of CUDA, with ':' between them, looked through before the system's own
+    #[arg(long, value_name = "FOLDERS", value_parser = flag::<Folders>)]
+    cuda_libraries: Option<Folders>,
+    /// Folder of compiled CUDA kernels [default: cuda-kernels beside the program, if it is there]
+    #[arg(long, value_name = "FOLDER", value_parser = flag::<PathBuf>)]
+    cuda_kernels: Option<PathBuf>,
+    /// Look at what deterministic mode needs
+    #[arg(long, value_enum)]
+    deterministic: Option<Switch>,
+}
+
+impl CudaFlags {
+    fn run(self) -> anyhow::Result<()> {
+        let layers = Layers::open(Environment::from_process()?, None)?;
+        crate::doctor::cuda::run(&CudaConfig::resolve(
+            &layers,
+            self.deterministic,
+            self.cuda_libraries,
+            self.cuda_kernels,
+        )?)
+    }
 }
 
 #[derive(Args, Debug)]
@@ -54,7 +83,10 @@ struct TransferFlags {
 impl DoctorFlags {
     /// Runs what was asked for.
     pub fn run(self) -> anyhow::Result<()> {
-        let DoctorCommand::Transfer(flags) = self.command;
+        let flags = match self.command {
+            DoctorCommand::Transfer(flags) => flags,
+            DoctorCommand::Cuda(flags) => return flags.run(),
+        };
         let n_bytes = flags.size.map_or(256 << 20, |size| size.0);
         match flags.listen {
             Some(address) => crate::doctor::transfer::listen(&address, n_bytes),

@@ -10,11 +10,11 @@ use baton_scheduler::transfer::MAX_STAGES;
 use clap::Args;
 
 use crate::config::{
-    ByteSize, ComputeDtype, ConfigError, Device, InstructionSet, KvTransportKind, Layers, LoadFormat, LogFormat,
-    Machine, MetricsAliases, ModelSource, PolicyKind, ReasoningParserKind, RebalanceMode, Secret, Span, Switch,
-    ToolCallParserKind, flag,
+    ByteSize, ComputeDtype, ConfigError, Device, Folders, InstructionSet, KvMemory, KvTransportKind, Layers,
+    LoadFormat, LogFormat, Machine, MetricsAliases, ModelSource, PolicyKind, ReasoningParserKind, RebalanceMode,
+    Secret, Span, Switch, ToolCallParserKind, flag,
 };
-use crate::engine_config::{EngineConfig, LinkConfig, ModelSelection, ParserSelection};
+use crate::engine_config::{CudaConfig, DeviceConfig, EngineConfig, LinkConfig, ModelSelection, ParserSelection};
 use crate::logging::LogConfig;
 use crate::scheduler_process::SchedulerConfig;
 
@@ -92,21 +92,31 @@ impl ModelFlags {
 #[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Instances")]
 pub struct EngineFlags {
-    /// Element type of weights, KV cache and matrix inputs [default: bf16]
+    /// Element type of weights, KV cache and matrix inputs [default: bf16; f16 on CUDA only]
     #[arg(long, value_enum)]
     pub dtype: Option<ComputeDtype>,
     /// What to compute on [default: auto]
     #[arg(long, value_enum)]
     pub device: Option<Device>,
+    /// Give a request the same bits whatever else is in the batch, at some cost; on the CPU it always does [default: off]
+    #[arg(long, value_enum)]
+    pub deterministic: Option<Switch>,
+    /// Folders with the libraries of CUDA, with ':' between them, looked through before the system's own
+    #[arg(long, value_name = "FOLDERS", value_parser = flag::<Folders>)]
+    pub cuda_libraries: Option<Folders>,
+    /// Folder of compiled CUDA kernels [default: cuda-kernels beside the program, if it is there]
+    #[arg(long, value_name = "FOLDER", value_parser = flag::<PathBuf>)]
+    pub cuda_kernels: Option<PathBuf>,
     /// CPU instruction set [default: auto]
     #[arg(long, value_enum)]
     pub isa: Option<InstructionSet>,
     /// Threads of each instance [default: the cores this process may use, divided between the instances]
     #[arg(long, value_name = "N", value_parser = flag::<NonZeroU32>)]
     pub threads: Option<NonZeroU32>,
-    /// KV cache of each instance [default: 2GiB, or less: all instances together take at most half of the free memory]
-    #[arg(long, value_name = "SIZE", value_parser = flag::<ByteSize>)]
-    pub kv_memory: Option<ByteSize>,
+    /// KV cache of each instance [default: on the CPU 2GiB, or less: all instances together take at most half of the free
+    /// memory; on a card 90% of what it has left, divided between the instances]
+    #[arg(long, value_name = "SIZE", value_parser = flag::<KvMemory>)]
+    pub kv_memory: Option<KvMemory>,
     /// Touch all of the KV cache in the background, so that no request waits for memory to be used for the first time
     /// [default: on when kv_memory is given]
     #[arg(long, value_enum)]
@@ -134,13 +144,13 @@ impl EngineFlags {
         n_instances: usize,
         max_model_len: Option<u32>,
     ) -> Result<EngineConfig, ConfigError> {
-        match layers.pick("device", self.device)?.unwrap_or(Device::Auto) {
-            Device::Cpu | Device::Auto => {}
-            Device::Cuda => {
-                return Err(ConfigError::Impossible(
-                    "device: cuda: no CUDA device support in this build".into(),
-                ));
-            }
+        let asked = layers.pick("device", self.device)?.unwrap_or(Device::Auto);
+        let cuda = CudaConfig::resolve(layers, self.deterministic, self.cuda_libraries, self.cuda_kernels)?;
+        let device = crate::device::choose(asked, cuda)?;
+        let dtype = layers.pick("dtype", self.dtype)?.unwrap_or(ComputeDtype::Bf16);
+        if (&device, dtype) == (&DeviceConfig::Cpu, ComputeDtype::F16) {
+            let message = "dtype: found f16, expected bf16 or f32 on the CPU";
+            return Err(ConfigError::Impossible(message.into()));
         }
         let block_size = layers
             .pick("block_size", self.block_size)?
@@ -158,17 +168,29 @@ impl EngineFlags {
         let kv_prefault = layers
             .pick("kv_prefault", self.kv_prefault)?
             .unwrap_or(if kv_memory.is_some() { Switch::On } else { Switch::Off });
-        let kv_memory = kv_memory.unwrap_or_else(|| {
-            // A machine this full will fail later and say where; a cache of zero bytes would only hide it.
-            let share = machine.kv_share_bytes(n_instances).max(1 << 20);
-            EngineConfig::DEFAULT_KV_MEMORY.min(ByteSize(share >> 20 << 20))
-        });
+        let kv_memory = match (&device, kv_memory) {
+            (DeviceConfig::Cpu, Some(KvMemory::PercentOfFree(percent))) => {
+                let message = format!("kv_memory: found {percent}%, expected a size such as 2GiB on the CPU");
+                return Err(ConfigError::Impossible(message));
+            }
+            (_, Some(kv_memory)) => kv_memory,
+            (DeviceConfig::Cpu, None) => {
+                // A machine this full will fail later and say where; a cache of zero bytes would only hide it.
+                let share = machine.kv_share_bytes(n_instances).max(1 << 20);
+                KvMemory::Size(EngineConfig::DEFAULT_KV_MEMORY.min(ByteSize(share >> 20 << 20)))
+            }
+            (DeviceConfig::Cuda(_), None) => {
+                let share = EngineConfig::DEFAULT_CARD_PERCENT as usize / n_instances.max(1);
+                KvMemory::PercentOfFree(share.max(1) as u8)
+            }
+        };
         let max_num_seqs = layers
             .pick("max_num_seqs", self.max_num_seqs)?
             .unwrap_or(EngineConfig::DEFAULT_MAX_NUM_SEQS);
         let max_batch_tokens = layers.pick("max_batch_tokens", self.max_batch_tokens)?;
         Ok(EngineConfig {
-            dtype: layers.pick("dtype", self.dtype)?.unwrap_or(ComputeDtype::Bf16),
+            device,
+            dtype,
             isa: layers.pick("isa", self.isa)?.unwrap_or(InstructionSet::Auto),
             n_threads,
             kv_memory,

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use clap::CommandFactory as _;
 
 use super::*;
-use crate::config::{ByteSize, Device, KEYS, LoadFormat, PolicyKind, Setting as _};
+use crate::config::{ByteSize, Device, KEYS, KvMemory, LoadFormat, PolicyKind, Setting as _};
 use crate::supervisor::ServeConfig;
 use crate::worker_process::WorkerConfig;
 
@@ -50,7 +50,7 @@ fn serve_without_arguments_divides_the_machine_between_two_instances() {
     assert_eq!(config.worker.engine.n_threads, 4);
     assert_eq!(
         config.worker.engine.kv_memory,
-        ByteSize(3 << 29),
+        KvMemory::Size(ByteSize(3 << 29)),
         "half of 6 GiB, for two"
     );
     assert_eq!(config.scheduler.policy, PolicyKind::PrefixAware);
@@ -73,7 +73,7 @@ fn flags_win_over_variables() {
     assert_eq!(config.processes.len(), 4);
     assert_eq!(
         (config.worker.engine.n_threads, config.worker.engine.kv_memory),
-        (3, ByteSize(512 << 20))
+        (3, KvMemory::Size(ByteSize(512 << 20)))
     );
 }
 
@@ -130,10 +130,8 @@ fn bad_values_name_the_flag_the_value_and_what_was_expected() {
         ("--policy random", ["--policy", "random", "prefix-aware"]),
         ("--model /no/such/folder", ["--model", "/no/such/folder", "ORG/NAME"]),
         ("--block-size 24", ["block_size", "24", "power of two"]),
-        (
-            "--device cuda",
-            ["device", "cuda", "no CUDA device support in this build"],
-        ),
+        ("--kv-memory 90% --device cpu", ["kv_memory", "90%", "such as 2GiB"]),
+        ("--dtype f16 --device cpu", ["dtype", "f16", "bf16 or f32"]),
         ("--max-num-seqs 0", ["--max-num-seqs", "'0'", "at least 1"]),
         ("--log-level loud=very", ["log_level", "loud=very", "debug"]),
         ("--prefill 300 --decode 1", ["prefill 300", "decode 1", "at most 256"]),
@@ -187,7 +185,7 @@ fn a_worker_of_several_roles_has_an_instance_of_each() {
     let config = resolved("--role prefill,decode").expect("valid");
     assert_eq!(
         (config.engine.n_threads, config.engine.kv_memory),
-        (4, ByteSize(3 << 29))
+        (4, KvMemory::Size(ByteSize(3 << 29)))
     );
     let config = resolved("--role prefill,decode --listen 127.0.0.1:1,unix:/b --advertise c:3,d:4").expect("valid");
     let again = worker(config.to_arguments()).expect("a command line of our own");
@@ -346,10 +344,14 @@ fn every_setting_is_a_flag_and_every_process_flag_a_setting() {
 }
 
 #[test]
-fn cuda_is_a_known_device_that_this_build_lacks() {
+fn a_card_that_is_not_there_is_named_in_one_line() {
     assert_eq!(Device::parse("cuda"), Some(Device::Cuda));
-    let error = serve("", &[("BATON_DEVICE", "cuda")]).expect_err("no CUDA");
-    assert_eq!(error.to_string(), "device: cuda: no CUDA device support in this build");
+    let Err(missing) = baton_engine::cuda::probe(0, &[]) else {
+        return;
+    };
+    let error = serve("", &[("BATON_DEVICE", "cuda")]).expect_err("no card");
+    assert_eq!(error.to_string(), format!("device: cuda: {missing}"));
+    assert!(!error.to_string().contains('\n'));
     assert_eq!(exit_code(&error), EXIT_CONFIG);
 }
 

@@ -79,9 +79,11 @@ choice! {
 
 choice! {
     /// Element type of weights, KV cache and the inputs of matrix products.
-    ComputeDtype, "bf16 or f32";
+    ComputeDtype, "bf16, f16 or f32";
     /// bfloat16, accumulated in f32.
     Bf16 = "bf16",
+    /// IEEE half precision, accumulated in f32; on CUDA only.
+    F16 = "f16",
     /// IEEE single precision.
     F32 = "f32",
 }
@@ -100,7 +102,7 @@ choice! {
     Device, "cpu, auto or cuda";
     /// The processor.
     Cpu = "cpu",
-    /// The best device this build can drive.
+    /// A card where there is one that serves, else the processor.
     Auto = "auto",
     /// An NVIDIA GPU.
     Cuda = "cuda",

@@ -122,6 +122,14 @@ impl Environment {
             .unwrap_or_else(std::env::temp_dir)
             .join("baton/packed")
     }
+
+    /// Where CUDA kernels that were compiled here are kept.
+    pub fn image_cache_dir(&self) -> PathBuf {
+        self.cache_dir
+            .clone()
+            .unwrap_or_else(std::env::temp_dir)
+            .join("baton/cuda-kernels")
+    }
 }
 
 /// The names of all variables of Baton's own, so that a child can be started without them.

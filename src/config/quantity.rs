@@ -32,6 +32,40 @@ impl Setting for ByteSize {
     }
 }
 
+/// Memory of a KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvMemory {
+    /// So much.
+    Size(ByteSize),
+    /// So many hundredths of what a card has left once weights and activations are there.
+    PercentOfFree(u8),
+}
+
+impl Setting for KvMemory {
+    const EXPECTED: &'static str =
+        "a size above zero with its unit, such as 2GiB, or a share of a card's free memory, such as 90%";
+
+    fn parse(text: &str) -> Option<Self> {
+        match text.trim().strip_suffix('%') {
+            Some(percent) => percent
+                .parse()
+                .ok()
+                .filter(|percent| (1..=100).contains(percent))
+                .map(KvMemory::PercentOfFree),
+            None => ByteSize::parse(text).map(KvMemory::Size),
+        }
+    }
+}
+
+impl fmt::Display for KvMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            KvMemory::Size(size) => size.fmt(f),
+            KvMemory::PercentOfFree(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let exact = SIZE_UNITS
@@ -130,6 +164,16 @@ mod tests {
         ] {
             assert_eq!(ByteSize::parse(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn kv_memory_is_a_size_or_a_share() {
+        assert_eq!(KvMemory::parse("1MiB"), Some(KvMemory::Size(ByteSize(1 << 20))));
+        assert_eq!(KvMemory::parse("90%"), Some(KvMemory::PercentOfFree(90)));
+        for text in ["0%", "101%", "%", "-1%", "1.5%", "90 percent", "0.9"] {
+            assert_eq!(KvMemory::parse(text), None, "{text}");
+        }
+        assert_eq!(KvMemory::PercentOfFree(7).to_string(), "7%");
     }
 
     #[test]

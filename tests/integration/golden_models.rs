@@ -3,10 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-/// Their folders, in order of names, in the repository at `root`.
-pub fn golden_models(root: &Path) -> Vec<PathBuf> {
-    let folder = root.join("tests/data/models");
-    let entries = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+/// Their folders, in order of names, in `folder`.
+pub fn golden_models(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut models: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry").path()).collect();
     models.retain(|path| path.is_dir());
     models.sort_unstable();

@@ -11,7 +11,7 @@ struct Golden {
 }
 
 fn goldens() -> Vec<Golden> {
-    golden_models(&repository(""))
+    golden_models(&repository("tests/data/models"))
         .into_iter()
         .map(|folder| {
             let text = std::fs::read_to_string(folder.join("goldens.json")).expect("goldens.json");

@@ -223,7 +223,7 @@ impl<B: Backend> Decoder<B> {
         let kv = kv(&backend)?;
         // A cache of what a card has left may hold less than the longest sequence.
         let limits = DecoderLimits {
-            max_model_len: limits.max_model_len.min(kv.n_blocks() * kv.layout().block_size),
+            max_model_len: config.longest_sequence(kv.n_blocks(), kv.layout().block_size, limits),
             ..limits
         };
         Ok(Decoder {

@@ -7,7 +7,8 @@ use baton_kernels::{
     Backend, Cpu, CpuOptions, DType, Isa, KernelError, KvCache, KvLayout, PackedWeights, Packing, WINDOW_GRAIN,
     WeightSource, WeightSpec,
 };
-use baton_scheduler::batch::SlidingWindow;
+use baton_scheduler::batch::{BatchConfig, SlidingWindow};
+use baton_scheduler::ids::Fingerprint;
 
 use super::config::ModelConfig;
 use super::decoder::{Decoder, DecoderLimits};
@@ -85,6 +86,18 @@ impl ModelConfig {
         };
         let windows = self.layer_groups();
         windows.windows().iter().map(|kind| kind.map(window)).collect()
+    }
+
+    /// Tokens of the longest sequence, up to `limits.max_model_len`, that a cache of `n_kv_blocks` holds while steps compute up
+    /// to `limits.max_batch_tokens`.
+    pub fn longest_sequence(&self, n_kv_blocks: usize, block_size: usize, limits: DecoderLimits) -> usize {
+        // Which model it is of does not matter to the room it has.
+        let batch = BatchConfig {
+            max_batch_tokens: limits.max_batch_tokens,
+            windows: self.sliding_windows(),
+            ..BatchConfig::new(n_kv_blocks, block_size, Fingerprint([0; 32]))
+        };
+        batch.longest_sequence(limits.max_model_len)
     }
 
     /// Shape of a KV cache for this model: a block has the layers of one group.

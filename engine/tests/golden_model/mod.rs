@@ -70,7 +70,6 @@ impl Golden {
 
 /// Names of the models of tests/data.
 pub fn models() -> Vec<String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let name = |folder: PathBuf| {
         folder
             .file_name()
@@ -78,10 +77,15 @@ pub fn models() -> Vec<String> {
             .expect("UTF-8")
             .to_owned()
     };
-    folders::golden_models(&root).into_iter().map(name).collect()
+    folders::golden_models(&models_folder()).into_iter().map(name).collect()
 }
 
-/// Where they lie.
+/// Where they lie; where the repository is not at hand, in the folder that BATON_TEST_DATA names.
 pub fn models_folder() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data/models")
+    std::env::var_os("BATON_TEST_DATA")
+        .map_or_else(
+            || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data"),
+            PathBuf::from,
+        )
+        .join("models")
 }

@@ -252,6 +252,11 @@ impl Kernels {
         Ok(())
     }
 
+    /// The kernel that measures read bandwidth.
+    pub(super) fn read_all(&self) -> Result<Function, KernelError> {
+        self.loader.borrow_mut().function("read_all", None, 4)
+    }
+
     /// Units and where they came from, in the order of loading.
     pub(super) fn origins(&self) -> Vec<(String, ImageOrigin)> {
         self.loader.borrow().origins.clone()

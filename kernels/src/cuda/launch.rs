@@ -95,6 +95,11 @@ pub const fn attention_merge(n_merges: u32, max_queries: u32) -> Launch {
     }
 }
 
+/// `read_all`: enough CTAs to keep every load unit of `n_multiprocessors` busy.
+pub const fn read_all(n_multiprocessors: u32) -> Launch {
+    ctas(8 * n_multiprocessors, ROW_THREADS)
+}
+
 /// Rows up to which `linear_narrow` is taken instead of `linear`. Both give the same bits.
 pub const NARROW_ROWS: u32 = 16;
 

@@ -136,6 +136,7 @@ pub const SOURCES: &[Source] = &[
         include_str!("../../cuda/moe_route.cu"),
         &["moe_route_f32", "moe_route_f16", "moe_route_bf16"],
     ),
+    source("read_all", include_str!("../../cuda/read_all.cu"), &["read_all"]),
     source(
         "rms_norm",
         include_str!("../../cuda/rms_norm.cu"),

@@ -7,6 +7,14 @@ pub fn allocated_bytes() -> i64 {
     function()
 }
 
+/// Makes the stand-in answer otherwise from now on, in the whole process.
+pub fn set(name: &std::ffi::CStr, value: i64) {
+    // SAFETY: the stand-in's function of that name has this signature.
+    let function: extern "C" fn(*const std::ffi::c_char, i64) -> i32 =
+        unsafe { std::mem::transmute(symbol(c"stand_in_set")) };
+    assert_eq!(function(name.as_ptr(), value), 1, "{name:?}");
+}
+
 /// A function of the stand-in, which has been loaded.
 fn symbol(name: &std::ffi::CStr) -> *mut std::ffi::c_void {
     // SAFETY: a string that ends in zero.

@@ -1,6 +1,6 @@
 //! Operators over rows and products: close to the reference on odd sizes.
 
-use baton_kernels::cuda::CudaMode;
+use baton_kernels::cuda::{CudaMeasure, CudaMode};
 use baton_kernels::{Activation, Backend, DType, reference};
 
 use crate::support::{DTYPES, MODES, Values, Weights, assert_close, bits, device, tensor, unit};
@@ -141,4 +141,24 @@ fn weights_of_another_dtype_are_refused() {
     let packed = Weights::default().matrix("w", 1, 1, &[1.0]).pack(DType::F16);
     let error = cuda.matrix(&packed, "w").err().unwrap().to_string();
     assert_eq!(error, "packed weights: expected dtype bf16, found f16");
+}
+
+/// On the stand-in the numbers mean nothing; that there are some shows that what is measured runs.
+#[test]
+fn a_card_is_measured() {
+    for (mode, has_product) in [(CudaMode::Fast, true), (CudaMode::Deterministic, false)] {
+        let Some(cuda) = device(DType::Bf16, mode, 64) else {
+            return;
+        };
+        let sizes = CudaMeasure {
+            n_bytes: 1 << 20,
+            matrix_dim: 64,
+        };
+        let limits = cuda.measure(sizes).unwrap();
+        assert!(limits.read_gb_per_s > 0.0 && limits.copy_gb_per_s > 0.0, "{limits:?}");
+        assert_eq!(
+            limits.product_tflop_per_s.map(|peak| peak > 0.0),
+            has_product.then_some(true)
+        );
+    }
 }

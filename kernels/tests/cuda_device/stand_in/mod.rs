@@ -39,9 +39,12 @@ pub fn driver() -> Option<Driver> {
     folder.clone().map(Driver::StandIn)
 }
 
-/// Where compiled kernels are kept between runs of the tests.
+/// Where compiled kernels are kept between runs of the tests: with the stand-in that compiled them, or of the card.
 pub fn image_cache() -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("cuda_stand_in_images")
+    match driver() {
+        Some(Driver::StandIn(folder)) => folder.join("images"),
+        Some(Driver::Card) | None => std::env::temp_dir().join("baton-cuda-images"),
+    }
 }
 
 fn has_compiler() -> bool {
@@ -72,7 +75,7 @@ fn build() -> PathBuf {
         "-Wextra",
         "-fvisibility=hidden",
     ];
-    let texts = SOURCES.iter().map(|(_, _, text)| *text);
+    let texts = SOURCES.iter().map(|(_, _, text)| *text).chain([SHIM]);
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for byte in texts.chain(flags).chain(shim.to_str()).flat_map(str::bytes) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
@@ -109,6 +112,9 @@ fn build() -> PathBuf {
     }
     folder
 }
+
+/// What kernels are compiled with besides their own headers.
+const SHIM: &str = include_str!("../../../cuda/shim.h");
 
 /// From the package that includes this file.
 const SHIM_FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels/cuda");
