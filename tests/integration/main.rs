@@ -4,6 +4,7 @@ mod clients;
 mod cluster;
 mod colocate;
 mod constraints;
+mod cuda;
 mod embeddings;
 mod equality;
 mod faults;
@@ -19,6 +20,9 @@ mod purity;
 mod rolling;
 mod schemas;
 mod soak;
+#[allow(dead_code, reason = "shared with tests that ask for more")]
+#[path = "../../kernels/tests/cuda_device/stand_in/mod.rs"]
+mod stand_in;
 mod storm;
 mod throttle;
 mod windows;

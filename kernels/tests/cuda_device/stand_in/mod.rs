@@ -62,9 +62,10 @@ fn has_compiler() -> bool {
 
 /// Builds the libraries into a folder named after what they are built from.
 fn build() -> PathBuf {
-    let shim = Path::new(SHIM_FOLDER)
-        .canonicalize()
-        .expect("the shim is in the repository");
+    let shim = SHIM_FOLDERS
+        .iter()
+        .find_map(|folder| Path::new(folder).canonicalize().ok());
+    let shim = shim.expect("the shim is in the repository");
     let flags = [
         "-std=c++17",
         "-O2",
@@ -116,5 +117,8 @@ fn build() -> PathBuf {
 /// What kernels are compiled with besides their own headers.
 const SHIM: &str = include_str!("../../../cuda/shim.h");
 
-/// From the package that includes this file.
-const SHIM_FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels/cuda");
+/// From the packages that include this file: a member's, and the workspace's own.
+const SHIM_FOLDERS: [&str; 2] = [
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../kernels/cuda"),
+    concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/cuda"),
+];

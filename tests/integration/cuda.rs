@@ -1,0 +1,129 @@
+//! `--device cuda` through HTTP, with prefill and decode in two processes: on a card (REQUIRE_GPU=1), else through the
+//! stand-in for its driver, where a step takes some tenths of a second, so that little is asked.
+
+use std::path::Path;
+use std::process::Stdio;
+
+use baton_kernels::DType;
+use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, ImageFolders};
+use serde_json::json;
+
+use super::cluster::{Answer, Cluster, Process, repository, run};
+use super::stand_in::{self, Driver};
+
+const MODEL: &str = "tests/data/models/llama3-tied-ropescaled";
+/// As the model's configuration says.
+const HEAD_DIM: usize = 16;
+
+/// Compiles what the servers will need, so that their start is not the compiler's.
+fn warm(images: &Path, libraries: &Path, dtype: DType, mode: CudaMode) {
+    let options = CudaOptions {
+        ordinal: 0,
+        dtype,
+        head_dim: HEAD_DIM,
+        mode,
+        libraries: vec![libraries.to_owned()],
+        images: ImageFolders {
+            packaged: None,
+            cache: Some(images.to_owned()),
+        },
+    };
+    drop(Cuda::new(options).expect("a device"));
+}
+
+/// A server on the card or the stand-in.
+async fn serve(flags: &[&str]) -> Option<(Process, Cluster)> {
+    let driver = stand_in::driver()?;
+    let model = repository(MODEL);
+    let mut arguments = vec!["serve", "--port", "0", "--device", "cuda", "--kv-memory", "4MiB"];
+    arguments.extend(["--model", model.to_str().expect("UTF-8")]);
+    arguments.extend(flags);
+    let mut variables = Vec::new();
+    let (cache, libraries);
+    if let Driver::StandIn(folder) = &driver {
+        cache = folder.join("cache");
+        libraries = folder.to_str().expect("UTF-8").to_owned();
+        let images = cache.join("baton/cuda-kernels");
+        let is_f32 = flags.contains(&"f32");
+        let (dtype, mode) = match is_f32 {
+            true => (DType::F32, CudaMode::Fast),
+            false => (DType::Bf16, CudaMode::Deterministic),
+        };
+        warm(&images, folder, dtype, mode);
+        arguments.extend(["--cuda-libraries", &libraries]);
+        variables.push(("XDG_CACHE_HOME", cache.to_str().expect("UTF-8")));
+    }
+    let door = Process::start_with(&arguments, &variables, Stdio::inherit()).await;
+    let cluster = Cluster::of(door.url.clone());
+    Some((door, cluster))
+}
+
+async fn greedy(cluster: &Cluster, prompt: &[u32], n_tokens: usize) -> Answer {
+    let body = json!({ "max_tokens": n_tokens, "temperature": 0, "ignore_eos": true });
+    cluster.complete(prompt, &body).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_processes_on_one_card_give_the_goldens() {
+    const N_TOKENS: usize = 4;
+    let text = std::fs::read_to_string(repository(MODEL).join("goldens.json")).expect("goldens.json");
+    let golden: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let prompts = golden["prompts"].as_array().expect("prompts");
+    let case = prompts
+        .iter()
+        .find(|case| case["name"] == "short")
+        .expect("a short one");
+    let ids = |value: &serde_json::Value| -> Vec<u32> {
+        let ids = value.as_array().expect("ids").iter();
+        ids.map(|id| id.as_u64().expect("an id") as u32).collect()
+    };
+    let Some((_door, cluster)) = serve(&["--dtype", "f32", "--disaggregation-threshold", "0"]).await else {
+        return;
+    };
+    let found = greedy(&cluster, &ids(&case["input_ids"]), N_TOKENS).await;
+    let tolerance = golden["tolerances"]["f32_max_abs_logit"].as_f64().expect("a tolerance");
+    for (step, (id, logprob)) in found.iter().enumerate() {
+        assert_eq!(*id, ids(&case["greedy"]["ids"])[step], "step {step}");
+        let expected = case["greedy"]["logprobs"][step].as_f64().expect("a number");
+        assert!(
+            (logprob - expected).abs() <= tolerance,
+            "step {step}: {logprob}, expected {expected}"
+        );
+    }
+    cluster
+        .until_counter("decode-0", "kv_bytes_received_total", |n| n > 0)
+        .await;
+    cluster.until_idle_and_whole().await;
+}
+
+/// Handed over or not, in chunks or at once: the same bits, in deterministic mode.
+#[tokio::test(flavor = "multi_thread")]
+async fn deterministic_bits_are_the_same_handed_over_or_not() {
+    let prompt: Vec<u32> = (0..20).map(|i| 5 + 7 * i).collect();
+    let flags = ["--dtype", "bf16", "--deterministic", "on"];
+    let mut answers = Vec::new();
+    for more in [
+        ["--disaggregation-threshold", "0"].as_slice(),
+        &["--mixed", "1", "--max-batch-tokens", "8", "--max-num-seqs", "4"],
+    ] {
+        let Some((_door, cluster)) = serve(&[&flags, more].concat()).await else {
+            return;
+        };
+        answers.push(greedy(&cluster, &prompt, 3).await);
+        cluster.until_idle_and_whole().await;
+    }
+    assert_eq!(answers[0], answers[1]);
+}
+
+#[tokio::test]
+async fn without_a_card_the_doctor_says_so_in_one_line() {
+    if baton_kernels::cuda::probe(0, &[]).is_ok() {
+        return;
+    }
+    let (code, _, stderr) = run(&["doctor", "cuda"]).await;
+    assert_eq!(code, Some(1));
+    assert!(
+        stderr.contains("device cuda: ") && stderr.trim().lines().count() == 1,
+        "{stderr}"
+    );
+}
