@@ -169,6 +169,14 @@ pub const fn kv_copy(n_listed: u32, n_layers: u32) -> Launch {
     }
 }
 
+/// `sample`, `logprobs`: a CTA a row, with a sum for each 256 tokens of the vocabulary.
+pub const fn sample(n_rows: u32, vocab: u32) -> Launch {
+    Launch {
+        shared_bytes: vocab.div_ceil(256) * 8,
+        ..ctas(n_rows, 512)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

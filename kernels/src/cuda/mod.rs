@@ -22,6 +22,7 @@ mod moe;
 pub mod plan;
 mod probe;
 mod rope;
+pub mod sampling;
 mod scratch;
 pub mod sources;
 mod tensor;

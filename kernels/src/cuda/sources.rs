@@ -17,10 +17,11 @@ pub struct Source {
 pub const HEAD_DIMS: [u32; 6] = [64, 80, 96, 128, 192, 256];
 
 /// What sources include, by the name they include it by. `shim.h`, which only g++ sees, is not among them.
-pub const HEADERS: [(&str, &str); 4] = [
+pub const HEADERS: [(&str, &str); 5] = [
     ("attention.cuh", include_str!("../../cuda/attention.cuh")),
     ("gemm.cuh", include_str!("../../cuda/gemm.cuh")),
     ("prelude.cuh", include_str!("../../cuda/prelude.cuh")),
+    ("sampling.cuh", include_str!("../../cuda/sampling.cuh")),
     ("tiles.cuh", include_str!("../../cuda/tiles.cuh")),
 ];
 
@@ -116,6 +117,7 @@ pub const SOURCES: &[Source] = &[
             "linear_narrow_bf16_f32",
         ],
     ),
+    source("logprobs", include_str!("../../cuda/logprobs.cu"), &["logprobs"]),
     source(
         "moe_combine",
         include_str!("../../cuda/moe_combine.cu"),
@@ -154,6 +156,7 @@ pub const SOURCES: &[Source] = &[
         include_str!("../../cuda/rope_append.cu"),
         &["rope_append_f32", "rope_append_f16", "rope_append_bf16"],
     ),
+    source("sample", include_str!("../../cuda/sample.cu"), &["sample"]),
 ];
 
 /// The source that has an entry point, given without `_d128`.

@@ -1,0 +1,190 @@
+//! The CUDA sampler, run on the CPU through the kernels' shim, against the engine's own: the same token, bit for bit, for the
+//! same logits; and the same log-probabilities.
+
+#![allow(unsafe_code)]
+
+#[path = "../../kernels/tests/cuda_shim/library.rs"]
+#[allow(dead_code, reason = "shared with the kernels' tests, which use all of it")]
+mod library;
+
+use baton_engine::sampler::Sampler;
+use baton_kernels::cuda::launch;
+use baton_kernels::cuda::sampling::{RowStatus, Sampling};
+use baton_kernels::cuda::sources::source_of;
+use baton_scheduler::request::SamplingParams;
+use library::{Arg, Order};
+use proptest::prelude::*;
+
+fn launch_on_cpu(entry: &str, launch: launch::Launch, order: Order, args: &[Arg]) {
+    let library = library::library(source_of(entry).unwrap(), None);
+    // SAFETY: each caller passes what kernels/cuda/README.md says of the entry, in buffers of the sizes it says.
+    unsafe { library.launch(entry, launch, order, args) }
+}
+
+/// Each row's token and status.
+fn sample(logits: &[Vec<f32>], params: &[Sampling], order: Order) -> (Vec<u32>, Vec<RowStatus>) {
+    let vocab = logits[0].len() as u32;
+    let rows = logits.concat();
+    let (mut ids, mut status) = (vec![7777_u32; logits.len()], vec![7777_u32; logits.len()]);
+    let params = params.to_vec();
+    let grid = launch::sample(logits.len() as u32, vocab);
+    let args = [
+        (&mut ids).into(),
+        (&mut status).into(),
+        (&rows).into(),
+        (&params).into(),
+        vocab.into(),
+    ];
+    launch_on_cpu("sample", grid, order, &args);
+    (
+        ids,
+        status
+            .into_iter()
+            .map(|status| RowStatus::from_device(status).unwrap())
+            .collect(),
+    )
+}
+
+fn on_host(params: Sampling) -> SamplingParams {
+    SamplingParams {
+        seed: params.seed,
+        temperature: params.temperature,
+        min_p: params.min_p,
+        top_p: params.top_p,
+        top_k: params.top_k,
+        ..SamplingParams::default()
+    }
+}
+
+/// Logits as models have them: most far below a few, some equal, some ruled out.
+fn logits(vocab: usize) -> impl Strategy<Value = Vec<f32>> {
+    let steepness = prop::sample::select(vec![0.0_f32, 0.5, 4.0, 30.0]);
+    (any::<u32>(), steepness, 0..4_u32).prop_map(move |(seed, steepness, kind)| {
+        let mut state = u64::from(seed) | 1 << 40;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 24) as f32
+        };
+        let mut logits: Vec<f32> = (0..vocab).map(|_| -steepness * next().max(1e-9).ln() * 0.3).collect();
+        match kind {
+            // Coarse, so that many are equal.
+            1 => logits.iter_mut().for_each(|x| *x = x.round()),
+            2 => logits
+                .iter_mut()
+                .skip(1)
+                .for_each(|x| *x = if next() < 0.9 { f32::NEG_INFINITY } else { *x }),
+            _ => {}
+        }
+        logits
+    })
+}
+
+fn params() -> impl Strategy<Value = Sampling> {
+    (
+        any::<u64>(),
+        0_u32..2000,
+        0_u32..4,
+        prop::sample::select(vec![0.0_f32, 0.3, 1.0, 1.7]),
+        prop::sample::select(vec![0.0_f32, 0.0, 0.02, 0.4]),
+        prop::sample::select(vec![1.0_f32, 1.0, 0.95, 0.5, 0.01]),
+        prop::sample::select(vec![0_u32, 0, 1, 7, 50, 256, 257, 100_000]),
+    )
+        .prop_map(|(seed, index, choice, temperature, min_p, top_p, top_k)| Sampling {
+            seed,
+            index,
+            choice,
+            temperature,
+            min_p,
+            top_p,
+            top_k,
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn the_device_chooses_what_the_host_chooses(
+        (rows, params) in prop::sample::select(vec![1_usize, 5, 255, 256, 257, 1031, 5000])
+            .prop_flat_map(|vocab| (prop::collection::vec(logits(vocab), 4), prop::collection::vec(params(), 4)))
+    ) {
+        if !library::has_compiler() {
+            return Ok(());
+        }
+        let (ids, status) = sample(&rows, &params, Order::Forward);
+        prop_assert_eq!(&(ids.clone(), status.clone()), &sample(&rows, &params, Order::Reversed));
+        let mut sampler = Sampler::new();
+        for (row_idx, (logits, params)) in rows.iter().zip(&params).enumerate() {
+            let host = sampler.sample(logits, &on_host(*params), params.choice, params.index).unwrap().id;
+            match status[row_idx] {
+                RowStatus::Chosen => prop_assert_eq!(ids[row_idx], host, "row {} of {}: {:?}", row_idx, logits.len(), params),
+                RowStatus::LeftToHost => prop_assert!(params.temperature > 0.0 && logits.len() > 256, "{:?}", params),
+                other => prop_assert!(false, "{:?} for {:?}", other, params),
+            }
+        }
+    }
+
+    #[test]
+    fn log_probabilities_are_the_hosts(
+        (rows, picks, n_top) in prop::sample::select(vec![1_usize, 31, 257, 2003])
+            .prop_flat_map(|vocab| (prop::collection::vec(logits(vocab), 3), prop::collection::vec(0..vocab as u32, 3), 0_usize..21))
+    ) {
+        if !library::has_compiler() {
+            return Ok(());
+        }
+        let vocab = rows[0].len();
+        let all = rows.concat();
+        let (mut logprob, mut rank) = (vec![f32::NAN; 3], vec![0_u32; 3]);
+        let (mut top_ids, mut top) = (vec![u32::MAX; 3 * n_top], vec![f32::NAN; 3 * n_top]);
+        let args = [
+            (&mut logprob).into(), (&mut rank).into(), (&mut top_ids).into(), (&mut top).into(),
+            (&all).into(), (&picks).into(), (vocab as u32).into(), (n_top as u32).into(),
+        ];
+        launch_on_cpu("logprobs", launch::sample(3, vocab as u32), Order::Forward, &args);
+        let mut sampler = Sampler::new();
+        for (row_idx, logits) in rows.iter().enumerate() {
+            let host = sampler.logprobs(logits, picks[row_idx], n_top).unwrap();
+            prop_assert_eq!(logprob[row_idx].to_bits(), host.logprob.to_bits());
+            prop_assert_eq!(rank[row_idx], host.rank);
+            for (i, (id, logprob)) in host.top.iter().enumerate() {
+                prop_assert_eq!(top_ids[row_idx * n_top + i], *id);
+                prop_assert_eq!(top[row_idx * n_top + i].to_bits(), logprob.to_bits());
+            }
+        }
+    }
+}
+
+/// Broken rows say so, and do not disturb their neighbours.
+#[test]
+fn broken_rows_have_a_status() {
+    if !library::has_compiler() {
+        return;
+    }
+    let vocab = 700;
+    let mut rows = vec![vec![0.5_f32; vocab]; 4];
+    rows[0][699] = f32::NAN;
+    rows[1][3] = f32::INFINITY;
+    rows[2].fill(f32::NEG_INFINITY);
+    rows[3][12] = 3.0;
+    let greedy = Sampling {
+        seed: 1,
+        index: 0,
+        choice: 0,
+        temperature: 0.0,
+        min_p: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+    };
+    let warm = Sampling {
+        temperature: 0.01,
+        ..greedy
+    };
+    for params in [greedy, warm] {
+        let (ids, status) = sample(&rows, &[params; 4], Order::Forward);
+        use RowStatus::{Chosen, NoCandidate, NotFinite};
+        assert_eq!(status, [NotFinite, NotFinite, NoCandidate, Chosen]);
+        assert_eq!(ids, [u32::MAX, u32::MAX, u32::MAX, 12]);
+    }
+}
