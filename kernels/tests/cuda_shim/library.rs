@@ -51,7 +51,8 @@ fn is_sanitized() -> bool {
 /// The library of a source, built at the first call; of a source by head size, the instances of one size.
 pub fn library(source: &'static Source, head_dim: Option<u32>) -> Arc<Library> {
     type Built = Arc<OnceLock<Arc<Library>>>;
-    static LIBRARIES: OnceLock<Mutex<HashMap<(&str, Option<u32>), Built>>> = OnceLock::new();
+    type Libraries = HashMap<(&'static str, Option<u32>), Built>;
+    static LIBRARIES: OnceLock<Mutex<Libraries>> = OnceLock::new();
     let built = LIBRARIES
         .get_or_init(Mutex::default)
         .lock()
