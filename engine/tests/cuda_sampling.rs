@@ -9,7 +9,7 @@ mod library;
 
 use baton_engine::sampler::Sampler;
 use baton_kernels::cuda::launch;
-use baton_kernels::cuda::sampling::{RowStatus, Sampling};
+use baton_kernels::cuda::sampling::{MAX_BAND, MAX_CANDIDATES, RowStatus, Sampling};
 use baton_kernels::cuda::sources::source_of;
 use baton_scheduler::request::SamplingParams;
 use library::{Arg, Order};
@@ -120,7 +120,11 @@ proptest! {
             let host = sampler.sample(logits, &on_host(*params), params.choice, params.index).unwrap().id;
             match status[row_idx] {
                 RowStatus::Chosen => prop_assert_eq!(ids[row_idx], host, "row {} of {}: {:?}", row_idx, logits.len(), params),
-                RowStatus::LeftToHost => prop_assert!(params.temperature > 0.0 && logits.len() > 256, "{:?}", params),
+                RowStatus::LeftToHost => {
+                    let has_large_top_k = params.top_k > MAX_CANDIDATES && (params.top_k as usize) < logits.len();
+                    let may_have_wide_band = params.top_p < 1.0 && logits.len() > MAX_BAND as usize;
+                    prop_assert!(params.temperature > 0.0 && (has_large_top_k || may_have_wide_band), "{:?}", params);
+                }
                 other => prop_assert!(false, "{:?} for {:?}", other, params),
             }
         }
@@ -154,6 +158,35 @@ proptest! {
             }
         }
     }
+}
+
+/// A nucleus of thousands of tokens is drawn from on the device, and as on the host.
+#[test]
+fn wide_nuclei_stay_on_the_device() {
+    if !library::has_compiler() {
+        return;
+    }
+    let vocab = 5000_usize;
+    let row: Vec<f32> = (0..vocab)
+        .map(|id| 4.0 * ((id * 7919 % vocab) as f32 / vocab as f32))
+        .collect();
+    let params: Vec<Sampling> = (0..24)
+        .map(|index| Sampling {
+            seed: 99,
+            index,
+            choice: 0,
+            temperature: 1.0,
+            min_p: if index % 3 == 0 { 0.1 } else { 0.0 },
+            top_p: 0.9,
+            top_k: 0,
+        })
+        .collect();
+    let rows = vec![row; params.len()];
+    let (ids, status) = sample(&rows, &params, Order::Forward);
+    assert!(status.iter().all(|status| *status == RowStatus::Chosen), "{status:?}");
+    let mut sampler = Sampler::new();
+    let of_host = |params: &Sampling| sampler.sample(&rows[0], &on_host(*params), 0, params.index).unwrap().id;
+    assert_eq!(ids, params.iter().map(of_host).collect::<Vec<u32>>());
 }
 
 /// Broken rows say so, and do not disturb their neighbours.

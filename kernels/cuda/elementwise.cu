@@ -31,6 +31,16 @@ template <typename T> __device__ __forceinline__ void store_run(T* to, const f32
 // First of this thread's 8 elements that stand together.
 __device__ __forceinline__ u64 run_start() { return static_cast<u64>(blockIdx.x) * CTA_ELEMENTS + threadIdx.x * RUN; }
 
+// Row and column of an element. Nearly always in 32 bits: a division in 64 costs as much as the rest of a thread's work.
+struct Place {
+    u64 row;
+    u32 col;
+};
+__device__ __forceinline__ Place place_of(u64 i, u32 cols) {
+    if (i >> 32 == 0) return {static_cast<u32>(i) / cols, static_cast<u32>(i) % cols};
+    return {i / cols, static_cast<u32>(i % cols)};
+}
+
 template <typename T> __device__ __forceinline__ void add(T* residual, const T* x, u64 n) {
     const u64 first = run_start();
     if (first + RUN <= n) {
@@ -50,12 +60,12 @@ template <typename T> __device__ __forceinline__ void add_bias(T* x, const f32* 
     if (first + RUN <= n && cols % RUN == 0) {
         f32 a[RUN], b[RUN];
         load_run(a, x + first);
-        load_run(b, bias + first % cols);
+        load_run(b, bias + place_of(first, cols).col);
 #pragma unroll
         for (u32 i = 0; i < RUN; i++) a[i] += b[i];
         store_run(x + first, a);
     } else {
-        for (u64 i = first; i < n && i < first + RUN; i++) x[i] = from_f32<T>(to_f32(x[i]) + bias[i % cols]);
+        for (u64 i = first; i < n && i < first + RUN; i++) x[i] = from_f32<T>(to_f32(x[i]) + bias[place_of(i, cols).col]);
     }
 }
 
@@ -108,7 +118,8 @@ __device__ __forceinline__ void gated(
     u64 n, u32 ffn, u32 activation, f32 alpha, f32 limit) {
     const u64 first = run_start();
     if (first + RUN <= n && ffn % RUN == 0) {
-        const T* from = gate_up + first / ffn * (2 * static_cast<u64>(ffn)) + first % ffn;
+        const Place place = place_of(first, ffn);
+        const T* from = gate_up + place.row * (2 * static_cast<u64>(ffn)) + place.col;
         f32 a[RUN], b[RUN];
         load_run(a, from);
         load_run(b, from + ffn);
@@ -117,7 +128,8 @@ __device__ __forceinline__ void gated(
         store_run(out + first, a);
     } else {
         for (u64 i = first; i < n && i < first + RUN; i++) {
-            const T* from = gate_up + i / ffn * (2 * static_cast<u64>(ffn)) + i % ffn;
+            const Place place = place_of(i, ffn);
+            const T* from = gate_up + place.row * (2 * static_cast<u64>(ffn)) + place.col;
             out[i] = from_f32<T>(gate(to_f32(from[0]), to_f32(from[ffn]), activation, alpha, limit));
         }
     }

@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) logprobs(
     u32 vocab, u32 n_top) {
     BATON_DYNAMIC_SHARED(double, chunk_sums);    // [vocab / CHUNK rounded up]
     __shared__ RowScratch scratch;
-    Row row{logits + static_cast<u64>(blockIdx.x) * vocab, vocab, 0.0f, 1.0f, 0.0f};
+    Row row{logits + static_cast<u64>(blockIdx.x) * vocab, vocab, 0.0f, 1.0f, 0.0f, NONE};
     u32 largest;
     if (find_largest(row.logits, vocab, scratch, row.maximum, largest) != FINE) {
         if (threadIdx.x == 0) logprob[blockIdx.x] = __uint_as_float(0x7fc00000u), rank[blockIdx.x] = 0;

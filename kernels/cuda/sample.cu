@@ -3,8 +3,10 @@
 //
 // Split: a CTA a row. Two passes for a draw from the whole vocabulary, three to six more to put candidates in order, all from
 // L2; sums run in the CPU's order, part of them on one thread. Bound: latency; bytes, vocab * 4 a row, with many rows.
-// A nucleus wider than 256 tokens, or a top_k beyond that, is left to the host (status 3), as are masks and penalties, which
-// the host applies to the logits before.
+// A nucleus wider than 256 tokens is cut at a band of nearly equal logits, and only that band is put in order, as on the CPU;
+// the bands' masses are sums of integers, so no order of threads shows in them (2^-45 of the largest weight is dropped a token).
+// A band of more than 1,024 tokens, or a top_k beyond 256, is left to the host (status 3). Masks and penalties are applied
+// to the logits before.
 // Versions: one. Not measured yet, no card.
 #include "sampling.cuh"
 
@@ -121,6 +123,68 @@ __device__ __forceinline__ u32 position_at(const f32* weights, u32 n, double mar
     return last - 1;
 }
 
+// The token of a nucleus of many tokens, or NONE: whole bands in order of ids, then the band in which the mass reaches `target`
+// in the distribution's order.
+__device__ __forceinline__ u32 draw_from_wide_nucleus(Row row, RowScratch& scratch, double* chunk_sums, double target, double u) {
+    constexpr double UNIT = 1.0 / 35184372088832.0;    // 2^-45: the masses of 2^18 tokens stay below 2^63
+    u64* bands = scratch.candidates;
+    for (u32 i = threadIdx.x; i < N_BANDS; i += N_THREADS) bands[i] = 0;
+    if (threadIdx.x == 0) scratch.n_candidates = 0, scratch.chosen = NONE;
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < row.vocab; i += N_THREADS) {
+        const f32 logit = row.kept_logit(i);
+        const u64 mass = static_cast<u64>(row.weight_of(logit) * 35184372088832.0f);
+        if (mass != 0) atomicAdd(&bands[row.band_of(logit)], mass);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u64 whole = 0;
+        u32 band = 0;
+        while (band + 1 < N_BANDS && __dmul_rn(static_cast<double>(whole + bands[band]), UNIT) < target) whole += bands[band++];
+        scratch.before = __dmul_rn(static_cast<double>(whole), UNIT);
+        scratch.chunk = band;
+    }
+    __syncthreads();
+    const u32 cut_band = scratch.chunk;
+    const double whole_mass = scratch.before;
+    for (u32 i = threadIdx.x; i < N_BANDS; i += N_THREADS) bands[i] = 0;
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < row.vocab; i += N_THREADS) {
+        const f32 logit = row.kept_logit(i);
+        if (row.band_of(logit) != cut_band) continue;
+        const u32 place = atomicAdd(&scratch.n_candidates, 1u);
+        if (place < N_BANDS) scratch.candidates[place] = order_of(logit, i);
+    }
+    __syncthreads();
+    const u32 n = scratch.n_candidates;
+    if (n == 0 || n > N_BANDS) return NONE;
+    sort_descending(scratch.candidates, N_BANDS);
+    weigh_candidates(row, scratch, n);
+    if (threadIdx.x == 0) {
+        double cut_mass;
+        const u32 n_kept = nucleus(scratch.weights, n, target - whole_mass, cut_mass);
+        const double mark = __dmul_rn(u, __dadd_rn(whole_mass, cut_mass));
+        scratch.total = mark;
+        if (mark >= whole_mass) {
+            double before = whole_mass;
+            u32 place = 0, last = 0;
+            for (; place < n_kept; place++) {
+                before = __dadd_rn(before, static_cast<double>(scratch.weights[place]));
+                if (scratch.weights[place] > 0.0f) last = place;
+                if (before > mark) break;
+            }
+            scratch.chosen = id_of(scratch.candidates[place < n_kept ? place : last]);
+        }
+    }
+    __syncthreads();
+    if (scratch.chosen != NONE) return scratch.chosen;
+    const double mark = scratch.total;
+    __syncthreads();
+    row.n_bands = cut_band;
+    sum_weights(row, scratch, chunk_sums);
+    return draw_from_all(row, scratch, chunk_sums, mark);
+}
+
 extern "C" __global__ void __launch_bounds__(N_THREADS, 2) sample(
     u32* ids,                  // [rows]; NONE where status is not 0
     u32* status,               // [rows]: RowState
@@ -130,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) sample(
     BATON_DYNAMIC_SHARED(double, chunk_sums);    // [vocab / CHUNK rounded up]
     __shared__ RowScratch scratch;
     const Sampling mine = params[blockIdx.x];
-    Row row{logits + static_cast<u64>(blockIdx.x) * vocab, vocab, 0.0f, 1.0f, mine.min_p};
+    Row row{logits + static_cast<u64>(blockIdx.x) * vocab, vocab, 0.0f, 1.0f, mine.min_p, NONE};
     u32 id;
     const RowState state = find_largest(row.logits, vocab, scratch, row.maximum, id);
     const bool draws = state == FINE && mine.temperature > 0.0f;
@@ -155,10 +219,11 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) sample(
         const double total = has_top_k ? 0.0 : sum_weights(row, scratch, chunk_sums);
         select_first(row, scratch, n);
         weigh_candidates(row, scratch, n);
+        const double target_of_all = __dmul_rn(static_cast<double>(mine.top_p), total);
         if (threadIdx.x == 0) {
             double of_candidates = 0.0, mass;
             for (u32 i = 0; i < n; i++) of_candidates = __dadd_rn(of_candidates, static_cast<double>(scratch.weights[i]));
-            const double target = __dmul_rn(static_cast<double>(mine.top_p), has_top_k ? of_candidates : total);
+            const double target = has_top_k ? __dmul_rn(static_cast<double>(mine.top_p), of_candidates) : target_of_all;
             const u32 n_kept = nucleus(scratch.weights, n, target, mass);
             scratch.chosen = NONE;
             if (has_top_k || mass >= target)
@@ -166,6 +231,8 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) sample(
         }
         __syncthreads();
         chosen = scratch.chosen;
+        __syncthreads();
+        if (chosen == NONE) chosen = draw_from_wide_nucleus(row, scratch, chunk_sums, target_of_all, u);
     }
     if (threadIdx.x == 0) {
         ids[blockIdx.x] = chosen;

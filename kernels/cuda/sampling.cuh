@@ -5,12 +5,13 @@
 
 constexpr u32 N_THREADS = 512;
 constexpr u32 CHUNK = 256;           // tokens whose weights are summed on their own
-constexpr u32 MAX_CANDIDATES = 256;  // tokens that are put in order
+constexpr u32 MAX_CANDIDATES = 256;  // tokens that are put in order for top_k, and tried first for top_p
+constexpr u32 N_BANDS = 1024;        // of nearly equal logits, for a wider nucleus; and tokens of one band that are put in order
 
 // Shared memory of a row.
 struct RowScratch {
-    u64 candidates[MAX_CANDIDATES];
-    f32 weights[CHUNK];
+    u64 candidates[N_BANDS];
+    f32 weights[N_BANDS];
     u32 counts[256];
     u64 prefix;        // of the radix selection: digits settled so far
     u32 wanted;        // of the tokens with this prefix
@@ -44,6 +45,7 @@ struct Row {
     const f32* logits;    // [vocab]
     u32 vocab;
     f32 maximum, inverse_temperature, min_p;
+    u32 n_bands;    // only tokens of the first so many bands have a weight; NONE: all
 
     __device__ __forceinline__ f32 weight_of(f32 logit) const {
         return weight_exp(__fmul_rn(__fsub_rn(logit, maximum), inverse_temperature));
@@ -54,7 +56,12 @@ struct Row {
     }
     __device__ __forceinline__ f32 kept_weight(u32 id) const {
         const f32 weight = weight_of(logits[id]);
-        return weight < min_p ? 0.0f : weight;
+        return weight < min_p || (n_bands != NONE && band_of(logits[id]) >= n_bands) ? 0.0f : weight;
+    }
+    // Sixteen bands to the factor e; the last holds all that is further away.
+    __device__ __forceinline__ u32 band_of(f32 logit) const {
+        const f32 band = __fmul_rn(__fsub_rn(maximum, logit), __fmul_rn(inverse_temperature, 16.0f));
+        return band < static_cast<f32>(N_BANDS) ? static_cast<u32>(band) : N_BANDS - 1;
     }
 };
 
@@ -117,6 +124,21 @@ __device__ __forceinline__ double sum_weights(const Row& row, RowScratch& scratc
     return scratch.total;
 }
 
+// A bitonic sort of n numbers, a power of two.
+__device__ __forceinline__ void sort_descending(u64* x, u32 n) {
+    for (u32 size = 2; size <= n; size *= 2) {
+        for (u32 distance = size / 2; distance > 0; distance /= 2) {
+            for (u32 i = threadIdx.x; i < n; i += N_THREADS) {
+                const u32 other = i ^ distance;
+                if (other < i) continue;
+                const u64 a = x[i], b = x[other];
+                if ((a < b) == ((i & size) == 0)) x[i] = b, x[other] = a;
+            }
+            __syncthreads();
+        }
+    }
+}
+
 // Leaves the `n` first tokens of the distribution (n at most MAX_CANDIDATES and the vocabulary) in scratch.candidates, in order.
 // Radix selection of the n-th, 8 bits a pass over logit, then id; then a bitonic sort of those that are not behind it.
 __device__ __forceinline__ void select_first(const Row& row, RowScratch& scratch, u32 n) {
@@ -149,14 +171,5 @@ __device__ __forceinline__ void select_first(const Row& row, RowScratch& scratch
         if (order >> shift >= prefix) scratch.candidates[atomicAdd(&scratch.n_candidates, 1u)] = order;
     }
     __syncthreads();
-    for (u32 size = 2; size <= MAX_CANDIDATES; size *= 2) {
-        for (u32 distance = size / 2; distance > 0; distance /= 2) {
-            const u32 i = threadIdx.x, other = i ^ distance;
-            if (i < MAX_CANDIDATES && other > i) {
-                const u64 a = scratch.candidates[i], b = scratch.candidates[other];
-                if ((a < b) == ((i & size) == 0)) scratch.candidates[i] = b, scratch.candidates[other] = a;
-            }
-            __syncthreads();
-        }
-    }
+    sort_descending(scratch.candidates, MAX_CANDIDATES);
 }

@@ -32,12 +32,16 @@ pub enum RowStatus {
     NotFinite = 1,
     /// Every logit is -infinity.
     NoCandidate = 2,
-    /// More candidates than the kernel puts in order ([`MAX_CANDIDATES`]): the host chooses.
+    /// More candidates than the kernel puts in order ([`MAX_CANDIDATES`], [`MAX_BAND`]): the host chooses.
     LeftToHost = 3,
 }
 
-/// Largest `top_k`, and widest nucleus, that the device draws from.
+/// Largest `top_k` that the device draws from.
 pub const MAX_CANDIDATES: u32 = 256;
+
+/// Most tokens of nearly equal probability (within a factor of e^(1/16)) where a nucleus of more than [`MAX_CANDIDATES`]
+/// tokens ends.
+pub const MAX_BAND: u32 = 1024;
 
 impl RowStatus {
     /// The status that a kernel wrote.
