@@ -505,8 +505,14 @@ pub const FIELDS: &[FieldRow] = &[
     row(
         "truncate_prompt_tokens",
         On::Embeddings,
-        "Read only the last tokens of a longer input: so many, or with -1 as many as the model's length. Default: refuse it.",
-        || integer(-1, i64::from(u32::MAX)),
+        "Leave at most this many tokens of each input; -1: as many as the model's length. Default: all.",
+        || json!({"type": "integer", "minimum": -1, "not": {"const": 0}}),
+    ),
+    row(
+        "truncation_side",
+        On::Embeddings,
+        "Where truncate_prompt_tokens takes tokens away: left keeps the last ones. Default: left.",
+        || json!({"type": "string", "pattern": "^(left|right)$"}),
     ),
     row(
         "add_special_tokens",

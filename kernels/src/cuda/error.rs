@@ -3,7 +3,6 @@
 use cudarc::driver::result::DriverError;
 
 use super::probe::{MIN_CAPABILITY, MIN_DRIVER_CUDA};
-use crate::layout::DType;
 
 /// An expected failure of the CUDA device.
 #[derive(Debug, thiserror::Error)]
@@ -103,14 +102,6 @@ pub enum CudaError {
         found: String,
         /// What it may be.
         expected: &'static str,
-    },
-    /// A dtype that the device does not compute in.
-    #[error("packed weights are {found}, the device computes in {expected}")]
-    WeightDType {
-        /// The device's.
-        expected: DType,
-        /// The weights'.
-        found: DType,
     },
     /// A call that failed although nothing expected it to.
     #[error("cannot {action}: {reason}")]

@@ -47,6 +47,16 @@ impl KvRead {
         self.memory.generation(self.block).load(Ordering::Relaxed)
     }
 
+    /// Bytes of K and V.
+    pub fn n_bytes(&self) -> usize {
+        self.memory.geometry.layout.layer_block_bytes()
+    }
+
+    /// Whether reading waits for a device.
+    pub fn is_on_device(&self) -> bool {
+        self.on_device.is_some()
+    }
+
     /// The K part, `[n_kv_heads, block_size, head_dim]`.
     pub fn key(&self) -> &[u8] {
         self.bytes(Part::Key)
@@ -122,6 +132,11 @@ impl KvWrite {
     /// The block being written.
     pub fn block(&self) -> u32 {
         self.block
+    }
+
+    /// Whether writing waits for a device.
+    pub fn is_on_device(&self) -> bool {
+        self.fence.is_some()
     }
 
     /// Writes both parts of one layer.

@@ -105,6 +105,12 @@ async fn each_option_reaches_the_request() {
     assert_eq!(*submission.request.prompt_ids, [98, 99, 100], "the last three");
     assert_ne!(submission.request.cache_salt, 0);
     assert_eq!((submission.priority, &*submission.label), (-2, "mine"));
+    embed(
+        &server,
+        json!({"input": [1, 2, 3], "truncate_prompt_tokens": 2, "truncation_side": "right"}),
+    )
+    .await;
+    assert_eq!(*script.last().request.prompt_ids, [1, 2], "the first two");
     let long: Vec<u32> = vec![7; 1200];
     embed(&server, json!({"input": long, "truncate_prompt_tokens": -1})).await;
     assert_eq!(script.last().request.prompt_ids.len(), 1000, "the model's length");
@@ -152,12 +158,17 @@ async fn wrong_fields_are_refused_by_name() {
         (
             json!({"input": "a", "truncate_prompt_tokens": 0}),
             "truncate_prompt_tokens",
-            "-1, or at least 1",
+            "-1 or at least 1",
         ),
         (
             json!({"input": "a", "truncate_prompt_tokens": -2}),
             "truncate_prompt_tokens",
             "-2",
+        ),
+        (
+            json!({"input": "a", "truncation_side": "middle"}),
+            "truncation_side",
+            "expected \"left\" or \"right\"",
         ),
         (
             json!({"input": "a", "add_special_tokens": 1}),

@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use twox_hash::XxHash3_64;
 
 use super::counters::TransportCounters;
-use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind};
+use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind, beside_others};
 
 /// XXH3-64, seed 0: what `KvFrame.checksum` says of `KvFrame.data`.
 pub(super) fn checksum(data: &[u8]) -> u64 {
@@ -42,8 +42,10 @@ impl KvSender for GrpcSender {
 
     fn pack(&mut self, range: KvRange, reads: Vec<KvRead>) -> Result<Packed, TransportError> {
         let mut data = BytesMut::with_capacity(reads.len() * self.layout.layer_block_bytes());
-        reads.iter().for_each(|read| data.extend_from_slice(read.key()));
-        reads.iter().for_each(|read| data.extend_from_slice(read.value()));
+        beside_others(reads.iter().any(KvRead::is_on_device), || {
+            reads.iter().for_each(|read| data.extend_from_slice(read.key()));
+            reads.iter().for_each(|read| data.extend_from_slice(read.value()));
+        });
         let n_bytes = data.len() as u64;
         self.counters.sent(self.kind(), n_bytes);
         let frame = KvFrame {
@@ -70,7 +72,8 @@ impl KvReceiver for GrpcReceiver {
     }
 
     fn land(&mut self, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
-        let landed = land(self.layout, frame, slot, writers);
+        let waits = writers.iter().any(KvWrite::is_on_device);
+        let landed = beside_others(waits, || land(self.layout, frame, slot, writers));
         self.counters.landed(self.kind(), landed)
     }
 }

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use super::counters::TransportCounters;
 use super::grpc::bare_frame;
-use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind};
+use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind, beside_others};
 
 /// Frames that may wait to be fetched in one process: what 64 GiB of KV need.
 const MAX_PARCELS: usize = 1 << 16;
@@ -89,10 +89,7 @@ impl KvSender for InProcessSender {
 
     fn pack(&mut self, range: KvRange, reads: Vec<KvRead>) -> Result<Packed, TransportError> {
         let mut frame = bare_frame(self.transfer, range, &reads);
-        let n_bytes = reads
-            .iter()
-            .map(|read| (read.key().len() + read.value().len()) as u64)
-            .sum();
+        let n_bytes = reads.iter().map(|read| read.n_bytes() as u64).sum();
         let mut parcels = PARCELS.lock();
         if parcels.len() >= MAX_PARCELS {
             return Err(TransportError::Full { n: parcels.len() });
@@ -150,9 +147,12 @@ fn land(frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, Tr
         ticket: frame.ticket,
     })?;
     let mut n_bytes = 0;
-    for (read, writer) in parcel.reads.iter().zip(writers) {
-        writer.write(slot, read.key(), read.value())?;
-        n_bytes += (read.key().len() + read.value().len()) as u64;
-    }
-    Ok(n_bytes)
+    let waits = parcel.reads.iter().any(KvRead::is_on_device) || writers.iter().any(KvWrite::is_on_device);
+    beside_others(waits, || {
+        for (read, writer) in parcel.reads.iter().zip(writers) {
+            writer.write(slot, read.key(), read.value())?;
+            n_bytes += read.n_bytes() as u64;
+        }
+        Ok(n_bytes)
+    })
 }

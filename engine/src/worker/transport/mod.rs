@@ -38,6 +38,15 @@ use baton_scheduler::transfer::{EndsBy, KvRange};
 pub use counters::TransportTotals;
 pub use endpoint::{KvTransports, Offer};
 
+/// Runs what may wait for a device, on this thread; other tasks of the runtime go on elsewhere meanwhile.
+fn beside_others<R>(waits: bool, work: impl FnOnce() -> R) -> R {
+    if waits {
+        tokio::task::block_in_place(work)
+    } else {
+        work()
+    }
+}
+
 /// A way for bytes of KV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TransportKind {

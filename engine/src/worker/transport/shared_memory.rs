@@ -9,7 +9,7 @@ use baton_scheduler::transfer::{KvRange, TransferId};
 
 use super::counters::TransportCounters;
 use super::grpc::bare_frame;
-use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind};
+use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind, beside_others};
 
 pub(super) struct SharedMemorySender {
     pub(super) transfer: TransferId,
@@ -49,8 +49,9 @@ impl KvReceiver for SharedMemoryReceiver {
     }
 
     fn land(&mut self, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
-        self.counters
-            .landed(self.kind(), land(&self.source, frame, slot, writers))
+        let waits = writers.iter().any(KvWrite::is_on_device);
+        let landed = beside_others(waits, || land(&self.source, frame, slot, writers));
+        self.counters.landed(self.kind(), landed)
     }
 }
 
