@@ -2,9 +2,9 @@
 //
 // Each CUDA thread is a fiber with a stack of its own, switched at barriers and at warp exchanges only; a CTA runs on one
 // system thread. Shared memory starts as NaN. What it shows: wrong results, accesses out of bounds (with a sanitizer),
-// barriers that not all threads reach (aborts), asynchronous copies nobody waited for (they are done as late as the wait
-// allows), and most missing barriers, as results change with the order in which threads run (baton_shim_reverse). What it
-// does not show: races within one thread's turn, and what different warps see without a fence.
+// barriers that not all threads reach (aborts), asynchronous copies nobody waited for, and most missing barriers, as results
+// change with the order in which threads run and copies are done (baton_shim_reverse). What it does not show: races within
+// one thread's turn, and what different warps see without a fence.
 #pragma once
 
 #include <algorithm>
@@ -51,11 +51,18 @@ constexpr unsigned WARP_LANES = 32;
 
 enum class State : uint8_t { Ready, AtCtaBarrier, AtWarpBarrier, Done };
 
-// A copy into shared memory that has been asked for and not yet waited for.
+// An asynchronous copy of 16 bytes into shared memory, of zeros where the source is not there.
 struct PendingCopy {
     void* to;
     const void* from;
-    unsigned bytes, copied;
+    bool is_there;
+
+    void carry_out() const {
+        if (is_there)
+            memcpy(to, from, 16);
+        else
+            memset(to, 0, 16);
+    }
 };
 
 struct Fiber {

@@ -19,23 +19,26 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool is_t
     baton_shim::Fiber* me = baton_shim::fiber;
     if (reinterpret_cast<uptr>(to) % 16 != 0 || (is_there && reinterpret_cast<uptr>(from) % 16 != 0))
         baton_shim::fail("an asynchronous copy that is not on 16 bytes");
-    me->copies.push_back({to, from, 16, is_there ? 16u : 0u});
-    me->n_uncommitted++;
+    const baton_shim::PendingCopy copy{to, from, is_there};
+    // When threads run in reverse a copy is done at once, which shows where it overwrites what others still read; else as late
+    // as the wait allows, which shows where a wait is missing.
+    if (baton_shim::cta->is_reversed) {
+        copy.carry_out();
+    } else {
+        me->copies.push_back(copy);
+        me->n_uncommitted++;
+    }
 }
 __device__ __forceinline__ void copy_async_commit() {
     baton_shim::Fiber* me = baton_shim::fiber;
     me->groups.push_back(me->n_uncommitted);
     me->n_uncommitted = 0;
 }
-// Waits until at most N of this thread's groups are under way. Copies are done here, as late as may be.
+// Waits until at most N of this thread's groups are under way.
 template <u32 N> __device__ __forceinline__ void copy_async_wait() {
     baton_shim::Fiber* me = baton_shim::fiber;
     while (me->groups.size() > N) {
-        for (size_t i = 0; i < me->groups[0]; i++) {
-            const baton_shim::PendingCopy& copy = me->copies[i];
-            memset(copy.to, 0, copy.bytes);
-            if (copy.copied) memcpy(copy.to, copy.from, copy.copied);
-        }
+        for (size_t i = 0; i < me->groups[0]; i++) me->copies[i].carry_out();
         me->copies.erase(me->copies.begin(), me->copies.begin() + static_cast<ptrdiff_t>(me->groups[0]));
         me->groups.erase(me->groups.begin());
     }

@@ -263,13 +263,7 @@ fn scalar_attention_takes_any_head_size() {
     if !has_compiler() {
         return;
     }
-    for (dtype, head_dim) in [
-        (DType::F32, 1),
-        (DType::F32, 16),
-        (DType::F32, 31),
-        (DType::F32, 128),
-        (DType::Bf16, 48),
-    ] {
+    for (dtype, head_dim) in [(DType::F32, 1), (DType::F32, 16), (DType::F32, 33), (DType::Bf16, 48)] {
         for splits in [WHOLE, BALANCED, FIXED] {
             Case::new(dtype, head_dim, &MIXED).check(splits);
         }
@@ -310,12 +304,12 @@ fn every_group_and_block_size_is_the_references() {
         return;
     }
     for (n_kv_heads, group, block_shift) in [(1, 1, 4), (3, 1, 3), (1, 8, 5), (1, 16, 4), (2, 17, 0), (1, 35, 6)] {
-        for splits in [BALANCED, FIXED] {
+        for splits in [WHOLE, FIXED] {
             let case = Case {
                 n_kv_heads,
                 group,
                 block_shift,
-                ..Case::new(DType::Bf16, 64, &[(200, 1), (0, 1), (70, 9)])
+                ..Case::new(DType::Bf16, 64, &[(200, 1), (0, 1), (170, 9)])
             };
             case.check(splits);
         }
