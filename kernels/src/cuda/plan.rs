@@ -141,46 +141,55 @@ pub struct PlanSize {
     pub n_partial_rows: u32,
 }
 
+/// The list that a sequence's items go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kernel {
+    Decode,
+    Prefill,
+}
+
 impl Shape {
     fn group(&self) -> u32 {
         self.n_heads / self.n_kv_heads
     }
 
-    /// Packed queries that an item of `attention_decode` takes.
-    fn decode_queries(&self) -> u32 {
-        launch::DECODE_QUERIES
-    }
-
-    /// Packed queries that an item of the other kernel takes.
-    fn prefill_queries(&self) -> u32 {
-        match self.kernels {
-            Kernels::TensorCore => launch::prefill_queries(self.head_dim),
-            Kernels::Scalar => launch::SCALAR_QUERIES,
+    /// Packed queries that an item takes.
+    fn tile_queries(&self, kernel: Kernel) -> u32 {
+        match (kernel, self.kernels) {
+            (Kernel::Decode, _) => launch::DECODE_QUERIES,
+            (Kernel::Prefill, Kernels::TensorCore) => launch::prefill_queries(self.head_dim),
+            (Kernel::Prefill, Kernels::Scalar) => launch::SCALAR_QUERIES,
         }
     }
 
-    fn decodes(&self, splits: Splits, n_tokens: u32) -> bool {
-        matches!((self.kernels, splits), (Kernels::TensorCore, Splits::Balanced { .. })) && n_tokens == 1
+    /// Which kernel takes a sequence.
+    fn kernel_of(&self, splits: Splits, n_tokens: u32) -> Kernel {
+        match (self.kernels, splits, n_tokens) {
+            (Kernels::TensorCore, Splits::Balanced { .. }, 1) => Kernel::Decode,
+            (Kernels::TensorCore | Kernels::Scalar, Splits::Balanced { .. } | Splits::Fixed { .. }, _) => {
+                Kernel::Prefill
+            }
+        }
     }
 }
 
 impl PlanSize {
     /// For steps of at most `n_sequences` that each add one token, none beyond `max_context` tokens.
     pub fn of_decode(shape: Shape, splits: Splits, n_sequences: u32, max_context: u32) -> PlanSize {
-        let is_decode = shape.decodes(splits, 1);
-        let tile = if is_decode {
-            shape.decode_queries()
-        } else {
-            shape.prefill_queries()
-        };
+        let kernel = shape.kernel_of(splits, 1);
+        let tile = shape.tile_queries(kernel);
         let n_tiles = n_sequences * shape.n_kv_heads * shape.group().div_ceil(tile);
         let n_items = match splits {
             Splits::Balanced { n_ctas } => n_tiles.max(n_ctas),
             Splits::Fixed { tokens } => n_tiles * max_context.div_ceil(tokens),
         };
+        let (decode, prefill) = match kernel {
+            Kernel::Decode => (n_items as usize, 0),
+            Kernel::Prefill => (0, n_items as usize),
+        };
         PlanSize {
-            decode: if is_decode { n_items as usize } else { 0 },
-            prefill: if is_decode { 0 } else { n_items as usize },
+            decode,
+            prefill,
             merges: n_tiles as usize,
             n_partial_rows: n_items * tile.min(shape.group()),
         }
@@ -204,30 +213,22 @@ impl Plan {
         self.n_partial_rows = 0;
         let mut decode = std::mem::take(&mut self.decode);
         let mut prefill = std::mem::take(&mut self.prefill);
-        self.cut_all(&mut decode, shape, splits, sequences, shape.decode_queries(), true);
-        self.cut_all(&mut prefill, shape, splits, sequences, shape.prefill_queries(), false);
+        self.cut_all(&mut decode, shape, splits, sequences, Kernel::Decode);
+        self.cut_all(&mut prefill, shape, splits, sequences, Kernel::Prefill);
         // The longest first, so that the last to be started are short.
         prefill.sort_by_key(|item| std::cmp::Reverse(item.kv_end - item.kv_start));
         (self.decode, self.prefill) = (decode, prefill);
     }
 
     /// Items of the sequences that one kernel takes.
-    fn cut_all(
-        &mut self,
-        items: &mut Vec<Item>,
-        shape: Shape,
-        splits: Splits,
-        sequences: &[Sequence],
-        tile_queries: u32,
-        decodes: bool,
-    ) {
+    fn cut_all(&mut self, items: &mut Vec<Item>, shape: Shape, splits: Splits, sequences: &[Sequence], kernel: Kernel) {
         items.clear();
         self.tiles.clear();
         for sequence in sequences
             .iter()
-            .filter(|s| shape.decodes(splits, s.n_tokens) == decodes)
+            .filter(|s| shape.kernel_of(splits, s.n_tokens) == kernel)
         {
-            self.tiles.extend(tiles(shape, *sequence, tile_queries));
+            self.tiles.extend(tiles(shape, *sequence, shape.tile_queries(kernel)));
         }
         let largest = match splits {
             Splits::Balanced { n_ctas } => balanced_split(&self.tiles, n_ctas / shape.n_kv_heads),
@@ -298,11 +299,12 @@ impl Plan {
 
     /// How `attention_merge` is launched for this plan, padding included.
     pub fn merge_launch(&self, shape: Shape) -> Launch {
-        let tile = if self.prefill.is_empty() {
-            shape.decode_queries()
+        let kernel = if self.prefill.is_empty() {
+            Kernel::Decode
         } else {
-            shape.prefill_queries()
+            Kernel::Prefill
         };
+        let tile = shape.tile_queries(kernel);
         launch::attention_merge(self.merges.len() as u32, tile)
     }
 }

@@ -172,7 +172,7 @@ impl Case {
         let mut partial_out = vec![f32::NAN; plan.n_partial_rows as usize * head_dim];
         let mut partial_stats = vec![f32::NAN; plan.n_partial_rows as usize * 2];
         let sinks = params.sinks.as_ref().map_or(NULL, Arg::from);
-        let mut attend = |entry: &str, by_head_dim: bool, grid: launch::Launch, items: &Vec<Item>| {
+        let mut attend = |entry: &str, instance: Option<u32>, grid: launch::Launch, items: &Vec<Item>| {
             if items.is_empty() {
                 return;
             }
@@ -194,21 +194,22 @@ impl Case {
                 params.soft_cap.unwrap_or(0.0),
                 shape.window.unwrap_or(0),
             ];
-            match by_head_dim {
-                true => launch_for_head_dim(&format!("{entry}_{dtype}"), shape.head_dim, grid, order, args),
-                false => launch(&format!("{entry}_{dtype}"), grid, order, args),
+            let entry = format!("{entry}_{dtype}");
+            match instance {
+                Some(head_dim) => launch_for_head_dim(&entry, head_dim, grid, order, args),
+                None => launch(&entry, grid, order, args),
             }
         };
         match shape.kernels {
             Kernels::TensorCore => {
                 let grid = launch::attention_decode(plan.decode.len() as u32, shape.head_dim);
-                attend("attention_decode", true, grid, &plan.decode);
+                attend("attention_decode", Some(shape.head_dim), grid, &plan.decode);
                 let grid = launch::attention_prefill(plan.prefill.len() as u32, shape.head_dim);
-                attend("attention_prefill", true, grid, &plan.prefill);
+                attend("attention_prefill", Some(shape.head_dim), grid, &plan.prefill);
             }
             Kernels::Scalar => {
                 let grid = launch::attention_scalar(plan.prefill.len() as u32);
-                attend("attention_scalar", false, grid, &plan.prefill);
+                attend("attention_scalar", None, grid, &plan.prefill);
             }
         }
         if !plan.merges.is_empty() {

@@ -6,16 +6,22 @@ use baton_kernels::{Activation, DType, MoeParams, reference};
 use crate::args;
 use crate::harness::*;
 
-/// What a device's product gives; `out` f32 where `wide`.
-fn product(dtype: DType, wide: bool, narrow: bool, x: &[f32], w: &[f32], k: usize, order: Order) -> Matrix {
+#[derive(Clone, Copy, Debug)]
+enum Tiling {
+    Wide,
+    Narrow,
+}
+
+/// What a device's product gives, in `out` elements.
+fn product(dtype: DType, out: DType, tiling: Tiling, x: &[f32], w: &[f32], k: usize, order: Order) -> Matrix {
     let (m, n) = (x.len() / k, w.len() / k);
-    let suffix = if wide && dtype != DType::F32 { "_f32" } else { "" };
-    let mut out = Matrix::unwritten(if wide { DType::F32 } else { dtype }, m * n);
+    let suffix = if out == dtype { "" } else { "_f32" };
+    let mut out = Matrix::unwritten(out, m * n);
     let (x, w) = (Matrix::new(dtype, x), Matrix::new(dtype, w));
     let args = args![&mut out, &x, &w, m as u32, n as u32, k as u32];
-    let (name, grid) = match narrow {
-        true => ("linear_narrow", launch::linear_narrow(m as u32, n as u32)),
-        false => ("linear", launch::linear(m as u32, n as u32)),
+    let (name, grid) = match tiling {
+        Tiling::Narrow => ("linear_narrow", launch::linear_narrow(m as u32, n as u32)),
+        Tiling::Wide => ("linear", launch::linear(m as u32, n as u32)),
     };
     launch(&format!("{name}_{dtype}{suffix}"), grid, order, args);
     out
@@ -39,13 +45,16 @@ fn products_are_the_references() {
         for (m, n, k) in shapes {
             let (x, w) = (values(31, dtype, m * k), values(32, dtype, n * k));
             let expected = reference::linear(&x, &w, k);
-            for wide in [false, true] {
-                let what = format!("{dtype}, {m} x {n} x {k}, f32 out: {wide}");
-                let of = |narrow: bool| in_both_orders(&what, |order| product(dtype, wide, narrow, &x, &w, k, order));
-                let found = of(false);
-                assert_close(&what, if wide { DType::F32 } else { dtype }, &found.values(), &expected);
+            for out in [dtype, DType::F32] {
+                let what = format!("{dtype} to {out}, {m} x {n} x {k}");
+                let of = |tiling| in_both_orders(&what, |order| product(dtype, out, tiling, &x, &w, k, order));
+                let found = of(Tiling::Wide);
+                assert_close(&what, out, &found.values(), &expected);
                 if dtype != DType::F32 && m <= NARROW_ROWS as usize {
-                    assert!(of(true) == found, "{what}: the narrow tiling gives other bits");
+                    assert!(
+                        of(Tiling::Narrow) == found,
+                        "{what}: the narrow tiling gives other bits"
+                    );
                 }
             }
         }
@@ -60,9 +69,9 @@ fn a_product_knows_its_row_alone() {
     let (m, n, k) = (33, 70, 88);
     for dtype in DTYPES {
         let (x, w) = (values(33, dtype, m * k), values(34, dtype, n * k));
-        let all = product(dtype, false, false, &x, &w, k, Order::Forward).values();
+        let all = product(dtype, dtype, Tiling::Wide, &x, &w, k, Order::Forward).values();
         for row in [0, 15, 16, 32] {
-            let alone = product(dtype, false, false, &x[row * k..][..k], &w, k, Order::Forward).values();
+            let alone = product(dtype, dtype, Tiling::Wide, &x[row * k..][..k], &w, k, Order::Forward).values();
             assert_eq!(alone, &all[row * n..][..n], "{dtype}, row {row}");
         }
     }
@@ -162,10 +171,9 @@ impl Moe {
         launch("moe_permute", launch::moe_permute(n_experts), order, args);
         self.check_permutation(&chosen, &offsets, &pair_of_slot, &slot_of_pair);
 
-        let linear = |x: &Matrix, weights: &[Matrix], biases: &Vec<u64>, gathers: bool, n: usize, k: usize| {
+        let linear = |x: &Matrix, weights: &[Matrix], biases: &Vec<u64>, gather: Arg, n: usize, k: usize| {
             let mut out = Matrix::unwritten(dtype, n_pairs as usize * n);
             let weights = addresses(weights);
-            let gather = if gathers { Arg::from(&pair_of_slot) } else { NULL };
             let args = args![
                 &mut out, x, &weights, biases, &offsets, gather, &tiles, top_k, n as u32, k as u32
             ];
@@ -177,12 +185,12 @@ impl Moe {
             );
             out
         };
-        let up = linear(&x, &gate_up, &biases(1), true, 2 * ffn, hidden);
+        let up = linear(&x, &gate_up, &biases(1), Arg::from(&pair_of_slot), 2 * ffn, hidden);
         let mut activated = Matrix::unwritten(dtype, n_pairs as usize * ffn);
         let n_activated = u64::from(n_pairs) * ffn as u64;
         let args = args![&mut activated, &up, n_activated, ffn as u32, 0_u32, 0.0_f32, 0.0_f32];
         launch(&format!("gated_{dtype}"), launch::elements(n_activated), order, args);
-        let y = linear(&activated, &down, &biases(3), false, hidden, ffn);
+        let y = linear(&activated, &down, &biases(3), NULL, hidden, ffn);
         let mut out = Matrix::unwritten(dtype, n_rows as usize * hidden);
         let args = args![&mut out, &y, &slot_of_pair, &weights, top_k, hidden as u32];
         launch(&format!("moe_combine_{dtype}"), launch::rows(n_rows), order, args);

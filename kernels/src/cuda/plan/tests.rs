@@ -113,11 +113,10 @@ proptest! {
     #[test]
     fn balanced_items_fit_the_card_and_are_short(shape in shape(), n_ctas in 1_u32..400, sequences in sequences()) {
         let plan = planned(shape, Splits::Balanced { n_ctas }, &sequences);
-        for (items, tile_queries) in [(&plan.decode, shape.decode_queries()), (&plan.prefill, shape.prefill_queries())] {
-            let kernels = |sequence: &&Sequence| {
-                shape.decodes(Splits::Balanced { n_ctas }, sequence.n_tokens) == std::ptr::eq(items, &plan.decode)
-            };
-            let tiles: Vec<Item> = sequences.iter().filter(kernels).flat_map(|s| tiles(shape, *s, tile_queries)).collect();
+        for (items, kernel) in [(&plan.decode, Kernel::Decode), (&plan.prefill, Kernel::Prefill)] {
+            let is_its = |s: &&Sequence| shape.kernel_of(Splits::Balanced { n_ctas }, s.n_tokens) == kernel;
+            let tile_queries = shape.tile_queries(kernel);
+            let tiles: Vec<Item> = sequences.iter().filter(is_its).flat_map(|s| tiles(shape, *s, tile_queries)).collect();
             let n_parts = (n_ctas / shape.n_kv_heads) as usize;
             prop_assert!(items.len() <= shape.n_kv_heads as usize * n_parts.max(tiles.len()));
             let longest = items.iter().map(|item| item.kv_end - item.kv_start).max().unwrap_or(0);
