@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use baton_engine::engine::{EngineConfig, EngineHandle, start};
-use baton_engine::model::{CpuLoadOptions, DecoderLimits, LoadFormat, ModelFolder, load_cpu};
+use baton_engine::model::{CpuLoadOptions, DecoderLimits, LoadFormat, LoadOptions, ModelFolder, load_cpu};
 use baton_kernels::DType;
 use baton_scheduler::batch::BatchConfig;
 use baton_scheduler::ids::{Epoch, RequestId};
@@ -45,17 +45,19 @@ fn folder_of(model: &str) -> std::path::PathBuf {
 fn engine(model: &str, max_batch_tokens: usize) -> EngineHandle {
     let folder = ModelFolder::open(folder_of(model)).unwrap();
     let options = CpuLoadOptions {
-        dtype: DType::F32,
+        model: LoadOptions {
+            dtype: DType::F32,
+            block_size: BLOCK_SIZE,
+            limits: DecoderLimits {
+                max_batch_tokens,
+                max_model_len: 512,
+            },
+            packed_dir: None,
+            load_format: LoadFormat::Safetensors,
+        },
         n_threads: 2,
         isa: None,
         n_kv_blocks: N_BLOCKS,
-        block_size: BLOCK_SIZE,
-        limits: DecoderLimits {
-            max_batch_tokens,
-            max_model_len: 512,
-        },
-        packed_dir: None,
-        load_format: LoadFormat::Safetensors,
     };
     let decoder = load_cpu(&folder, &options, &mut |_, _| {}).unwrap();
     let batch = BatchConfig {

@@ -466,7 +466,7 @@ impl RequestDriver {
         });
         tracing::debug!(request_id = %self.submission.request.id, from = %order.from, to = %order.to, "moved");
         let took = order.began.elapsed();
-        let paused = order.pauses_at.map(|at| at.elapsed());
+        let paused = order.pauses_at.map_or(Duration::ZERO, |at| at.elapsed());
         self.metrics.settled(order.reason, took, paused);
         let moved = Moved {
             from: order.from,

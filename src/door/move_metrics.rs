@@ -48,7 +48,8 @@ pub struct MoveMetrics {
     pub moves: Family<MoveLabels, Counter>,
     /// From order to settlement, seconds.
     pub seconds: Histogram,
-    /// From the source's word that it is about to pause to the destination's first word, seconds.
+    /// From the source's word that it is about to pause to the destination's first word, seconds; 0 where the second was heard
+    /// first, as two connections may have it.
     pub pause_seconds: Histogram,
     /// Tokens and ends that were known already or came from an instance that no longer speaks.
     pub stale: Counter,
@@ -85,13 +86,10 @@ impl MoveMetrics {
         self.moves.get_or_create(&labels).inc();
     }
 
-    pub(super) fn settled(&self, reason: MoveReason, took: Duration, paused: Option<Duration>) {
+    pub(super) fn settled(&self, reason: MoveReason, took: Duration, paused: Duration) {
         self.ended(reason, MoveOutcome::Settled);
         self.seconds.observe(took.as_secs_f64());
-        // A request that ended or resumed meanwhile did not pause for us.
-        if let Some(paused) = paused {
-            self.pause_seconds.observe(paused.as_secs_f64());
-        }
+        self.pause_seconds.observe(paused.as_secs_f64());
     }
 
     pub(super) fn proposed(&self, reason: &'static str, done: &'static str) {

@@ -158,10 +158,6 @@ impl ChatTemplate {
         let rendered = template.render_captured_to(context, &mut prompt).map(drop);
         match rendered {
             Ok(()) => String::from_utf8(prompt.bytes).map_err(|error| ChatTemplateError::Render(error.to_string())),
-            Err(error) if error.kind() == ErrorKind::OutOfFuel => Err(ChatTemplateError::TooMuch {
-                found: "goes on".to_owned(),
-                limit: format!("{FUEL} instructions"),
-            }),
             Err(error) if error.kind() == ErrorKind::WriteFailure => Err(ChatTemplateError::TooMuch {
                 found: "makes a long prompt".to_owned(),
                 limit: format!("{longest} bytes"),
@@ -226,6 +222,12 @@ fn environment() -> Result<Environment<'static>, Error> {
 struct Raised(String);
 
 fn render_error(error: &Error) -> ChatTemplateError {
+    if error.kind() == ErrorKind::OutOfFuel {
+        return ChatTemplateError::TooMuch {
+            found: "goes on".to_owned(),
+            limit: format!("{FUEL} instructions"),
+        };
+    }
     let mut source = std::error::Error::source(error);
     while let Some(inner) = source {
         if let Some(Raised(message)) = inner.downcast_ref() {

@@ -3,7 +3,7 @@
 #[path = "../../../tests/integration/golden_models.rs"]
 mod folders;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Deserialize;
 

@@ -82,8 +82,9 @@ impl PlacementRequest<'_> {
         } else {
             0
         };
-        // Alone, whatever may run begins, though what it would grow into is not there.
-        (n_shared + n_choices * (n_held - n_shared) + n_to_grow).min(decode.n_blocks_total)
+        let n_context = n_shared + n_choices * (n_held - n_shared);
+        // Alone, whatever is there begins, though what it would grow into is not.
+        (n_context + n_to_grow).min(decode.n_blocks_total.max(n_context))
     }
 }
 

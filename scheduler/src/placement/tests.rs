@@ -134,7 +134,7 @@ fn every_policy_waits_when_all_are_full_and_avoids_when_it_can() {
             "{name}: the prompt is computed where it is decoded"
         );
         assert!(
-            place(policy.as_mut(), &view, 1600, &[]).is_none(),
+            place(policy.as_mut(), &view, 1601, &[]).is_none(),
             "{name}: 101 blocks do not fit"
         );
         for id in 0..8 {
@@ -616,7 +616,8 @@ fn what_fills_an_instance_is_placed_on_an_empty_one() {
     let view = cluster(&[("d0", Role::Mixed)]);
     let mut policy = policy("least-loaded", Disaggregation::NEVER).unwrap();
     let total = 100 * 16;
-    for n_tokens in [total - 17, total - 1] {
+    for n_tokens in [total - 17, total - 1, total] {
         assert!(place(&mut *policy, &view, n_tokens, &[]).is_some(), "{n_tokens} tokens");
     }
+    assert!(place(&mut *policy, &view, total + 1, &[]).is_none());
 }
