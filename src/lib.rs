@@ -14,6 +14,7 @@ pub mod engine_config;
 pub mod logging;
 pub mod metric_names;
 pub mod model_files;
+pub mod model_loading;
 pub mod null_generator;
 pub mod null_process;
 pub mod operator;

@@ -6,18 +6,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use baton_engine::constraint::ConstraintCompiler;
-use baton_engine::cuda::{Cuda, CudaMode, ImageFolders};
 use baton_engine::engine::{EngineConfig, Health, start};
 use baton_engine::forward::ForwardPass as _;
-use baton_engine::model::{
-    CpuLoadOptions, CudaKvSize, CudaLoadOptions, Decoder, DecoderLimits, LoadOptions, ModelConfig, ModelError,
-    ModelFolder, load_cpu, load_cuda,
-};
+use baton_engine::model::{Decoder, ModelFolder};
 use baton_engine::worker::{
     Identity, KvTransports, Membership, Standing, WorkerOptions, WorkerService, join_registry, serve,
 };
-use baton_engine::{Backend, Cpu, KvPrefault, keep_freed_memory};
-use baton_scheduler::batch::{BatchConfig, PrefixCaching};
+use baton_engine::{Backend, KvPrefault, keep_freed_memory};
 use baton_scheduler::ids::{Incarnation, InstanceId, Role};
 use futures::future::{join_all, try_join_all};
 use tokio::net::{TcpListener, UnixListener};
@@ -26,9 +21,9 @@ use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Address, ConfigError, KvMemory, LoadFormat, Span, Switch};
-use crate::device::CARD_ORDINAL;
-use crate::engine_config::{CudaConfig, DeviceConfig, EngineConfig as Limits, LinkConfig, ModelSelection};
+use crate::config::{Address, LoadFormat, Span, Switch};
+use crate::engine_config::{DeviceConfig, EngineConfig as Limits, LinkConfig, ModelSelection};
+use crate::model_loading::{batch_config, load_on_card, load_on_cpu};
 use crate::{announce, model_files};
 
 /// One of the instances of a worker process.
@@ -318,145 +313,6 @@ async fn leave(running: &[RunningInstance], drain_timeout: Duration, shutdown: &
     join_all(running.iter().map(|instance| instance.emptied(drain_timeout))).await;
 }
 
-/// Loads the weights for the CPU.
-fn load_on_cpu(folder: &ModelFolder, selection: &ModelSelection, limits: &Limits) -> anyhow::Result<Decoder<Cpu>> {
-    let KvMemory::Size(kv_bytes) = limits.kv_memory else {
-        let message = format!("kv_memory: found {}, expected a size on the CPU", limits.kv_memory);
-        return Err(ConfigError::Impossible(message).into());
-    };
-    let n_kv_blocks = n_kv_blocks(&folder.config, limits, kv_bytes.0)?;
-    let options = CpuLoadOptions {
-        model: load_options(folder, selection, limits, Some(n_kv_blocks))?,
-        n_threads: limits.n_threads as usize,
-        isa: limits.isa.isa(),
-        n_kv_blocks,
-    };
-    load(selection, limits, |progress| load_cpu(folder, &options, progress))
-}
-
-/// Loads the weights onto the card, and sizes the cache by what they leave.
-fn load_on_card(
-    folder: &ModelFolder,
-    selection: &ModelSelection,
-    limits: &Limits,
-    cuda: &CudaConfig,
-) -> anyhow::Result<Decoder<Cuda>> {
-    let (kv, n_kv_blocks) = match limits.kv_memory {
-        KvMemory::PercentOfFree(percent) => (CudaKvSize::PercentOfFree(percent), None),
-        KvMemory::Size(kv_bytes) => {
-            let n_kv_blocks = n_kv_blocks(&folder.config, limits, kv_bytes.0)?;
-            (CudaKvSize::Blocks(n_kv_blocks), Some(n_kv_blocks))
-        }
-    };
-    let options = CudaLoadOptions {
-        model: load_options(folder, selection, limits, n_kv_blocks)?,
-        ordinal: CARD_ORDINAL,
-        mode: match cuda.deterministic {
-            Switch::On => CudaMode::Deterministic,
-            Switch::Off => CudaMode::Fast,
-        },
-        libraries: cuda.libraries.0.clone(),
-        images: ImageFolders {
-            packaged: cuda.kernels.clone(),
-            cache: Some(cuda.image_cache.clone()),
-        },
-        kv,
-    };
-    let decoder = load(selection, limits, |progress| load_cuda(folder, &options, progress))?;
-    let found = decoder.limits().max_model_len;
-    match limits.max_model_len {
-        Some(wanted) if wanted as usize > found => Err(too_long(wanted, found, limits).into()),
-        _ => Ok(decoder),
-    }
-}
-
-/// Blocks of a cache of `kv_bytes`.
-fn n_kv_blocks(config: &ModelConfig, limits: &Limits, kv_bytes: u64) -> Result<usize, ConfigError> {
-    let block_bytes = config
-        .kv_layout(limits.block_size as usize, limits.dtype.into())
-        .block_bytes();
-    let n_kv_blocks = kv_bytes as usize / block_bytes;
-    // Of each layer group one with the tokens computed, and one to grow into.
-    let least = 2 * config.sliding_windows().len();
-    if n_kv_blocks < least {
-        let message = format!(
-            "kv_memory: {} holds {n_kv_blocks} blocks of {block_bytes} bytes, expected at least {least}",
-            limits.kv_memory
-        );
-        return Err(ConfigError::Impossible(message));
-    }
-    Ok(n_kv_blocks)
-}
-
-fn too_long(wanted: u32, n_tokens: usize, limits: &Limits) -> ConfigError {
-    ConfigError::Impossible(format!(
-        "max_model_len: found {wanted}, expected at most the {n_tokens} tokens that kv_memory {} holds",
-        limits.kv_memory
-    ))
-}
-
-/// What loading takes on every device, of a cache of `n_kv_blocks`, if that is known before.
-fn load_options(
-    folder: &ModelFolder,
-    selection: &ModelSelection,
-    limits: &Limits,
-    n_kv_blocks: Option<usize>,
-) -> Result<LoadOptions, ConfigError> {
-    let config = &folder.config;
-    let wanted = limits
-        .max_model_len
-        .map_or(config.max_position_embeddings, |wanted| wanted as usize);
-    let decoder_limits = DecoderLimits {
-        max_batch_tokens: limits.max_batch_tokens as usize,
-        max_model_len: wanted,
-    };
-    let longest = n_kv_blocks.map_or(wanted, |n_blocks| {
-        config.longest_sequence(n_blocks, limits.block_size as usize, decoder_limits)
-    });
-    let max_model_len = match limits.max_model_len {
-        Some(wanted) if wanted as usize > longest => return Err(too_long(wanted, longest, limits)),
-        Some(_) | None => longest,
-    };
-    Ok(LoadOptions {
-        dtype: limits.dtype.into(),
-        block_size: limits.block_size as usize,
-        limits: DecoderLimits {
-            max_model_len,
-            ..decoder_limits
-        },
-        packed_dir: Some(selection.packed_dir.clone()),
-        load_format: selection.load_format.into(),
-    })
-}
-
-/// Runs `load` with a progress bar on a terminal.
-fn load<B: Backend>(
-    selection: &ModelSelection,
-    limits: &Limits,
-    load: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<Decoder<B>, ModelError>,
-) -> anyhow::Result<Decoder<B>> {
-    let bar = indicatif::ProgressBar::new(0).with_message("packing weights");
-    let decoder = load(&mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
-    let mut decoder = decoder.map_err(model_files::model_error)?;
-    let batch = batch_config(limits, &mut decoder);
-    let block_bytes = decoder.kv_cache().layout().block_bytes();
-    tracing::info!(
-        model = %selection.source,
-        numerics = decoder.numerics_class(),
-        n_kv_blocks = batch.n_blocks,
-        n_layer_groups = batch.n_groups(),
-        max_model_len = batch.max_model_len,
-        kv_bytes_of_longest = batch.n_blocks_to_run(batch.max_model_len) * block_bytes,
-        n_threads = limits.n_threads,
-        "model loaded"
-    );
-    Ok(decoder)
-}
-
 /// Touches the KV cache on a thread that runs when nothing else wants to.
 fn prefault(kv: KvPrefault) -> std::io::Result<()> {
     let run = move || {
@@ -473,26 +329,6 @@ fn prefault(kv: KvPrefault) -> std::io::Result<()> {
     };
     std::thread::Builder::new().name("kv-prefault".into()).spawn(run)?;
     Ok(())
-}
-
-fn batch_config<B: Backend>(limits: &Limits, decoder: &mut Decoder<B>) -> BatchConfig {
-    let n_blocks = decoder.kv_cache().n_blocks();
-    let max_num_seqs = (limits.max_num_seqs as usize).min(limits.max_batch_tokens as usize);
-    BatchConfig {
-        max_num_seqs,
-        max_batch_tokens: limits.max_batch_tokens as usize,
-        max_model_len: decoder.limits().max_model_len,
-        short_context: decoder
-            .config()
-            .short_context()
-            .and_then(|tokens| u32::try_from(tokens).ok()),
-        windows: decoder.config().sliding_windows(),
-        prefix_caching: match limits.prefix_caching {
-            Switch::On => PrefixCaching::On,
-            Switch::Off => PrefixCaching::Off,
-        },
-        ..BatchConfig::new(n_blocks, limits.block_size as usize, decoder.transfer_fingerprint())
-    }
 }
 
 /// Starts serving; answers the address that others can use, with the real port.

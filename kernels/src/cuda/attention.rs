@@ -1,10 +1,10 @@
 //! Attention over the paged cache: the step's work is planned once for each kind of layer, and the plan's kernels are queued
 //! for every layer of that kind.
 
-use super::backend::{Cuda, CudaMode};
 use super::batch::DeviceBatch;
 use super::function::Args;
 use super::launch::Launch;
+use super::opened::{Cuda, CudaMode};
 use super::plan::{Plan, Sequence, Shape, Splits};
 use super::tensor::{CudaTensor, CudaVector};
 use crate::backend::{AttentionParams, RaggedBatch, WINDOW_GRAIN};

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::backend::CudaMode;
 use super::compile::Unit;
 use super::device::Device;
 use super::error::CudaError;
@@ -14,6 +13,7 @@ use super::function::{Args, Function, Module};
 use super::gemm::Product;
 use super::images::{ImageFolders, ImageOrigin, Images};
 use super::launch::{self, Launch};
+use super::opened::CudaMode;
 use super::plan;
 use super::sources::{self, HEAD_DIMS};
 use crate::error::KernelError;

@@ -3,12 +3,12 @@
 use cudarc::driver::result;
 use cudarc::driver::sys::CUevent_flags;
 
-use super::backend::Cuda;
 use super::buffer::DeviceBuffer;
 use super::error::{CudaError, During as _};
 use super::function::Args;
 use super::gemm::Product;
 use super::launch;
+use super::opened::Cuda;
 use crate::error::KernelError;
 
 /// Runs of which the best counts, after one that does not.

@@ -1,9 +1,9 @@
 //! Mixtures of experts: routing, the rows sorted by expert, one grouped product for each half, and the weighted sum of each
 //! row's experts in ascending order of their numbers.
 
-use super::backend::Cuda;
 use super::function::Args;
 use super::launch;
+use super::opened::Cuda;
 use super::scratch::Growing;
 use super::tensor::{CudaExperts, CudaTensor};
 use crate::backend::MoeParams;

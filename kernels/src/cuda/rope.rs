@@ -1,8 +1,8 @@
 //! Norm and rotation of q and k, and their append to the cache: one kernel a layer.
 
-use super::backend::Cuda;
 use super::function::Args;
 use super::launch;
+use super::opened::Cuda;
 use super::tensor::CudaTensor;
 use crate::backend::{RaggedBatch, RopeAppendParams};
 use crate::kv::KvCache;

@@ -1,0 +1,287 @@
+//! The device as one step thread has it: opened, with its kernels, its cache, and what operators share. The operators are in
+//! `backend`, `attention`, `rope` and `moe`.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use cudarc::driver::result;
+
+use super::batch::DeviceBatch;
+use super::buffer::{DeviceBuffer, PinnedBuffer};
+use super::device::Device;
+use super::error::{CudaError, During as _};
+use super::function::Args;
+use super::gemm::{Gemm, Product};
+use super::images::{ImageFolders, ImageOrigin};
+use super::kernels::Kernels;
+use super::kv::DeviceKv;
+use super::launch;
+use super::probe::CudaCard;
+use super::scratch::Scratch;
+use super::tensor::CudaTensor;
+use super::upload::Uploads;
+use crate::backend::{Activation, RaggedBatch};
+use crate::error::KernelError;
+use crate::kv::KvCache;
+use crate::layout::{DType, KvLayout};
+
+/// Whether a row's bits may depend on what else is in the batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CudaMode {
+    /// They may: products by cuBLASLt, attention cut to fill the card.
+    #[default]
+    Fast,
+    /// They may not: products by our own kernel, attention cut at fixed positions of the context.
+    Deterministic,
+}
+
+/// How a [`Cuda`] computes, and what it is loaded from.
+#[derive(Clone, Debug)]
+pub struct CudaOptions {
+    /// The driver's number of the card.
+    pub ordinal: usize,
+    /// Of activations, weights and KV: bf16, f16, or f32, which is for tests.
+    pub dtype: DType,
+    /// Size of the model's attention heads.
+    pub head_dim: usize,
+    /// What a row's bits may depend on.
+    pub mode: CudaMode,
+    /// Folders with the driver's and the toolkit's libraries, looked through before the system's own.
+    pub libraries: Vec<PathBuf>,
+    /// Where compiled kernels are.
+    pub images: ImageFolders,
+}
+
+/// The CUDA device of one step thread. A failure of the card or its driver while a step runs panics with one line: the
+/// context is lost, and with it everything that it held.
+pub struct Cuda {
+    pub(super) kernels: Kernels,
+    gemm: Option<Gemm>,
+    pub(super) uploads: RefCell<Uploads>,
+    /// Of the step that is being queued.
+    pub(super) batches: RefCell<Vec<DeviceBatch>>,
+    pub(super) scratch: RefCell<Scratch>,
+    pub(super) dtype: DType,
+    pub(super) mode: CudaMode,
+    pub(super) head_dim: usize,
+    pub(super) device: Arc<Device>,
+}
+
+impl Cuda {
+    /// Opens the card and loads its kernels.
+    ///
+    /// # Errors
+    /// Whatever [`super::probe`] finds missing, a kernel that cannot be had, or no cuBLASLt.
+    pub fn new(options: CudaOptions) -> Result<Cuda, KernelError> {
+        let CudaOptions { dtype, mode, .. } = options;
+        let device = Device::open(options.ordinal, &options.libraries)?;
+        let kernels = Kernels::load(&device, dtype, options.head_dim, mode, options.images)?;
+        let gemm = match mode {
+            CudaMode::Fast => Some(Gemm::new(&device)?),
+            CudaMode::Deterministic => None,
+        };
+        Ok(Cuda {
+            kernels,
+            gemm,
+            uploads: RefCell::new(Uploads::new(Arc::clone(&device))),
+            batches: RefCell::default(),
+            scratch: RefCell::default(),
+            head_dim: options.head_dim,
+            dtype,
+            mode,
+            device,
+        })
+    }
+
+    /// The card.
+    pub fn card(&self) -> &CudaCard {
+        &self.device.card
+    }
+
+    /// Each source of kernels with where its image came from.
+    pub fn kernel_origins(&self) -> Vec<(String, ImageOrigin)> {
+        self.kernels.origins()
+    }
+
+    /// Bytes of the card's memory that nobody has.
+    ///
+    /// # Errors
+    /// A driver that does not say.
+    pub fn free_bytes(&self) -> Result<usize, KernelError> {
+        Ok(self.device.free_bytes()?)
+    }
+
+    /// A KV cache in the card's memory.
+    ///
+    /// # Errors
+    /// A layout that cannot be stored, another dtype than the device's, or too little memory.
+    pub fn kv_cache(&self, layout: KvLayout, n_blocks: usize) -> Result<KvCache, KernelError> {
+        if !layout.block_size.is_power_of_two() {
+            let reason = "block_size must be a power of two on a CUDA device";
+            return Err(KernelError::Layout { layout, reason });
+        }
+        KvCache::on_device(layout, n_blocks, |n_bytes| {
+            Ok(DeviceKv::new(Arc::clone(&self.device), n_bytes)?)
+        })
+    }
+
+    /// Sets a tensor's rows from the host's `[rows, cols]`. For tests and for models fed from the host.
+    pub fn set(&self, tensor: &mut CudaTensor, values: &[f32]) {
+        assert!(
+            tensor.cols() > 0 && values.len().is_multiple_of(tensor.cols()),
+            "{} values in rows of {}",
+            values.len(),
+            tensor.cols()
+        );
+        let to = tensor.resize("set", values.len() / tensor.cols(), tensor.cols());
+        let from = self.uploads.borrow_mut().put(values);
+        match (&self.kernels.from_f32, tensor.dtype) {
+            (Some(convert), dtype) if dtype != DType::F32 => {
+                let args = Args::new().address(to).address(from).u64(values.len() as u64);
+                // SAFETY: as many f32 were uploaded, and the tensor has room for as many of its own type.
+                unsafe { convert.launch(&self.device.compute, launch::elements(values.len() as u64), &args) };
+            }
+            _ => {
+                let n_bytes = size_of_val(values);
+                // SAFETY: both have as many bytes.
+                unsafe { result::memcpy_dtod_async(to, from, n_bytes, self.device.compute.cu_stream()) }
+                    .or_stop("set a tensor");
+            }
+        }
+    }
+
+    pub(super) fn buffer(&self, what: &str, bytes: &[u8]) -> Result<DeviceBuffer, CudaError> {
+        let mut buffer = DeviceBuffer::new(&self.device, what, bytes.len())?;
+        buffer.write_now(0, bytes)?;
+        Ok(buffer)
+    }
+
+    pub(super) fn f32_buffer(&self, what: &str, values: &[f32]) -> Result<Arc<DeviceBuffer>, CudaError> {
+        self.buffer(what, bytemuck::cast_slice(values)).map(Arc::new)
+    }
+
+    /// Queues `out = x w^T` into `[rows, n_out]`.
+    ///
+    /// # Safety
+    /// The addresses point to what the product says and stay until the work is done.
+    pub(super) unsafe fn product(&self, product: Product) {
+        match &self.gemm {
+            // SAFETY: the caller's promise.
+            Some(gemm) => unsafe { gemm.run(product) },
+            None => {
+                let linear = self.kernels.linear.as_ref().expect("loaded where there is no cuBLASLt");
+                // SAFETY: the caller's promise.
+                unsafe { linear.run(&self.device.compute, product) };
+            }
+        }
+    }
+
+    pub(super) fn assert_typed(&self, op: &str, tensors: &[&CudaTensor]) {
+        for tensor in tensors {
+            assert!(
+                tensor.dtype == self.dtype,
+                "{op}: a tensor is {}, the device computes in {}",
+                tensor.dtype,
+                self.dtype
+            );
+        }
+    }
+
+    pub(super) fn assert_batch(
+        &self,
+        op: &str,
+        qkv: &CudaTensor,
+        batch: RaggedBatch<'_>,
+        n_heads: usize,
+        kv: &KvCache,
+    ) {
+        let layout = kv.layout();
+        self.assert_typed(op, &[qkv]);
+        assert!(
+            layout.dtype == self.dtype,
+            "{op}: the KV cache is {}, the device computes in {}",
+            layout.dtype,
+            self.dtype
+        );
+        let (rows, cols) = (qkv.rows(), qkv.cols());
+        assert!(
+            rows == batch.n_rows(),
+            "{op}: {rows} rows of qkv for a batch of {}",
+            batch.n_rows()
+        );
+        assert!(
+            n_heads > 0
+                && n_heads.is_multiple_of(layout.n_kv_heads)
+                && cols == (n_heads + 2 * layout.n_kv_heads) * layout.head_dim,
+            "{op}: qkv of {cols} columns for {n_heads} heads over {layout:?}"
+        );
+        for (sequence_idx, sequence) in batch.sequences.iter().enumerate() {
+            let (n_tokens, n_blocks) = (sequence.start_pos + sequence.n_tokens, sequence.block_table.len());
+            assert!(
+                sequence.n_tokens > 0 && n_blocks >= layout.blocks_for(n_tokens),
+                "{op}: sequence {sequence_idx} has {n_tokens} tokens, {} of them new, and {n_blocks} blocks of {}",
+                sequence.n_tokens,
+                layout.block_size
+            );
+        }
+    }
+
+    /// The tensor as f32 in pinned memory; waits for everything queued.
+    pub(super) fn fetch(&self, x: &CudaTensor) -> PinnedBuffer {
+        let fetching = "copy a tensor to the host";
+        let n_bytes = x.n_elements() * size_of::<f32>();
+        let spare = x.spare.take().filter(|spare| spare.n_bytes() >= n_bytes);
+        let mut host = spare.unwrap_or_else(|| {
+            PinnedBuffer::new(&self.device.context, x.max_elements() * size_of::<f32>())
+                .unwrap_or_else(|error| panic!("CUDA: {error}"))
+        });
+        if n_bytes == 0 {
+            return host;
+        }
+        let from = match (&self.kernels.to_f32, x.dtype) {
+            (Some(convert), dtype) if dtype != DType::F32 => {
+                let to = self.scratch.borrow_mut().widened.at_least(&self.device, n_bytes);
+                let n = x.n_elements() as u64;
+                let args = Args::new().address(to).address(x.address()).u64(n);
+                // SAFETY: both have room for n elements of their types.
+                unsafe { convert.launch(&self.device.compute, launch::elements(n), &args) };
+                to
+            }
+            _ => x.address(),
+        };
+        let to = &mut host.as_mut_slice()[..n_bytes];
+        self.device.context.bind_to_thread().or_stop(fetching);
+        // SAFETY: as many bytes at both, and the host's are not touched before they are waited for.
+        unsafe { result::memcpy_dtoh_async(to, from, self.device.compute.cu_stream()) }.or_stop(fetching);
+        self.device.compute.synchronize().or_stop(fetching);
+        host
+    }
+
+    /// `out = act(gate) * up`.
+    ///
+    /// # Safety
+    /// `gate_up: [rows, 2 * ffn]` and `out: [rows, ffn]` of the compute type, until the work is done.
+    pub(super) unsafe fn gated_at(&self, out: u64, gate_up: u64, rows: usize, ffn: usize, activation: Activation) {
+        let (code, alpha, limit) = match activation {
+            Activation::Silu => (0, 0.0, 0.0),
+            Activation::GeluTanh => (1, 0.0, 0.0),
+            Activation::ClampedSwish { alpha, limit } => (2, alpha, limit),
+        };
+        let n = (rows * ffn) as u64;
+        let args = Args::new()
+            .address(out)
+            .address(gate_up)
+            .u64(n)
+            .u32(ffn as u32)
+            .u32(code)
+            .f32(alpha)
+            .f32(limit);
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.kernels
+                .gated
+                .launch(&self.device.compute, launch::elements(n), &args)
+        };
+    }
+}
