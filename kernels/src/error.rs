@@ -9,9 +9,9 @@ use crate::layout::{DType, KvLayout};
 /// An expected failure of device memory, packed weights or device options.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    /// The CUDA device.
+    /// The CUDA device, in its own words; so they are not its source besides.
     #[error("device cuda: {0}")]
-    Cuda(#[from] CudaError),
+    Cuda(CudaError),
     /// A tensor of the model folder does not have the shape that the configuration implies.
     #[error("tensor {tensor}: expected shape {expected:?}, found {found:?}")]
     Shape {
@@ -196,4 +196,10 @@ pub enum KernelError {
         #[source]
         error: std::io::Error,
     },
+}
+
+impl From<CudaError> for KernelError {
+    fn from(error: CudaError) -> KernelError {
+        KernelError::Cuda(error)
+    }
 }
