@@ -126,4 +126,5 @@ async fn without_a_card_the_doctor_says_so_in_one_line() {
         stderr.contains("device cuda: ") && stderr.trim().lines().count() == 1,
         "{stderr}"
     );
+    assert!(stderr.matches("libcuda.so.1").count() <= 1, "said twice: {stderr}");
 }
