@@ -1,25 +1,20 @@
 //! The CUDA sampler, run on the CPU through the kernels' shim, against the engine's own: the same token, bit for bit, for the
 //! same logits; and the same log-probabilities.
 
-#![allow(unsafe_code)]
-
 #[path = "../../kernels/tests/cuda_shim/library.rs"]
-#[allow(dead_code, reason = "shared with the kernels' tests, which use all of it")]
+#[allow(
+    unsafe_code,
+    dead_code,
+    reason = "shared with the kernels' tests, which use all of it"
+)]
 mod library;
 
 use baton_engine::sampler::Sampler;
 use baton_kernels::cuda::launch;
 use baton_kernels::cuda::sampling::{MAX_BAND, MAX_CANDIDATES, RowStatus, Sampling};
-use baton_kernels::cuda::sources::source_of;
 use baton_scheduler::request::SamplingParams;
-use library::{Arg, Order};
+use library::Order;
 use proptest::prelude::*;
-
-fn launch_on_cpu(entry: &str, launch: launch::Launch, order: Order, args: &[Arg]) {
-    let library = library::library(source_of(entry).unwrap(), None);
-    // SAFETY: each caller passes what kernels/cuda/README.md says of the entry, in buffers of the sizes it says.
-    unsafe { library.launch(entry, launch, order, args) }
-}
 
 /// Each row's token and status.
 fn sample(logits: &[Vec<f32>], params: &[Sampling], order: Order) -> (Vec<u32>, Vec<RowStatus>) {
@@ -35,7 +30,7 @@ fn sample(logits: &[Vec<f32>], params: &[Sampling], order: Order) -> (Vec<u32>, 
         (&params).into(),
         vocab.into(),
     ];
-    launch_on_cpu("sample", grid, order, &args);
+    library::launch("sample", grid, order, &args);
     (
         ids,
         status
@@ -146,7 +141,7 @@ proptest! {
             (&mut logprob).into(), (&mut rank).into(), (&mut top_ids).into(), (&mut top).into(),
             (&all).into(), (&picks).into(), (vocab as u32).into(), (n_top as u32).into(),
         ];
-        launch_on_cpu("logprobs", launch::sample(3, vocab as u32), Order::Forward, &args);
+        library::launch("logprobs", launch::sample(3, vocab as u32), Order::Forward, &args);
         let mut sampler = Sampler::new();
         for (row_idx, logits) in rows.iter().enumerate() {
             let host = sampler.logprobs(logits, picks[row_idx], n_top).unwrap();

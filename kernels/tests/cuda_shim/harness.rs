@@ -1,10 +1,8 @@
 //! Operands in a device's element types, made-up values, and comparison with the reference.
 
-use baton_kernels::cuda::launch::Launch;
-use baton_kernels::cuda::sources::source_of;
 use baton_kernels::{DType, reference};
 
-pub use crate::library::{Arg, NULL, Order, has_compiler};
+pub use crate::library::{Arg, NULL, Order, has_compiler, launch, launch_for_head_dim};
 
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
@@ -89,22 +87,6 @@ pub fn values(seed: u64, dtype: DType, n: usize) -> Vec<f32> {
 #[macro_export]
 macro_rules! args {
     ($($arg:expr),* $(,)?) => { &[$($crate::harness::Arg::from($arg)),*] };
-}
-
-/// Runs an entry whose source has no head size.
-pub fn launch(entry: &str, launch: Launch, order: Order, args: &[Arg]) {
-    let source = source_of(entry).unwrap_or_else(|| panic!("no source has {entry}"));
-    let library = crate::library::library(source, None);
-    // SAFETY: each test passes what README.md says of the entry, in buffers of the sizes it says.
-    unsafe { library.launch(entry, launch, order, args) }
-}
-
-/// Runs one head size's instance of an entry.
-pub fn launch_for_head_dim(entry: &str, head_dim: u32, launch: Launch, order: Order, args: &[Arg]) {
-    let source = source_of(entry).unwrap_or_else(|| panic!("no source has {entry}"));
-    let library = crate::library::library(source, Some(head_dim));
-    // SAFETY: as for `launch`.
-    unsafe { library.launch(&format!("{entry}_d{head_dim}"), launch, order, args) }
 }
 
 /// The outcome of `run`, the same in both orders of a CTA's threads.

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use baton_kernels::cuda::launch::Launch;
-use baton_kernels::cuda::sources::{HEAD_DIMS, Source};
+use baton_kernels::cuda::sources::{HEAD_DIMS, Source, source_of};
 
 /// A loaded source.
 pub struct Library {
@@ -188,6 +188,21 @@ fn symbol(handle: *mut c_void, name: &str) -> Option<*mut c_void> {
     // SAFETY: the handle is of a library that stays loaded.
     let address = unsafe { libc::dlsym(handle, name.as_ptr().cast::<c_char>()) };
     (!address.is_null()).then_some(address)
+}
+
+/// Runs an entry whose source has no head size.
+pub fn launch(entry: &str, launch: Launch, order: Order, args: &[Arg]) {
+    let source = source_of(entry).unwrap_or_else(|| panic!("no source has {entry}"));
+    // SAFETY: each test passes what README.md says of the entry, in buffers of the sizes it says.
+    unsafe { library(source, None).launch(entry, launch, order, args) }
+}
+
+/// Runs one head size's instance of an entry.
+pub fn launch_for_head_dim(entry: &str, head_dim: u32, launch: Launch, order: Order, args: &[Arg]) {
+    let source = source_of(entry).unwrap_or_else(|| panic!("no source has {entry}"));
+    let entry = format!("{entry}_d{head_dim}");
+    // SAFETY: as for `launch`.
+    unsafe { library(source, Some(head_dim)).launch(&entry, launch, order, args) }
 }
 
 /// In which order a CTA's threads take turns.
