@@ -15,12 +15,13 @@ use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-const PATHS: [&str; 5] = [
+const PATHS: [&str; 6] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/tokenize",
     "/detokenize",
     "/v2/models/m/generate",
+    "/v1/embeddings",
 ];
 
 static SERVER: LazyLock<(Runtime, axum::Router)> = LazyLock::new(|| {
