@@ -16,6 +16,6 @@ fuzz_target!(|data: &[u8]| {
             let variants = rope.variants();
             assert!(variants.iter().all(|params| params.inv_freq.len() == rope.rotary_dim / 2));
         }
-        let _ = (config.window_of_all_layers(), config.short_context());
+        let _ = (config.sliding_windows(), config.layer_groups(), config.short_context());
     }
 });

@@ -33,6 +33,7 @@ static SERVER: LazyLock<(Runtime, axum::Router)> = LazyLock::new(|| {
         root: "m".to_owned(),
         folder: None,
         vocab_size: tokenizer.n_ids() as u32,
+        hidden_size: 4,
         tokenizer: Some(tokenizer),
         chat_template: ChatTemplate::new(&[("default".to_owned(), template.to_owned())], None, None).ok(),
         eos_token_ids: vec![2],
