@@ -248,6 +248,13 @@ impl Worker for Service {
         only_kv()
     }
 
+    async fn standing(
+        &self,
+        _: Request<cluster::StandingRequest>,
+    ) -> Result<Response<cluster::StandingResponse>, Status> {
+        only_kv()
+    }
+
     async fn resume(&self, _: Request<cluster::ResumeRequest>) -> Result<Response<cluster::ResumeResponse>, Status> {
         only_kv()
     }

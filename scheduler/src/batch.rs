@@ -25,7 +25,7 @@ pub use block_table::RELEASED_BLOCK;
 pub use config::{BatchConfig, BatchConfigError, PrefixCaching, SlidingWindow};
 pub use counters::{BatchCounters, BatchLoad};
 pub use group::{BlockCopy, Committed, Continued, GroupId, Member};
-pub use moving::Resumed;
+pub use moving::{MoveRoom, Resumed};
 pub use reservation::{Grant, LayerGroupGrant, Numerics, ReserveOutcome};
 pub use sequence::{Phase, SequenceKind};
 

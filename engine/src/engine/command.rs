@@ -2,7 +2,7 @@
 
 use std::sync::Weak;
 
-use baton_scheduler::batch::{GroupId, Numerics};
+use baton_scheduler::batch::{GroupId, MoveRoom, Numerics};
 use baton_scheduler::ids::RequestId;
 use baton_scheduler::prefix_cache::PrefixEvent;
 use baton_scheduler::request::{ChoiceState, Failure, Token};
@@ -23,10 +23,10 @@ pub(super) struct Granted {
 }
 
 /// What a reservation is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Purpose {
     Handoff,
-    Move { n_slack_blocks: usize },
+    Move(MoveRoom),
 }
 
 /// What a reservation waits for besides its KV.
@@ -78,6 +78,11 @@ pub(super) enum Command {
         group: GroupId,
         arrived: Arrived,
         numerics: Numerics,
+    },
+    /// How many tokens each choice has.
+    Standing {
+        request: RequestId,
+        reply: oneshot::Sender<Result<Vec<usize>, Failure>>,
     },
     StartMove {
         request: RequestId,

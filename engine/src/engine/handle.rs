@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use baton_kernels::KvLayout;
-use baton_scheduler::batch::{BatchConfig, BatchConfigError, BatchScheduler};
+use baton_scheduler::batch::{BatchConfig, BatchConfigError, BatchScheduler, MoveRoom};
 use baton_scheduler::ids::{Epoch, Nanos, RequestId, TokenId};
 use baton_scheduler::layer_groups::LayerGroups;
 use baton_scheduler::prefix_cache::PrefixEvent;
@@ -318,15 +318,25 @@ impl EngineHandle {
     }
 
     /// Reserves blocks for a request that runs on another instance and will come with its KV: for each choice that goes on,
-    /// those before its last known token and up to `n_slack_blocks` for what it generates until it comes. Answers after
-    /// the current step, and waits for nobody.
+    /// those before the last token that its source has, and some for what it generates until it comes. Answers after the
+    /// current step, and waits for nobody.
     ///
     /// # Errors
     /// As [`EngineHandle::reserve`]; `Invalid` too when a choice has no token yet.
-    pub async fn reserve_moved(&self, state: PortableState, n_slack_blocks: usize) -> Result<Reservation, Failure> {
+    pub async fn reserve_moved(&self, state: PortableState, room: MoveRoom) -> Result<Reservation, Failure> {
         let prepared = self.check(self.prepare(state).await?)?;
         self.shared.batch.check_unfinished(&prepared.state)?;
-        self.reserve_for(prepared, Purpose::Move { n_slack_blocks }).await
+        self.reserve_for(prepared, Purpose::Move(room)).await
+    }
+
+    /// How many tokens each choice of a request that runs here has generated.
+    ///
+    /// # Errors
+    /// `Busy` when it does not run here, `Internal` when the engine has ended.
+    pub async fn standing(&self, request: RequestId) -> Result<Vec<usize>, Failure> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Standing { request, reply })?;
+        answer.await.unwrap_or_else(|_| Err(silence()))
     }
 
     /// The right to move a request that runs here, with every choice that goes on decoding. The request goes on.

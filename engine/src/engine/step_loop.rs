@@ -196,14 +196,21 @@ impl<F: ForwardPass> StepLoop<F> {
                 permit,
             } => {
                 let (state, mut open) = OpenGroup::new(*state, Outlet::Generation(events), permit);
-                open.waiter = Some(Waiter { reply, purpose });
-                self.reserve(&state, purpose, open);
+                let purpose_of_waiter = purpose.clone();
+                open.waiter = Some(Waiter {
+                    reply,
+                    purpose: purpose_of_waiter,
+                });
+                self.reserve(&state, &purpose, open);
             }
             Command::Join {
                 group,
                 arrived,
                 numerics,
             } => self.join(group, arrived, numerics),
+            Command::Standing { request, reply } => {
+                let _ = reply.send(self.standing(request));
+            }
             Command::StartMove { request, mover, reply } => {
                 // Whoever asked may have gone, and then no mover lives.
                 let _ = reply.send(self.start_move(request, mover));
@@ -260,14 +267,14 @@ impl<F: ForwardPass> StepLoop<F> {
         }
     }
 
-    fn reserve(&mut self, state: &PortableState, purpose: Purpose, mut open: OpenGroup) {
+    fn reserve(&mut self, state: &PortableState, purpose: &Purpose, mut open: OpenGroup) {
         let now = self.shared.now();
         let kv = self.forward.kv_cache();
         let outcome = match purpose {
             Purpose::Handoff => self.scheduler.reserve(now, state, &is_pinned(kv)),
-            Purpose::Move { n_slack_blocks } => self
+            Purpose::Move(room) => self
                 .scheduler
-                .reserve_moved(state, n_slack_blocks, &is_pinned(kv))
+                .reserve_moved(state, room, &is_pinned(kv))
                 .map(ReserveOutcome::Granted),
         };
         match outcome {
@@ -292,7 +299,7 @@ impl<F: ForwardPass> StepLoop<F> {
         let n_choices = self.open[&group].choices.len() as u32;
         let grants = match purpose {
             Purpose::Handoff => vec![self.scheduler.grant(group)],
-            Purpose::Move { .. } => self.scheduler.grants_moved(group, n_choices),
+            Purpose::Move(_) => self.scheduler.grants_moved(group, n_choices),
         };
         let kv = self.forward.kv_cache();
         let mut reserve = |group: LayerGroupGrant| {

@@ -21,16 +21,26 @@ enum Extent {
 }
 
 impl<F: ForwardPass> StepLoop<F> {
+    pub(super) fn standing(&self, request: RequestId) -> Result<Vec<usize>, Failure> {
+        let choices = &self.open[&self.running(request)?].choices;
+        Ok(choices.iter().map(|choice| choice.output.len()).collect())
+    }
+
+    /// The group of a request that generates here. Of several attempts at one request the youngest is the one that is meant.
+    fn running(&self, request: RequestId) -> Result<GroupId, Failure> {
+        let is_meant = |open: &OpenGroup| open.request == request && matches!(open.outlet, Outlet::Generation(_));
+        let found = self.open.iter().rev().find(|(_, open)| is_meant(open));
+        found
+            .map(|(&group, _)| group)
+            .ok_or_else(|| Failure::Busy(format!("request {request} does not run here")))
+    }
+
     pub(super) fn start_move(&mut self, request: RequestId, mover: Weak<()>) -> Result<StartedMove, Failure> {
         let busy = |message: String| Err(Failure::Busy(message));
         // Or else a group that the mover before this one paused would stand still until this one has gone.
         self.resume_abandoned();
-        // Of several attempts at one request the youngest is the one that is meant.
-        let is_meant = |open: &OpenGroup| open.request == request && matches!(open.outlet, Outlet::Generation(_));
-        let found = self.open.iter_mut().rev().find(|(_, open)| is_meant(open));
-        let Some((&group, open)) = found else {
-            return busy(format!("request {request} does not run here"));
-        };
+        let group = self.running(request)?;
+        let open = self.open.get_mut(&group).expect("it was just found");
         if open.is_moving() {
             return busy(format!("a move of request {request} is under way"));
         }

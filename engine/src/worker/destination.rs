@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use baton_proto::cluster::{self, generate_event::Event, transfer_frame::Frame};
 use baton_proto::convert::{choice_from_wire, first_blocks_to_wire, token_from_wire, token_to_wire};
-use baton_scheduler::batch::Numerics;
+use baton_scheduler::batch::{MoveRoom, Numerics};
 use baton_scheduler::layer_groups::LayerPlace;
 use baton_scheduler::request::{ChoiceState, Failure, Finish, PortableState, Token};
 use baton_scheduler::timeline::Moment;
@@ -33,6 +33,9 @@ const MIN_SLACK_BLOCKS: usize = 4;
 /// A long context takes long to send, and grows meanwhile.
 const CONTEXT_BLOCKS_PER_SLACK_BLOCK: usize = 32;
 
+/// How long a source may take to say how far it has come; without that, room is reserved by what the front door knows.
+const STANDING_DEADLINE: Duration = Duration::from_secs(1);
+
 /// Which kind of transfer brings the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -57,13 +60,41 @@ pub(super) async fn receive(worker: &Arc<Worker>, taken: Taken) {
 
 /// Takes a running request over from where it runs, to the terminal state.
 pub(super) async fn attach(worker: &Arc<Worker>, taken: Taken) {
-    let state = &taken.state;
     let block_size = worker.engine.layout().block_size;
-    let n_tokens = |choice: &ChoiceState| state.request.prompt_ids.len() + choice.output.len();
-    let longest = state.choices.iter().map(n_tokens).max().unwrap_or(0);
-    let n_slack = MIN_SLACK_BLOCKS + longest.div_ceil(block_size) / CONTEXT_BLOCKS_PER_SLACK_BLOCK;
-    let reserving = worker.engine.reserve_moved(state.clone(), n_slack);
+    let (state, source) = (taken.state.clone(), taken.source.clone());
+    let reserving = async {
+        let n_ahead = n_ahead(worker, &state, &source).await;
+        let outputs = state.choices.iter().zip(&n_ahead);
+        let longest = outputs.map(|(choice, &n_ahead)| choice.output.len() + n_ahead).max();
+        let n_context = state.request.prompt_ids.len() + longest.unwrap_or(0);
+        let room = MoveRoom {
+            n_slack_blocks: MIN_SLACK_BLOCKS + n_context.div_ceil(block_size) / CONTEXT_BLOCKS_PER_SLACK_BLOCK,
+            n_ahead,
+        };
+        worker.engine.reserve_moved(state, room).await
+    };
     take_over(worker, Kind::Migration, taken, reserving).await;
+}
+
+/// Tokens of each choice that the source has and the front door does not know yet. A source that does not say is where the
+/// front door takes it to be.
+async fn n_ahead(worker: &Arc<Worker>, state: &PortableState, source: &cluster::Peer) -> Vec<usize> {
+    let asking = async {
+        let mut client = worker.peers.client(source).ok()?;
+        let request = cluster::StandingRequest {
+            handshake: Some(worker.identity.handshake(source)),
+            request_id: state.request.id.0.to_be_bytes().to_vec(),
+        };
+        client.standing(request).await.ok()
+    };
+    let answer = tokio::time::timeout(STANDING_DEADLINE, asking).await;
+    let n_output_tokens = answer.ok().flatten().map(|answer| answer.into_inner().n_output_tokens);
+    let standing = n_output_tokens.unwrap_or_default().into_iter().map(|n| n as usize);
+    let known = state.choices.iter().map(|choice| choice.output.len());
+    known
+        .zip(standing.chain(std::iter::repeat(0)))
+        .map(|(known, standing)| standing.saturating_sub(known))
+        .collect()
 }
 
 async fn take_over(

@@ -194,6 +194,30 @@ impl worker_server::Worker for WorkerService {
         ))))
     }
 
+    async fn standing(
+        &self,
+        request: Request<cluster::StandingRequest>,
+    ) -> Result<Response<cluster::StandingResponse>, Status> {
+        let request = request.into_inner();
+        let standing = async {
+            self.worker.identity.check_caller(request.handshake.as_ref())?;
+            let id = request_id_from_wire("request_id", &request.request_id)
+                .map_err(|error| Failure::Invalid(error.to_string()))?;
+            self.worker.engine.standing(id).await
+        };
+        let answer = match standing.await {
+            Ok(standing) => cluster::StandingResponse {
+                n_output_tokens: standing.into_iter().map(|n| n as u32).collect(),
+                failure: None,
+            },
+            Err(failure) => cluster::StandingResponse {
+                n_output_tokens: Vec::new(),
+                failure: Some((&failure).into()),
+            },
+        };
+        Ok(Response::new(answer))
+    }
+
     async fn resume(
         &self,
         request: Request<cluster::ResumeRequest>,

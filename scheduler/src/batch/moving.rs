@@ -7,6 +7,25 @@ use crate::block_pool::{HeldBlock, IsPinned};
 use crate::ids::{BlockId, SequenceId};
 use crate::request::{ChoiceState, Failure, PortableState};
 
+/// Room for a request that is moved here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MoveRoom {
+    /// Tokens of each choice that its source has generated beyond those known here; choices that are not listed have none.
+    pub n_ahead: Vec<usize>,
+    /// Blocks of each choice for what it generates until it comes.
+    pub n_slack_blocks: usize,
+}
+
+impl MoveRoom {
+    /// Of a source that is where we know it to be.
+    pub fn slack(n_slack_blocks: usize) -> MoveRoom {
+        MoveRoom {
+            n_ahead: Vec::new(),
+            n_slack_blocks,
+        }
+    }
+}
+
 /// What came of a resumption.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resumed {
@@ -91,7 +110,8 @@ impl BatchScheduler {
     }
 
     /// Reserves blocks for a request that runs elsewhere and comes with its KV: of each choice that goes on those before
-    /// its last token, as far as the prefix cache lacks them, and up to `n_slack_blocks` for what it generates meanwhile.
+    /// the last token that its source has, as far as the prefix cache lacks them, and the room's slack for what it generates
+    /// meanwhile.
     /// The prompt's full blocks are shared: the first choice that goes on receives them for the others.
     ///
     /// # Errors
@@ -99,7 +119,7 @@ impl BatchScheduler {
     pub fn reserve_moved(
         &mut self,
         state: &PortableState,
-        n_slack_blocks: usize,
+        room: &MoveRoom,
         is_pinned: IsPinned<'_>,
     ) -> Result<GroupId, Failure> {
         self.config.check(state)?;
@@ -115,12 +135,12 @@ impl BatchScheduler {
         self.pool.sweep(is_pinned);
         let group = self.insert(state, SequenceKind::Moved);
         let members = self.members(group);
-        let shortest = members.iter().map(|id| self.sequences[id].tokens.len() - 1).min();
+        let shortest = members.iter().map(|id| self.n_kv_tokens_at_source(*id, room)).min();
         let firsts: Vec<usize> = (0..self.config.n_groups())
             .map(|layer_group| self.config.n_unseen_blocks(layer_group, shortest.unwrap_or(0)))
             .collect();
         for &id in &members {
-            if !self.allocate_moved(id, members[0], &firsts, n_slack_blocks, is_pinned) {
+            if !self.allocate_moved(id, members[0], &firsts, room, is_pinned) {
                 return Err(self.refuse_reservation(group, is_pinned));
             }
         }
@@ -214,6 +234,12 @@ impl BatchScheduler {
             return Ok(());
         }
         let n_tokens = sequence.n_prompt + output.len();
+        let lacks_seen = |layer_group: usize| {
+            sequence.tables.n_released(layer_group) > self.config.n_unseen_blocks(layer_group, n_tokens - 1)
+        };
+        if (0..self.config.n_groups()).any(lacks_seen) {
+            return Err(format!("choice {choice} is not as far as its source said"));
+        }
         let n_room = sequence.tables.len(0);
         if self.config.blocks_for(n_tokens - 1) > n_room {
             return Err(format!("choice {choice} has outgrown its {n_room} blocks"));
@@ -224,6 +250,17 @@ impl BatchScheduler {
         Ok(())
     }
 
+    /// Tokens of a choice whose KV its source has; it may have no more of them than of any request.
+    fn n_kv_tokens_at_source(&self, id: SequenceId, room: &MoveRoom) -> usize {
+        let sequence = &self.sequences[&id];
+        let n_ahead = room.n_ahead.get(sequence.choice as usize).copied().unwrap_or(0);
+        let n_known = sequence.tokens.len() - 1;
+        n_known
+            .saturating_add(n_ahead)
+            .min(sequence.max_kv_tokens())
+            .max(n_known)
+    }
+
     /// Gives a choice its blocks, from the prefix cache or from the first choice as far as they go, but for those that none of
     /// the group's queries will see: `firsts` has the first seen block of each layer group. False when there is no room.
     fn allocate_moved(
@@ -231,9 +268,10 @@ impl BatchScheduler {
         id: SequenceId,
         first: SequenceId,
         firsts: &[usize],
-        n_slack: usize,
+        room: &MoveRoom,
         is_pinned: IsPinned<'_>,
     ) -> bool {
+        let n_at_source = self.n_kv_tokens_at_source(id, room);
         let n_headroom = self.n_headroom();
         let block_size = self.config.block_size;
         // Blocks of the prompt that are there without being sent, because the first choice receives them.
@@ -264,9 +302,9 @@ impl BatchScheduler {
         let sequence = self.sequences.get_mut(&id).expect("a member exists");
         sequence.n_registered = n_hit;
         sequence.n_held_blocks = firsts.iter().map(|&first| first.max(n_hit).max(n_shared)).collect();
-        let n_context = self.config.blocks_for(n_kv_tokens);
+        let n_context = self.config.blocks_for(n_at_source);
         let n_most = self.config.blocks_for(sequence.max_kv_tokens());
-        let n_total = (n_context + n_slack).min(n_most).max(n_context);
+        let n_total = (n_context + room.n_slack_blocks).min(n_most).max(n_context);
         let ends = vec![n_total; firsts.len()];
         let has_room = self.pool.n_available() >= sequence.n_missing(&ends) + n_headroom;
         has_room && self.fill_tables(id, &ends, 0, is_pinned)

@@ -8,8 +8,8 @@ use super::network::{AtInstance, Event};
 use super::workload::next_token;
 use super::{FaultKind, Simulation};
 use crate::batch::{
-    Batch, BatchItem, BatchScheduler, Committed, Continued, Grant, GroupId, Member, Numerics, ReserveOutcome, Samples,
-    SequenceKind,
+    Batch, BatchItem, BatchScheduler, Committed, Continued, Grant, GroupId, Member, MoveRoom, Numerics, ReserveOutcome,
+    Samples, SequenceKind,
 };
 use crate::cost::StepSample;
 use crate::ids::{BlockId, Generation, Nanos, TokenId};
@@ -304,7 +304,9 @@ impl Simulation<'_> {
         let outcome = match slack {
             None => engine.scheduler.reserve(self.now, state, &is_pinned),
             Some(slack) => {
-                let granted = engine.scheduler.reserve_moved(state, slack, &is_pinned);
+                let granted = engine
+                    .scheduler
+                    .reserve_moved(state, &MoveRoom::slack(slack), &is_pinned);
                 granted.map(ReserveOutcome::Granted)
             }
         };

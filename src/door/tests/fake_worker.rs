@@ -221,6 +221,13 @@ impl worker_server::Worker for FakeWorker {
         Ok(self.hand_over(Call::Attach, request.state, request.source))
     }
 
+    async fn standing(
+        &self,
+        _: Request<cluster::StandingRequest>,
+    ) -> Result<Response<cluster::StandingResponse>, Status> {
+        Err(Status::unimplemented("no front door asks this"))
+    }
+
     async fn resume(
         &self,
         request: Request<cluster::ResumeRequest>,

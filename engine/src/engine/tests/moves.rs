@@ -1,7 +1,7 @@
 //! From one running engine to another, copying what a migration would carry.
 
 use baton_kernels::KvWrite;
-use baton_scheduler::batch::Numerics;
+use baton_scheduler::batch::{MoveRoom, Numerics};
 
 use super::super::hash_model::N_LAYERS;
 use super::super::{GroupBlocks, MoveStage, PausedMove, Reservation, RunningMove};
@@ -146,7 +146,7 @@ async fn move_after(n_tokens: usize, fresh: &PortableState, all: &[ChoiceState],
         choices: known.clone(),
         ..fresh.clone()
     };
-    let Ok(mut reservation) = destination.reserve_moved(state, 8).await else {
+    let Ok(mut reservation) = destination.reserve_moved(state, MoveRoom::slack(8)).await else {
         panic!("there is room")
     };
     let mut landing = Landing::of(&mut reservation);
@@ -272,7 +272,10 @@ async fn a_finish_in_between_leaves_the_others_their_prompt() {
             choices: cut(&all, |_| n_known),
             ..fresh.clone()
         };
-        let mut reservation = destination.reserve_moved(state.clone(), 8).await.unwrap();
+        let mut reservation = destination
+            .reserve_moved(state.clone(), MoveRoom::slack(8))
+            .await
+            .unwrap();
         let mut landing = Landing::of(&mut reservation);
         source.steps(n_known);
         let started = source.ask(source.engine.start_move(fresh.request.id)).await;
@@ -544,15 +547,15 @@ async fn outputs_that_cannot_be_are_refused() {
         other_token,
         cut(&all, |_| 3)[..1].to_vec(),
     ] {
-        let reservation = engine.reserve_moved(state.clone(), 1).await.unwrap();
+        let reservation = engine.reserve_moved(state.clone(), MoveRoom::slack(1)).await.unwrap();
         let said = listen(reservation.join_moved(outputs, Numerics::Same).unwrap()).await;
         assert!(matches!(said.end, Some(Err(_))), "{said:?}");
     }
-    let reservation = engine.reserve_moved(state.clone(), 1).await.unwrap();
+    let reservation = engine.reserve_moved(state.clone(), MoveRoom::slack(1)).await.unwrap();
     let first = vec![all[0].output[2].clone(), all[1].output[2].clone()];
     let said = listen(reservation.join(first, Numerics::Same).unwrap()).await;
     assert!(matches!(said.end, Some(Err(Failure::Internal(_)))), "{said:?}");
-    let fresh = engine.reserve_moved(fresh, 1).await.map(|_| ());
+    let fresh = engine.reserve_moved(fresh, MoveRoom::slack(1)).await.map(|_| ());
     assert!(matches!(fresh, Err(Failure::Invalid(_))));
     settle(&engine).await;
 }

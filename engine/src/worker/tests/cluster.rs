@@ -442,6 +442,13 @@ impl worker_server::Worker for FakeService {
         Err(Status::unimplemented("a prefill service only"))
     }
 
+    async fn standing(
+        &self,
+        _: tonic::Request<cluster::StandingRequest>,
+    ) -> Result<Response<cluster::StandingResponse>, Status> {
+        Err(Status::unimplemented("a prefill service only"))
+    }
+
     async fn resume(
         &self,
         _: tonic::Request<cluster::ResumeRequest>,

@@ -278,6 +278,32 @@ async fn what_the_destination_holds_does_not_travel_and_choices_share_their_prom
     stop([destination, source]).await;
 }
 
+/// The source has generated far more than fits the slack of what the front door knows.
+#[tokio::test]
+async fn a_front_door_that_is_far_behind_moves_a_request_all_the_same() {
+    let fresh = warm(2, 50, 240);
+    let expected = undisturbed(&fresh).await;
+    let (source, pump) = slow(Setup::new("decode-0")).await;
+    let destination = Setup::new("decode-1").start().await;
+    let mut door = Door::open(&source, &fresh).await;
+    door.hear_tokens(3).await;
+    let behind = door.state.clone();
+    door.hear_tokens(150).await;
+    let latest = std::mem::replace(&mut door.state, behind.clone());
+    let mut attached = Door {
+        state: behind,
+        stream: door.attach(&source, &destination, 6).await,
+    };
+    door.state = latest;
+    attached.hear(is_moment(Moment::Joined)).await;
+    drop(door);
+    attached.hear_end().await;
+    assert_eq!(attached.state.choices, expected.choices);
+    drop((attached, pump));
+    assert_eq!(destination.totals().n_moved_in, 1);
+    stop([destination, source]).await;
+}
+
 #[tokio::test]
 async fn a_dropped_move_goes_on_at_the_source_and_says_so() {
     let fresh = warm(2, 200, 100);

@@ -236,7 +236,7 @@ fn a_moved_group_receives_its_prompt_once() {
         choices: after([20, 4, 7]),
         ..state_of(&tokens, 20, 3)
     };
-    let group = world.reserve_moved(&state, 2).unwrap();
+    let group = world.reserve_moved(&state, &MoveRoom::slack(2)).unwrap();
     let grants = world.scheduler.grants_moved(group, 3);
     let shape = |grant: &Grant| {
         let n_held = grant.layer_groups[0].n_blocks_held;
@@ -257,7 +257,7 @@ fn a_moved_group_receives_its_prompt_once() {
     world.assert_choices_as_alone(group, &tokens, 20, 3);
 
     // Another takes what the cache has now, and waits for nobody.
-    let again = world.reserve_moved(&state, 0).unwrap();
+    let again = world.reserve_moved(&state, &MoveRoom::slack(0)).unwrap();
     let grants = world.scheduler.grants_moved(again, 3);
     assert_eq!(shape(&grants[2]), (4, 4, 0), "all of its 16 tokens are here");
     world.join_moved(again, &tokens, &state.choices);
@@ -266,12 +266,46 @@ fn a_moved_group_receives_its_prompt_once() {
 }
 
 #[test]
+fn room_is_reserved_from_where_the_source_is() {
+    let mut world = World::new(config(64));
+    let tokens = lively_choices(10, 2, 24);
+    let outputs: Vec<Vec<TokenId>> = (0..2).map(|choice| alone_choice(&tokens, choice, 24, 1000)).collect();
+    let after =
+        |n: usize| -> Vec<ChoiceState> { outputs.iter().map(|output| choice_state(&output[..n], 24)).collect() };
+    let state = PortableState {
+        choices: after(2),
+        ..state_of(&tokens, 24, 2)
+    };
+    // Of 11 tokens known, or the 33 most that there can be, blocks of four and one more; the second's come on top of 10 others.
+    let totals = [(vec![], 4), (vec![13, 14], 7), (vec![usize::MAX], 9)];
+    for (n_ahead, n_blocks_total) in totals {
+        let room = MoveRoom {
+            n_ahead,
+            n_slack_blocks: 1,
+        };
+        let group = world.reserve_moved(&state, &room).unwrap();
+        assert_eq!(
+            world.scheduler.grants_moved(group, 2)[0].n_blocks_total,
+            n_blocks_total,
+            "{room:?}"
+        );
+        if n_blocks_total == 7 {
+            world.join_moved(group, &tokens, &after(18));
+            world.run();
+            world.assert_choices_as_alone(group, &tokens, 24, 2);
+        } else {
+            world.remove_group(group);
+        }
+    }
+}
+
+#[test]
 fn what_cannot_have_been_moved_is_refused() {
     let mut world = World::new(config(64));
     let tokens = lively_choices(5, 2, 20);
     let outputs: Vec<Vec<TokenId>> = (0..2).map(|choice| alone_choice(&tokens, choice, 20, 1000)).collect();
     let fresh = state_of(&tokens, 20, 2);
-    let refused = world.reserve_moved(&fresh, 1).unwrap_err();
+    let refused = world.reserve_moved(&fresh, &MoveRoom::slack(1)).unwrap_err();
     let message = "choice 0 has no token yet, expected at least 1 for a move";
     assert_eq!(refused, Failure::Invalid(message.to_owned()));
     let after =
@@ -280,7 +314,7 @@ fn what_cannot_have_been_moved_is_refused() {
         choices: after(4),
         ..fresh
     };
-    let group = world.reserve_moved(&state, 1).unwrap();
+    let group = world.reserve_moved(&state, &MoveRoom::slack(1)).unwrap();
     let mut refuse =
         |outputs: &[ChoiceState]| match world.scheduler.join_moved(group, outputs, Numerics::Same, &|_| false) {
             Err(Failure::InstanceLost(message)) => message,

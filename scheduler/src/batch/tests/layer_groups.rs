@@ -142,7 +142,7 @@ fn choices_fork_in_every_group_and_move_together() {
         ..state_of(&tokens, 12, 3)
     };
     let mut destination = World::new(mixed(200));
-    let moved = destination.reserve_moved(&state, 2).unwrap();
+    let moved = destination.reserve_moved(&state, &MoveRoom::slack(2)).unwrap();
     let grants = destination.scheduler.grants_moved(moved, 3);
     // 23 tokens have KV, and the query at 23 sees those from 18 on, in block 4. The others hold the prompt's five full blocks.
     let held = |grant: &Grant| -> Vec<usize> { grant.layer_groups.iter().map(|group| group.n_blocks_held).collect() };
@@ -153,4 +153,35 @@ fn choices_fork_in_every_group_and_move_together() {
     destination.join_moved(moved, &tokens, &after(6));
     destination.run();
     destination.assert_choices_as_alone(moved, &tokens, 12, 3);
+}
+
+/// A source that is ahead of what is known here by more than a window has given up what only the known tokens would need.
+#[test]
+fn a_reservation_begins_where_the_source_is() {
+    let tokens = lively_choices(21, 1, 20);
+    let output = alone_choice(&tokens, 0, 20, 1000);
+    let after = |n: usize| vec![choice_state(&output[..n], 20)];
+    let state = PortableState {
+        choices: after(3),
+        ..state_of(&tokens, 20, 1)
+    };
+    let room = MoveRoom {
+        n_ahead: vec![10],
+        n_slack_blocks: 0,
+    };
+    let mut destination = World::new(mixed(200));
+    let moved = destination.reserve_moved(&state, &room).unwrap();
+    // 33 tokens have KV at the source, and the query at 33 sees those from 28 on, in block 7.
+    let grant = &destination.scheduler.grants_moved(moved, 1)[0];
+    let held: Vec<usize> = grant.layer_groups.iter().map(|group| group.n_blocks_held).collect();
+    assert_eq!((held, grant.n_blocks_total), (vec![0, 7, 7], 9));
+    // A state that is not as far as that lacks what its next query sees.
+    let refused = destination
+        .scheduler
+        .join_moved(moved, &after(8), Numerics::Same, &|_| false);
+    let message = "choice 0 is not as far as its source said";
+    assert_eq!(refused, Err(Failure::InstanceLost(message.to_owned())));
+    destination.join_moved(moved, &tokens, &after(15));
+    destination.run();
+    destination.assert_choices_as_alone(moved, &tokens, 20, 1);
 }

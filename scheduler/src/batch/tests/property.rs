@@ -186,7 +186,14 @@ proptest! {
                         continue;
                     }
                     state.choices = part_way(&tokens, max_tokens, n, n_known, max_model_len);
-                    match world.reserve_moved(&state, n_slack) {
+                    // The source was asked half way between what is known and its pause.
+                    let asked_at = part_way(&tokens, max_tokens, n, n_known + n_meanwhile / 2, max_model_len);
+                    let ahead = asked_at.iter().zip(&state.choices);
+                    let room = MoveRoom {
+                        n_ahead: ahead.map(|(source, known)| source.output.len() - known.output.len()).collect(),
+                        n_slack_blocks: n_slack,
+                    };
+                    match world.reserve_moved(&state, &room) {
                         Ok(group) => {
                             asked.insert(group, (tokens.clone(), max_tokens, n));
                             let n_at_pause = n_known + n_meanwhile;

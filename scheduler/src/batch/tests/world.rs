@@ -181,9 +181,9 @@ impl World {
         }
     }
 
-    pub(super) fn reserve_moved(&mut self, state: &PortableState, n_slack: usize) -> Result<GroupId, Failure> {
+    pub(super) fn reserve_moved(&mut self, state: &PortableState, room: &MoveRoom) -> Result<GroupId, Failure> {
         let pins = self.pins.clone();
-        let group = self.scheduler.reserve_moved(state, n_slack, &|id| pins.contains(&id))?;
+        let group = self.scheduler.reserve_moved(state, room, &|id| pins.contains(&id))?;
         self.remember(group, &state.choices);
         Ok(group)
     }
