@@ -79,6 +79,7 @@ impl RequestRow {
         let (from, to) = match self.stage.as_str() {
             MOVING => (&self.decode_instance, &self.destination_instance),
             "prefill" if !self.prefill_instance.is_empty() => (&self.prefill_instance, &self.decode_instance),
+            "embed" => return or_dash(&self.prefill_instance),
             _ => return or_dash(&self.decode_instance),
         };
         format!("{} -> {}", or_dash(from), or_dash(to))

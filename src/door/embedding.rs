@@ -1,6 +1,7 @@
 //! One embedding at the front door: placed like any request, computed by one call, and placed again when that is lost. It has
 //! no stream, no epochs and nothing to move: what was lost is computed again.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use baton_proto::cluster as wire;
@@ -8,6 +9,7 @@ use baton_proto::convert::embedding_from_wire;
 use baton_scheduler::arbiter::{MAX_ATTEMPTS, is_retried};
 use baton_scheduler::ids::{InstanceId, RequestId};
 use baton_scheduler::request::Failure;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::Submission;
@@ -16,6 +18,7 @@ use super::cluster::{Called, Cluster, Reachable};
 use super::driver::{PAUSE_BEFORE_LAST_ATTEMPTS, sleep_until};
 use super::front_door::FrontDoorOptions;
 use super::move_metrics::MoveMetrics;
+use super::moves::{Listed, MoveError, MoveOrder, RequestProgress, RequestStage};
 use super::streams::{handshake, said};
 
 pub(super) struct EmbeddingDriver {
@@ -24,6 +27,7 @@ pub(super) struct EmbeddingDriver {
     pub(super) options: FrontDoorOptions,
     pub(super) metrics: MoveMetrics,
     pub(super) submission: Submission,
+    pub(super) listed: Listed,
 }
 
 /// Takes the request out of the view on drop, however it ended.
@@ -37,11 +41,15 @@ impl Drop for Counted<'_> {
 
 impl EmbeddingDriver {
     /// To its end. Dropping the future gives the call up, and the instance cancels.
-    pub(super) async fn run(self, place: QueuePlace) -> Result<Vec<f32>, Failure> {
+    pub(super) async fn run(mut self, place: QueuePlace) -> Result<Vec<f32>, Failure> {
         let deadline = self.submission.deadline.map(|left| Instant::now() + left);
+        // Taken out, so that the attempts can borrow the rest.
+        let (_, closed) = mpsc::channel(1);
+        let mut orders = std::mem::replace(&mut self.listed.orders, closed);
         let counted = Counted(&self.cluster, self.submission.request.id);
         let embedded = tokio::select! {
             embedded = self.attempts(place) => embedded,
+            never = refuse_moves(&mut orders) => match never {},
             () = sleep_until(deadline) => Err(Failure::DeadlineExceeded),
         };
         drop(counted);
@@ -75,6 +83,9 @@ impl EmbeddingDriver {
             tracing::debug!(request_id = %self.submission.request.id, %failure, %blamed, "placed again");
             self.metrics.replays.inc();
             self.cluster.close(self.submission.request.id);
+            self.listed
+                .request
+                .update(|progress| *progress = RequestProgress::default());
             wanted.avoided.push(blamed);
             // Twice refused or lost in a row: whoever died may not have been missed yet.
             if n_attempts > 1 {
@@ -98,6 +109,10 @@ impl EmbeddingDriver {
             instance = %placement.decode,
             "embedding placed"
         );
+        self.listed.request.update(|progress| {
+            progress.stage = RequestStage::Embed;
+            progress.prefill = Some(placement.decode.clone());
+        });
         let asked = wire::EmbedRequest {
             handshake: handshake(&decode),
             request_id: request.id.0.to_be_bytes().to_vec(),
@@ -125,4 +140,11 @@ impl EmbeddingDriver {
             (failure, instance)
         })
     }
+}
+
+async fn refuse_moves(orders: &mut mpsc::Receiver<MoveOrder>) -> Infallible {
+    while let Some(order) = orders.recv().await {
+        order.refuse(MoveError::Refused("an embedding does not move".to_owned()));
+    }
+    std::future::pending().await
 }

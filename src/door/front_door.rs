@@ -130,12 +130,14 @@ impl Generator for FrontDoor {
             }
             self.cluster.check_fits(&submission.request)?;
             let place = self.admission.enter()?;
+            let listed = self.requests.list(&submission);
             let driver = EmbeddingDriver {
                 cluster: Arc::clone(&self.cluster),
                 admission: Arc::clone(&self.admission),
                 options: self.options.clone(),
                 metrics: self.metrics.clone(),
                 submission,
+                listed,
             };
             let _running = Running::count(&self.n_running);
             Ok(self.tasks.track_future(driver.run(place)).await?)

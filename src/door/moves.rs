@@ -98,6 +98,8 @@ pub enum RequestStage {
     Queued,
     /// Its prompt is being computed.
     Prefill,
+    /// Its prompt is being computed, and nothing comes after.
+    Embed,
     /// It generates.
     Decode,
     /// It generates and moves.
@@ -110,6 +112,7 @@ impl RequestStage {
         match self {
             RequestStage::Queued => "queued",
             RequestStage::Prefill => "prefill",
+            RequestStage::Embed => "embed",
             RequestStage::Decode => "decode",
             RequestStage::Moving => "moving",
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use baton_scheduler::request::{Failure, Request};
 
-use super::super::{EmbedError, Rejection};
+use super::super::{EmbedError, MoveError, MoveReason, Rejection, RequestStage};
 use super::*;
 
 fn to_embed(id: u128, n_tokens: u32, deadline: Option<Duration>) -> Submission {
@@ -29,8 +29,15 @@ async fn what_an_instance_answers_is_passed_on() {
         (&[0, 1, 2][..], 7)
     );
     assert_eq!(bench.door.load().n_running, 1);
+    let listed = bench.door.requests().all();
+    let progress = listed[0].progress();
+    assert_eq!(progress.stage, RequestStage::Embed);
+    assert_eq!(progress.prefill.unwrap().to_string(), call.instance);
+    let moved = listed[0].move_to(None, MoveReason::Operator).await;
+    assert_eq!(moved, Err(MoveError::Refused("an embedding does not move".to_owned())));
     call.answer(Ok(vec![1.5, -2.5]));
     assert_eq!(embedding.await.unwrap(), Ok(vec![1.5, -2.5]));
+    assert!(bench.door.requests().all().is_empty());
     assert_eq!(bench.door.load().n_running, 0);
     bench.assert_idle();
 }
