@@ -62,8 +62,13 @@ impl DeviceBuffer {
         }
         let copying = || format!("copy {} bytes to the device", bytes.len());
         self.context.bind_to_thread().during(copying)?;
-        // SAFETY: within the buffer, which is alive and ours.
-        unsafe { result::memcpy_htod_sync(self.address + offset as u64, bytes) }.during(copying)
+        // From memory that is not pinned the driver's synchronous copy may return while its last piece is on the way (the
+        // driver's reference, "API synchronization behavior"), and our streams do not wait for the null stream it is on.
+        // SAFETY: within the buffer, which is alive and ours; the null stream is always there.
+        unsafe {
+            result::memcpy_htod_sync(self.address + offset as u64, bytes).during(copying)?;
+            result::stream::synchronize(std::ptr::null_mut()).during(copying)
+        }
     }
 
     /// Queues zeros.

@@ -148,7 +148,10 @@ void enqueue(Stream& stream, Op op) {
         stream.queue.push_back(std::move(op));
 }
 
-// The null stream is refused: it waits for streams in ways that production must not lean on.
+// Has what synchronous copies leave under way. Streams that were made non-blocking do not wait for it.
+Stream null_stream;
+
+// Nothing but those goes to the null stream: it waits for streams in ways that production must not lean on.
 std::shared_ptr<Stream> stream_of(void* handle) {
     auto found = streams.find(handle);
     return found == streams.end() ? nullptr : found->second;
@@ -328,6 +331,7 @@ EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 EXPORT Result cuCtxSynchronize() {
     IN_CONTEXT
     if (any_capture()) return STREAM_CAPTURE_UNSUPPORTED;
+    run_all(null_stream);
     for (auto& [handle, stream] : streams) run_all(*stream);
     return sticky;
 }
@@ -363,6 +367,7 @@ EXPORT Result cuMemFree_v2(uint64_t at) {
     auto found = device_memory.find(at);
     if (found == device_memory.end()) die("a device pointer is freed that was not allocated, or was freed before");
     // A card's driver waits here too.
+    run_all(null_stream);
     for (auto& [handle, stream] : streams) run_all(*stream);
     check_slack(found->first, found->second);
     auto [n_bytes, map, map_bytes] = found->second;
@@ -389,16 +394,27 @@ EXPORT Result cuMemFreeHost(void* p) {
     return SUCCESS;
 }
 
-// Copies that return when they are done wait for no stream that was made non-blocking.
+// Synchronous copies wait for no stream that was made non-blocking. From ordinary memory they return when the bytes are
+// staged, which is before they are there.
 EXPORT Result cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
     IN_CONTEXT
     if (!is_device(to, n)) return INVALID_VALUE;
-    std::memcpy(reinterpret_cast<void*>(to), from, n);
+    run_all(null_stream);
+    if (is_pinned(from, n)) {
+        std::memcpy(reinterpret_cast<void*>(to), from, n);
+        return SUCCESS;
+    }
+    std::vector<char> bytes(static_cast<const char*>(from), static_cast<const char*>(from) + n);
+    null_stream.queue.push_back([to, n, bytes] {
+        if (!is_device(to, n)) return fail(ILLEGAL_ADDRESS);
+        std::memcpy(reinterpret_cast<void*>(to), bytes.data(), n);
+    });
     return SUCCESS;
 }
 EXPORT Result cuMemcpyDtoH_v2(void* to, uint64_t from, size_t n) {
     IN_CONTEXT
     if (!is_device(from, n)) return INVALID_VALUE;
+    run_all(null_stream);
     std::memcpy(to, reinterpret_cast<void*>(from), n);
     return SUCCESS;
 }
@@ -480,6 +496,10 @@ EXPORT Result cuStreamDestroy_v2(void* handle) {
 }
 EXPORT Result cuStreamSynchronize(void* handle) {
     IN_CONTEXT
+    if (!handle) {
+        run_all(null_stream);
+        return sticky;
+    }
     auto stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
     if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
