@@ -80,7 +80,8 @@ impl Module {
 
 impl Drop for Module {
     fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
+        // The driver does not promise to wait for kernels that are still queued.
+        let _ = self.context.synchronize();
         // SAFETY: loaded once, unloaded once, when no function is left.
         let _ = unsafe { result::module::unload(self.raw) };
     }

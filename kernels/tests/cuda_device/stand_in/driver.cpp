@@ -172,7 +172,10 @@ bool any_capture() {
     return false;
 }
 
+struct Module;
+
 struct Function {
+    Module* module;
     void (*launch)(unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, size_t, void**);
     unsigned n_params;
     size_t max_dynamic_shared = 48 << 10;
@@ -182,6 +185,7 @@ struct Function {
 struct Module {
     void* library;
     std::map<std::string, std::unique_ptr<Function>> functions;
+    int n_queued = 0;
 };
 
 size_t elf_bytes(const void* image) {
@@ -594,13 +598,13 @@ EXPORT Result cuModuleLoadData(void** out, const void* image) {
     if (!library) std::fprintf(stderr, "CUDA stand-in: %s\n", dlerror());
     unlink(path);
     if (!library) return INVALID_IMAGE;
-    *out = new Module{library, {}};
+    *out = new Module{library, {}, 0};
     return SUCCESS;
 }
 EXPORT Result cuModuleUnload(void* handle) {
     Lock lock(mutex);
-    for (auto& [of, stream] : streams) run_all(*stream);
     auto* module = static_cast<Module*>(handle);
+    if (module->n_queued != 0) die("a module is unloaded while its kernels are queued");
     dlclose(module->library);
     delete module;
     return SUCCESS;
@@ -615,6 +619,7 @@ EXPORT Result cuModuleGetFunction(void** out, void* handle, const char* name) {
         void* n_params = dlsym(module->library, (symbol + "__n_params").c_str());
         if (!launch || !n_params) return NOT_FOUND;
         function = std::make_unique<Function>();
+        function->module = module;
         function->launch = reinterpret_cast<decltype(function->launch)>(launch);
         function->n_params = reinterpret_cast<unsigned (*)()>(n_params)();
         function->name = symbol;
@@ -663,7 +668,11 @@ EXPORT Result cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, uns
     // Our host code gives each parameter eight bytes. They are copied now, as a driver does.
     std::vector<uint64_t> values(function->n_params);
     for (unsigned i = 0; i < function->n_params; i++) std::memcpy(&values[i], params[i], 8);
+    // What is captured is not queued; it may run often or never.
+    const int n_queued = stream->capture ? 0 : 1;
+    function->module->n_queued += n_queued;
     enqueue(*stream, [=]() mutable {
+        function->module->n_queued -= n_queued;
         std::vector<void*> arguments;
         for (auto& value : values) arguments.push_back(&value);
         function->launch(grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes, arguments.data());
