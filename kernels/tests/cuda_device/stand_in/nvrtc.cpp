@@ -64,6 +64,11 @@ EXPORT int nvrtcDestroyProgram(Program** program) {
 EXPORT int nvrtcCompileProgram(Program* program, int n_options, const char* const* options) {
     bool has_architecture = false;
     for (int i = 0; i < n_options; i++) has_architecture |= std::strncmp(options[i], "--gpu-architecture=sm_", 22) == 0;
+    for (int i = 0; i < n_options; i++) {
+        // Another compiler than the one that kernels are checked with may spill.
+        if (std::strstr(options[i], "-warn-spills")) program->log = "ptxas warning : Registers are spilled to local memory\n";
+        if (std::strstr(options[i], "-Werror")) return 6;  // NVRTC_ERROR_COMPILATION
+    }
     if (!has_architecture) return 5;  // NVRTC_ERROR_INVALID_OPTION: nothing but cubins is asked for
     char folder[] = "/tmp/baton-stand-in-XXXXXX";
     if (!mkdtemp(folder)) return 1;
@@ -83,7 +88,7 @@ EXPORT int nvrtcCompileProgram(Program* program, int n_options, const char* cons
     int status = -1;
     if (posix_spawnp(&child, "g++", &actions, nullptr, arguments.data(), environ) == 0) waitpid(child, &status, 0);
     posix_spawn_file_actions_destroy(&actions);
-    program->log = read_file(log);
+    program->log += read_file(log);
     program->image = read_file(at + "/kernel.so");
     if (DIR* entries = opendir(folder)) {
         while (dirent* entry = readdir(entries)) unlink((at + "/" + entry->d_name).c_str());
