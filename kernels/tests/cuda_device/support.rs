@@ -2,12 +2,14 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, CudaTensor, ImageFolders};
 use baton_kernels::{Backend, DType, PackedWeights, Packing, SourceTensor, WeightKind, WeightSource, WeightSpec};
 
-use crate::stand_in;
+use cudarc::driver::CudaContext;
+
+use crate::stand_in::{self, Driver};
 
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 pub const MODES: [CudaMode; 2] = [CudaMode::Fast, CudaMode::Deterministic];
@@ -15,6 +17,11 @@ pub const MODES: [CudaMode; 2] = [CudaMode::Fast, CudaMode::Deterministic];
 /// A device for models with heads of `head_dim`; `None` where there is nothing to test on.
 pub fn device(dtype: DType, mode: CudaMode, head_dim: usize) -> Option<Cuda> {
     let driver = stand_in::driver()?;
+    if let Driver::Card = driver {
+        // A card's context goes with its last user, and to make it again takes longer than most of these tests.
+        static CONTEXT: OnceLock<Arc<CudaContext>> = OnceLock::new();
+        CONTEXT.get_or_init(|| CudaContext::new(0).unwrap());
+    }
     let options = CudaOptions {
         ordinal: 0,
         dtype,
