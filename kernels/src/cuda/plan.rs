@@ -179,9 +179,13 @@ impl PlanSize {
         let kernel = shape.kernel_of(splits, 1);
         let tile = shape.tile_queries(kernel);
         let n_tiles = n_sequences * shape.n_kv_heads * shape.group().div_ceil(tile);
-        let n_items = match splits {
-            Splits::Balanced { n_ctas } => n_tiles.max(n_ctas),
-            Splits::Fixed { tokens } => n_tiles * max_context.div_ceil(tokens),
+        let (n_items, n_partial_items) = match splits {
+            // A tile that is cut has two parts at least, so those of all are at most twice what may be added.
+            Splits::Balanced { n_ctas } => (n_ctas.max(n_tiles + n_ctas / 2), n_ctas),
+            Splits::Fixed { tokens } => {
+                let n_items = n_tiles * max_context.div_ceil(tokens);
+                (n_items, n_items)
+            }
         };
         let (decode, prefill) = match kernel {
             Kernel::Decode => (n_items as usize, 0),
@@ -191,7 +195,7 @@ impl PlanSize {
             decode,
             prefill,
             merges: n_tiles as usize,
-            n_partial_rows: n_items * tile.min(shape.group()),
+            n_partial_rows: n_partial_items * tile.min(shape.group()),
         }
     }
 }
@@ -334,15 +338,17 @@ fn tiles(shape: Shape, sequence: Sequence, tile_queries: u32) -> impl Iterator<I
     })
 }
 
-/// The smallest number of tokens, a multiple of [`GRAIN`], so that parts no longer than it are at most `n_parts`; where there are
-/// more tiles than that, nothing is cut.
+/// The smallest number of tokens, a multiple of [`GRAIN`], so that parts no longer than it are at most `n_parts`. Where the tiles
+/// alone are nearly as many or more, half of `n_parts` may be added to them: of contexts of like length none is cut then, and
+/// one that is much longer than the others is not left to one CTA, on which all would wait.
 fn balanced_split(tiles: &[Item], n_parts: u32) -> u32 {
+    let most_parts = u64::from(n_parts).max(tiles.len() as u64 + u64::from(n_parts / 2));
     let longest = tiles.iter().map(|tile| tile.kv_end - tile.kv_start).max().unwrap_or(0);
     let fits = |length: u32| {
         let parts = tiles
             .iter()
             .map(|tile| u64::from((tile.kv_end - tile.kv_start).div_ceil(length)));
-        parts.sum::<u64>() <= u64::from(n_parts)
+        parts.sum::<u64>() <= most_parts
     };
     let (mut low, mut high) = (
         SMALLEST_SPLIT / GRAIN,

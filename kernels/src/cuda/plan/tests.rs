@@ -109,7 +109,7 @@ proptest! {
         prop_assert!(written.iter().chain(&merged).all(|times| *times == 1), "{written:?} {merged:?}");
     }
 
-    /// With more CTAs than tiles, no item is longer than the work divided by the CTAs that are left over for cutting.
+    /// No item is longer than the work divided by the CTAs that are left over for cutting, or by half of all if that is more.
     #[test]
     fn balanced_items_fit_the_card_and_are_short(shape in shape(), n_ctas in 1_u32..400, sequences in sequences()) {
         let plan = planned(shape, Splits::Balanced { n_ctas }, &sequences);
@@ -118,11 +118,12 @@ proptest! {
             let tile_queries = shape.tile_queries(kernel);
             let tiles: Vec<Item> = sequences.iter().filter(is_its).flat_map(|s| tiles(shape, *s, tile_queries)).collect();
             let n_parts = (n_ctas / shape.n_kv_heads) as usize;
-            prop_assert!(items.len() <= shape.n_kv_heads as usize * n_parts.max(tiles.len()));
+            let n_for_cutting = n_parts.saturating_sub(tiles.len()).max(n_parts / 2);
+            prop_assert!(items.len() <= shape.n_kv_heads as usize * (tiles.len() + n_for_cutting));
             let longest = items.iter().map(|item| item.kv_end - item.kv_start).max().unwrap_or(0);
-            if n_parts > tiles.len() {
+            if n_for_cutting > 0 {
                 let work: u32 = tiles.iter().map(|tile| tile.kv_end - tile.kv_start).sum();
-                let bound = work.div_ceil((n_parts - tiles.len()) as u32).next_multiple_of(GRAIN);
+                let bound = work.div_ceil(n_for_cutting as u32).next_multiple_of(GRAIN);
                 prop_assert!(longest <= bound.max(SMALLEST_SPLIT), "{longest} > {bound}");
             }
         }
@@ -164,4 +165,30 @@ proptest! {
         }
         prop_assert!(launches.iter().all(|launch| *launch == launches[0]));
     }
+}
+
+/// A step of 64 sequences, more than the card runs at once: one of 100,000 tokens must not be read by one CTA a head.
+#[test]
+fn a_long_context_among_many_is_cut_and_like_ones_are_not() {
+    let shape = Shape {
+        n_heads: 32,
+        n_kv_heads: 8,
+        head_dim: 128,
+        window: None,
+        kernels: Kernels::TensorCore,
+    };
+    let splits = Splits::Balanced { n_ctas: 264 };
+    let longest = |first_context: u32| {
+        let of = |row: u32| Sequence {
+            first_row: row,
+            start_pos: if row == 0 { first_context } else { 499 },
+            n_tokens: 1,
+            first_block: 0,
+        };
+        let plan = planned(shape, splits, &(0..64).map(of).collect::<Vec<_>>());
+        let lengths = plan.decode.iter().map(|item| item.kv_end - item.kv_start);
+        (lengths.max().unwrap(), plan.merges.len())
+    };
+    assert_eq!(longest(499), (500, 0));
+    assert_eq!(longest(99_999), (5888, 8));
 }
