@@ -55,6 +55,11 @@ pub fn run(config: &CudaConfig) -> anyhow::Result<()> {
     let limits = cuda.measure(CudaMeasure::default())?;
     writeln!(out, "read       {:.0} GB/s", limits.read_gb_per_s)?;
     writeln!(out, "copy       {:.0} GB/s", limits.copy_gb_per_s)?;
+    writeln!(
+        out,
+        "host       {:.0} GB/s to it, {:.0} GB/s from it",
+        limits.to_host_gb_per_s, limits.from_host_gb_per_s
+    )?;
     if let Some(peak) = limits.product_tflop_per_s {
         writeln!(out, "products   {peak:.0} TFLOP/s in bf16")?;
     }

@@ -32,7 +32,7 @@ mod upload;
 pub use error::CudaError;
 pub use images::{ImageFolders, ImageOrigin};
 pub(crate) use kv::{DeviceKv, Fence};
-pub use measure::{CudaLimits, CudaMeasure};
+pub use measure::{CudaLimits, CudaMeasure, CudaTimer, HostBytes};
 pub use opened::{Cuda, CudaMode, CudaOptions};
 pub use probe::{CudaCard, probe};
 pub use tensor::{CudaExperts, CudaMatrix, CudaRope, CudaTensor, CudaVector};

@@ -155,7 +155,13 @@ fn a_card_is_measured() {
             matrix_dim: 64,
         };
         let limits = cuda.measure(sizes).unwrap();
-        assert!(limits.read_gb_per_s > 0.0 && limits.copy_gb_per_s > 0.0, "{limits:?}");
+        let rates = [
+            limits.read_gb_per_s,
+            limits.copy_gb_per_s,
+            limits.to_host_gb_per_s,
+            limits.from_host_gb_per_s,
+        ];
+        assert!(rates.iter().all(|rate| *rate > 0.0 && rate.is_finite()), "{limits:?}");
         assert_eq!(
             limits.product_tflop_per_s.map(|peak| peak > 0.0),
             has_product.then_some(true)
