@@ -4,6 +4,7 @@ mod bench;
 mod ctl;
 mod doctor;
 mod groups;
+mod kernels;
 mod null;
 mod scheduler;
 mod serve;
@@ -54,6 +55,8 @@ enum Command {
     Bench(Box<bench::BenchFlags>),
     /// Find out what this machine can do
     Doctor(doctor::DoctorFlags),
+    /// Compile the CUDA kernels beforehand, for machines with a card and no compiler
+    Kernels(kernels::KernelsFlags),
     /// Try the cluster's decisions under faults, in virtual time
     Simulate(simulate::SimulateFlags),
     /// Run a front door over a generator without a model
@@ -116,6 +119,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             runtime()?.block_on(crate::bench::run(config))
         }
         Command::Doctor(flags) => flags.run(),
+        Command::Kernels(flags) => flags.run(),
         Command::Simulate(flags) => flags.run(),
         Command::Null(flags) => {
             let layers = Layers::open(environment, flags.process.config.as_deref())?;

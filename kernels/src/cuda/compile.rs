@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char, c_int};
 use cudarc::nvrtc::sys;
 
 use super::error::CudaError;
-use super::sources::HEADERS;
+use super::sources::{HEAD_DIMS, HEADERS, SOURCES, Source};
 
 /// One image to be: a source with what it is compiled for.
 #[derive(Clone, Debug)]
@@ -19,6 +19,32 @@ pub(super) struct Unit {
 }
 
 impl Unit {
+    /// A source, of those that have instances by head size that of `head_dim`, one of [`HEAD_DIMS`].
+    pub(super) fn new(source: &Source, head_dim: Option<u32>) -> Unit {
+        let plain = Unit {
+            name: source.name.to_owned(),
+            text: source.text,
+            defines: Vec::new(),
+        };
+        match head_dim {
+            None => plain,
+            Some(head_dim) => Unit {
+                name: format!("{}_d{head_dim}", source.name),
+                defines: vec![format!("BATON_HEAD_DIM={head_dim}")],
+                ..plain
+            },
+        }
+    }
+
+    /// Everything that a device may ask for.
+    pub(super) fn all() -> Vec<Unit> {
+        let of_source = |source: &Source| match source.by_head_dim {
+            true => HEAD_DIMS.map(|head_dim| Unit::new(source, Some(head_dim))).to_vec(),
+            false => vec![Unit::new(source, None)],
+        };
+        SOURCES.iter().flat_map(of_source).collect()
+    }
+
     /// Without the architecture, which names the image too.
     fn options(&self) -> Vec<String> {
         let defines = self.defines.iter().map(|define| format!("-D{define}"));

@@ -2,13 +2,16 @@
 //!
 //! An image's file says in its name what it was compiled from (`<unit>.sm_<architecture>.<key of sources and options>`), so
 //! one of other sources is never taken, and ends in a BLAKE3 of its bytes, so that half a file is none. A package is a
-//! copy of a cache.
+//! cache that was filled beforehand.
 
+use std::cell::Cell;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::compile::{Compiler, Unit};
+use super::libraries::preload;
 use crate::error::KernelError;
 use crate::file_lock::lock;
 
@@ -44,12 +47,22 @@ impl fmt::Display for ImageOrigin {
     }
 }
 
+impl Compiler {
+    /// Where its image of that stem is kept.
+    fn path(&self, folder: &Path, stem: &str) -> PathBuf {
+        let (major, minor) = self.version;
+        folder.join(format!("{stem}.nvrtc-{major}.{minor}.cubin"))
+    }
+}
+
 /// Finds or makes images for one architecture.
 pub(super) struct Images {
     folders: ImageFolders,
     architecture: String,
     /// Missed only when something must be compiled.
     compiler: Option<Compiler>,
+    /// Whether it has been said that the package is not for this card and program.
+    has_warned: Cell<bool>,
 }
 
 impl Images {
@@ -58,15 +71,19 @@ impl Images {
             folders,
             architecture,
             compiler: Compiler::find(),
+            has_warned: Cell::new(false),
         }
     }
 
     /// # Errors
     /// No image and no compiler, a source that does not compile, or a cache that cannot be written.
     pub(super) fn get(&self, unit: &Unit) -> Result<(Vec<u8>, ImageOrigin), KernelError> {
-        let stem = format!("{}.sm_{}.{}", unit.name, self.architecture, unit.key());
-        if let Some(image) = self.folders.packaged.as_deref().and_then(|dir| any_of(dir, &stem)) {
-            return Ok((image, ImageOrigin::Packaged));
+        let stem = stem(unit, &self.architecture);
+        if let Some(dir) = &self.folders.packaged {
+            if let Some(image) = any_of(dir, &stem) {
+                return Ok((image, ImageOrigin::Packaged));
+            }
+            self.warn_of_package(dir, &stem);
         }
         let Some(cache) = &self.folders.cache else {
             let (image, time) = self.compile(unit)?;
@@ -79,8 +96,7 @@ impl Images {
                 None => Err(Compiler::missing().into()),
             };
         };
-        let (major, minor) = compiler.version;
-        let path = cache.join(format!("{stem}.nvrtc-{major}.{minor}.cubin"));
+        let path = compiler.path(cache, &stem);
         if let Some(image) = read(&path) {
             return Ok((image, ImageOrigin::Cached));
         }
@@ -95,12 +111,63 @@ impl Images {
         Ok((image, ImageOrigin::Compiled(time)))
     }
 
+    /// Once: what is not there for one kernel is rarely there for another.
+    fn warn_of_package(&self, dir: &Path, stem: &str) {
+        if !self.has_warned.replace(true) {
+            let reason = "packaged kernels are of another architecture or version and are not used";
+            tracing::warn!(folder = %dir.display(), missing = %format!("{stem}.*.cubin"), "{reason}");
+        }
+    }
+
     fn compile(&self, unit: &Unit) -> Result<(Vec<u8>, Duration), KernelError> {
         let compiler = self.compiler.as_ref().ok_or_else(Compiler::missing)?;
         let began = Instant::now();
         let image = compiler.compile(unit, &self.architecture)?;
         Ok((image, began.elapsed()))
     }
+}
+
+/// How the image of a unit is called, whichever compiler made it.
+fn stem(unit: &Unit, architecture: &str) -> String {
+    format!("{}.sm_{architecture}.{}", unit.name, unit.key())
+}
+
+/// Compiles every kernel for cards that are elsewhere, into a folder for [`ImageFolders::packaged`]; what is there already stays.
+/// Needs NVRTC, from `libraries` or where the system looks, and no card. The number of images.
+///
+/// # Errors
+/// No compiler, a kernel that does not compile for one of `architectures` (as in `sm_90a`, without the `sm_`), or a folder that
+/// cannot be written.
+pub fn package(libraries: &[PathBuf], architectures: &[String], folder: &Path) -> Result<usize, KernelError> {
+    preload(libraries)?;
+    std::fs::create_dir_all(folder).map_err(wrap("create folder", folder))?;
+    let compiler = Compiler::find().ok_or_else(Compiler::missing)?;
+    let units = Unit::all();
+    let jobs: Vec<(&Unit, &String)> = architectures
+        .iter()
+        .flat_map(|architecture| units.iter().map(move |unit| (unit, architecture)))
+        .collect();
+    let n_threads = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(jobs.len());
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some((unit, architecture)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let path = compiler.path(folder, &stem(unit, architecture));
+            if read(&path).is_none() {
+                write(&path, &compiler.compile(unit, architecture)?)?;
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..n_threads).map(|_| scope.spawn(work)).collect();
+        let joined = threads
+            .into_iter()
+            .map(|thread| thread.join().expect("compiling does not panic"));
+        joined.collect::<Result<(), KernelError>>()
+    })?;
+    Ok(jobs.len())
 }
 
 /// The newest-named whole image of these sources, by whichever compiler.

@@ -274,19 +274,12 @@ impl Loader {
     /// An entry point; of sources that have one for each head size, that of `head_dim`.
     fn function(&mut self, entry: &str, head_dim: Option<usize>, n_params: usize) -> Result<Function, KernelError> {
         let source = sources::source_of(entry).unwrap_or_else(|| panic!("no source has the kernel {entry}"));
-        let mut unit = Unit {
-            name: source.name.to_owned(),
-            text: source.text,
-            defines: Vec::new(),
-        };
-        let mut entry = entry.to_owned();
-        if source.by_head_dim {
-            let head_dim = head_dim.filter(|head_dim| HEAD_DIMS.iter().any(|dim| *dim as usize == *head_dim));
-            let head_dim = head_dim.expect("asked for with a head size that there is");
-            unit.name = format!("{}_d{head_dim}", unit.name);
-            unit.defines = vec![format!("BATON_HEAD_DIM={head_dim}")];
-            entry = format!("{entry}_d{head_dim}");
-        }
+        let head_dim = source.by_head_dim.then(|| {
+            let known = head_dim.and_then(|head_dim| HEAD_DIMS.into_iter().find(|known| *known as usize == head_dim));
+            known.expect("asked for with a head size that there is")
+        });
+        let unit = Unit::new(source, head_dim);
+        let entry = head_dim.map_or(entry.to_owned(), |head_dim| format!("{entry}_d{head_dim}"));
         let module = match self.modules.get(&unit.name) {
             Some(module) => Arc::clone(module),
             None => {

@@ -30,7 +30,7 @@ mod tensor;
 mod upload;
 
 pub use error::CudaError;
-pub use images::{ImageFolders, ImageOrigin};
+pub use images::{ImageFolders, ImageOrigin, package};
 pub(crate) use kv::{DeviceKv, Fence};
 pub use measure::{CudaLimits, CudaMeasure, CudaTimer, HostBytes};
 pub use opened::{Cuda, CudaMode, CudaOptions};

@@ -13,7 +13,7 @@ mod stand_in;
 use std::path::PathBuf;
 
 use baton_kernels::DType;
-use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, ImageFolders, ImageOrigin, probe};
+use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, ImageFolders, ImageOrigin, package, probe};
 
 use stand_in::Driver;
 
@@ -69,6 +69,7 @@ fn each_obstacle_is_one_line_and_kernels_are_compiled_once() {
     assert_eq!(probe(0, &[]).unwrap(), card, "and then it serves again");
 
     kernels_are_compiled_once(&libraries);
+    a_package_has_every_kernel(&libraries);
 }
 
 fn kernels_are_compiled_once(libraries: &std::path::Path) {
@@ -118,9 +119,60 @@ fn kernels_are_compiled_once(libraries: &std::path::Path) {
     assert!(compiled.len() == 1 && damaged.starts_with(&compiled[0].0), "{again:?}");
 
     // A copy of a warm cache is a package.
-    let packaged = open(Some(cache), None);
+    let packaged = open(Some(cache.clone()), None);
     assert!(
         packaged.iter().all(|(_, origin)| *origin == ImageOrigin::Packaged),
         "{packaged:?}"
     );
+
+    // One for another architecture, or of other sources, is passed over.
+    for (part, other) in [(1, "sm_80"), (2, "0123456789abcdef")] {
+        let package = tempfile::tempdir().unwrap();
+        for image in &images {
+            let name = image.file_name().unwrap().to_str().unwrap();
+            let mut parts: Vec<&str> = name.split('.').collect();
+            parts[part] = other;
+            std::fs::copy(image, package.path().join(parts.join("."))).unwrap();
+        }
+        let origins = open(Some(package.path().to_owned()), Some(cache.clone()));
+        assert!(
+            origins.iter().all(|(_, origin)| *origin == ImageOrigin::Cached),
+            "{other}: {origins:?}"
+        );
+    }
+}
+
+/// What is compiled beforehand for a card like this one is all that it needs.
+fn a_package_has_every_kernel(libraries: &std::path::Path) {
+    // What other tests have compiled is not compiled again.
+    let folder = stand_in::image_cache();
+    let architectures = ["90a".to_owned()];
+    let n_images = package(&[libraries.to_owned()], &architectures, &folder).unwrap();
+    let names: std::collections::BTreeSet<String> = std::fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.contains(".sm_90a.") && name.ends_with(".cubin"))
+        .collect();
+    assert!(names.len() >= n_images, "{n_images} of {names:?}");
+    for (dtype, head_dim) in [(DType::F32, 8), (DType::Bf16, 128), (DType::F16, 80)] {
+        for mode in [CudaMode::Fast, CudaMode::Deterministic] {
+            let cuda = Cuda::new(CudaOptions {
+                ordinal: 0,
+                dtype,
+                head_dim,
+                mode,
+                libraries: vec![libraries.to_owned()],
+                images: ImageFolders {
+                    packaged: Some(folder.clone()),
+                    cache: None,
+                },
+            })
+            .unwrap();
+            let origins = cuda.kernel_origins();
+            assert!(
+                origins.iter().all(|(_, origin)| *origin == ImageOrigin::Packaged),
+                "{origins:?}"
+            );
+        }
+    }
 }
