@@ -17,7 +17,7 @@ use memory::{Geometry, KvMemory, Part};
 
 pub use foreign::{ForeignKv, KvShare};
 use handles::Staged;
-pub use handles::{KvRead, KvWrite};
+pub use handles::{KvBytes, KvRead, KvWrite};
 pub use prefault::KvPrefault;
 
 use crate::cuda::{DeviceKv, Fence};

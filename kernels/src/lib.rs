@@ -25,7 +25,7 @@ pub use backend::{
 };
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::KernelError;
-pub use kv::{ForeignKv, KvCache, KvPrefault, KvRead, KvShare, KvWrite};
+pub use kv::{ForeignKv, KvBytes, KvCache, KvPrefault, KvRead, KvShare, KvWrite};
 pub use layout::{DType, KvLayout};
 pub use mapped_file::MappedFile;
 pub use packed::{PackedWeights, Packing, SourceTensor, WeightKind, WeightSource, WeightSpec};

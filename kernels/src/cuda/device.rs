@@ -1,11 +1,12 @@
-//! One card as one process uses it: its context and its two streams. No kernels and no models.
+//! One card as one process uses it: its context and its streams. No kernels and no models.
 //!
-//! Everything that computes is queued on the compute stream, in the order of the calls, by the step thread alone. The copy
-//! stream carries KV to and from the host, for any thread, and waits for the compute stream by events that the step thread
-//! recorded.
+//! Everything that computes is queued on the compute stream, in the order of the calls, by the step thread alone. The two
+//! others carry KV out of the caches of this device and into them, for any thread, and wait for the compute stream by events
+//! that the step thread recorded; the compute stream never waits for them.
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
 
 use super::error::{CudaError, During as _};
@@ -16,7 +17,10 @@ pub(crate) struct Device {
     pub(super) card: CudaCard,
     pub(super) context: Arc<CudaContext>,
     pub(super) compute: Arc<CudaStream>,
-    pub(super) copy: Arc<CudaStream>,
+    /// Of KV that leaves. What arrives does not stand behind it, as it may wait for a layer that is being computed.
+    pub(super) outbound: Arc<CudaStream>,
+    /// Of KV that arrives.
+    pub(super) inbound: Arc<CudaStream>,
 }
 
 impl Device {
@@ -29,7 +33,8 @@ impl Device {
         let (least, greatest) = cudarc::driver::result::stream::get_priority_range().during(opening)?;
         Ok(Arc::new(Device {
             compute: context.new_stream_with_priority(greatest).during(opening)?,
-            copy: context.new_stream_with_priority(least).during(opening)?,
+            outbound: context.new_stream_with_priority(least).during(opening)?,
+            inbound: context.new_stream_with_priority(least).during(opening)?,
             context,
             card,
         }))
@@ -46,7 +51,9 @@ impl Device {
 
     /// What the compute stream has been given so far; step thread only.
     pub(super) fn fence(&self) -> Arc<CudaEvent> {
-        let event = self.context.new_event(None).or_stop("create an event");
+        // Whoever waits for it on the host sleeps.
+        let event = self.context.new_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC));
+        let event = event.or_stop("create an event");
         event.record(&self.compute).or_stop("record an event");
         Arc::new(event)
     }

@@ -38,6 +38,8 @@ pub(super) struct Kernels {
     pub(super) from_f32: Option<Function>,
     /// In deterministic mode.
     pub(super) linear: Option<LinearKernels>,
+    /// Of every cache of the device.
+    pub(super) kv: Arc<KvKernels>,
     /// Once a model has asked for experts.
     pub(super) moe: OnceCell<MoeKernels>,
     loader: RefCell<Loader>,
@@ -60,6 +62,13 @@ pub(super) struct MoeKernels {
     pub(super) permute: Function,
     pub(super) linear: Function,
     pub(super) combine: Function,
+}
+
+/// What brings blocks of a KV cache to and from a staging buffer, and out of another cache.
+pub(super) struct KvKernels {
+    pub(super) gather: Function,
+    pub(super) scatter: Function,
+    pub(super) take: Function,
 }
 
 /// What runs the items of a plan.
@@ -238,6 +247,11 @@ impl Kernels {
                 CudaMode::Fast => None,
                 CudaMode::Deterministic => Some(LinearKernels::load(&mut loader, dtype)?),
             },
+            kv: Arc::new(KvKernels {
+                gather: loader.function("kv_gather", None, 7)?,
+                scatter: loader.function("kv_scatter", None, 7)?,
+                take: loader.function("kv_move", None, 8)?,
+            }),
             moe: OnceCell::new(),
             loader: RefCell::new(loader),
         })

@@ -160,7 +160,7 @@ pub const fn moe_linear(max_tiles: u32, n: u32) -> Launch {
     product(max_tiles, n, [MOE_TILE_ROWS, 128], 32, 3, 256)
 }
 
-/// `kv_gather`, `kv_scatter`.
+/// `kv_gather`, `kv_scatter`, `kv_move`.
 pub const fn kv_copy(n_listed: u32, n_layers: u32) -> Launch {
     Launch {
         grid: [n_listed, n_layers, 2],

@@ -26,13 +26,15 @@ mod rope;
 pub mod sampling;
 mod scratch;
 pub mod sources;
+mod staging;
 mod tensor;
 mod upload;
 
 pub use error::CudaError;
 pub use images::{ImageFolders, ImageOrigin, package};
-pub(crate) use kv::{DeviceKv, Fence};
+pub(crate) use kv::{DeviceKv, Fence, Gathered};
 pub use measure::{CudaLimits, CudaMeasure, CudaTimer, HostBytes};
 pub use opened::{Cuda, CudaMode, CudaOptions};
 pub use probe::{CudaCard, probe};
+pub(crate) use staging::Lent;
 pub use tensor::{CudaExperts, CudaMatrix, CudaRope, CudaTensor, CudaVector};

@@ -122,7 +122,8 @@ impl Cuda {
             return Err(KernelError::Layout { layout, reason });
         }
         KvCache::on_device(layout, n_blocks, |n_bytes| {
-            Ok(DeviceKv::new(Arc::clone(&self.device), n_bytes)?)
+            let (device, kernels) = (Arc::clone(&self.device), Arc::clone(&self.kernels.kv));
+            Ok(DeviceKv::new(device, kernels, layout, n_blocks, n_bytes)?)
         })
     }
 

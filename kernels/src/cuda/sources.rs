@@ -100,7 +100,7 @@ pub const SOURCES: &[Source] = &[
     source(
         "kv_copy",
         include_str!("../../cuda/kv_copy.cu"),
-        &["kv_gather", "kv_scatter"],
+        &["kv_gather", "kv_scatter", "kv_move"],
     ),
     source(
         "linear",

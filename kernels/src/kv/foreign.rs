@@ -95,12 +95,7 @@ impl ForeignKv {
     /// Unless there is one writer for each block, of the same layout.
     pub fn copy(&self, layer: usize, blocks: &[(u32, u32)], writers: &mut [KvWrite]) -> Result<(), KernelError> {
         assert_eq!(blocks.len(), writers.len(), "each block has its writer");
-        if layer >= self.geometry.layout.n_layers {
-            return Err(KernelError::LayerOutOfRange {
-                layer,
-                n_layers: self.geometry.layout.n_layers,
-            });
-        }
+        self.geometry.check_layer(layer)?;
         for (&(block, _), writer) in blocks.iter().zip(&*writers) {
             self.geometry.check_block(block)?;
             assert_eq!(
@@ -109,8 +104,12 @@ impl ForeignKv {
             );
         }
         self.check(blocks)?;
-        if writers.iter().any(|writer| writer.memory.device().is_some()) {
-            self.stage_parts(layer, blocks, writers)?;
+        let to = writers.first().map(|writer| Arc::clone(&writer.memory));
+        if let Some(device) = to.as_ref().and_then(|memory| memory.device()) {
+            let to_blocks = KvWrite::blocks_of_one_cache(writers);
+            device.scatter(layer, &to_blocks, &KvWrite::fences(writers), |listed, staged| {
+                self.stage(layer, &blocks[listed], staged);
+            });
         } else {
             for part in [Part::Key, Part::Value] {
                 self.copy_parts(layer, part, blocks, writers);
@@ -150,23 +149,20 @@ impl ForeignKv {
         }
     }
 
-    /// By way of ordinary memory, to writers whose blocks are on a device.
-    fn stage_parts(&self, layer: usize, blocks: &[(u32, u32)], writers: &mut [KvWrite]) -> Result<(), KernelError> {
+    /// Copies K of all the blocks, then V of all, to where a device fetches them.
+    fn stage(&self, layer: usize, blocks: &[(u32, u32)], staged: &mut [u8]) {
         let part_bytes = self.geometry.layout.part_bytes();
-        let [mut key, mut value] = [vec![0; part_bytes], vec![0; part_bytes]];
-        for (&(block, _), writer) in blocks.iter().zip(writers) {
-            for (part, staged) in [(Part::Key, &mut key), (Part::Value, &mut value)] {
-                let source = self
-                    .map
-                    .as_ptr()
-                    .wrapping_add(self.geometry.part_at(layer, block, part));
-                // SAFETY: a part lies within the mapping, and the vector has as many bytes and is ours. The source may
-                // change while it is read, which the copy allows.
-                unsafe { copy_changing(source, staged.as_mut_ptr(), part_bytes) };
-            }
-            writer.write(layer, &key, &value)?;
+        let parts = [Part::Key, Part::Value].into_iter();
+        let parts = parts.flat_map(|part| blocks.iter().map(move |&(block, _)| (block, part)));
+        for ((block, part), staged) in parts.zip(staged.chunks_exact_mut(part_bytes)) {
+            let source = self
+                .map
+                .as_ptr()
+                .wrapping_add(self.geometry.part_at(layer, block, part));
+            // SAFETY: a part lies within the mapping, and the chunk has as many bytes and is ours. The source may change
+            // while it is read, which the copy allows.
+            unsafe { copy_changing(source, staged.as_mut_ptr(), part_bytes) };
         }
-        Ok(())
     }
 
     fn check(&self, blocks: &[(u32, u32)]) -> Result<(), KernelError> {

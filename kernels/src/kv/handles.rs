@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use super::memory::{KvMemory, Part};
-use crate::cuda::Fence;
+use crate::cuda::{Fence, Gathered, Lent};
 use crate::error::KernelError;
 
 /// A pin on one (layer, block): its bytes stay as they are while any clone lives. Dropping the last one unpins.
@@ -93,13 +93,62 @@ impl KvRead {
     /// K and V on the host; a failure of the device ends the thread, as there is nothing left to serve from.
     fn fetch<'a>(&self, staged: &'a Staged) -> &'a [u8] {
         staged.bytes.get_or_init(|| {
-            let KvMemory { geometry, .. } = &*self.memory;
             let device = self.memory.device().expect("only blocks of a device are staged");
-            let parts = [Part::Key, Part::Value].map(|part| geometry.plane_offset(self.layer, self.block, part));
-            let mut bytes = vec![0; geometry.layout.layer_block_bytes()].into_boxed_slice();
-            device.read(&staged.fence, &parts, &mut bytes);
-            bytes
+            match device.gather(self.layer, &[self.block], &[&staged.fence]) {
+                Gathered::Pinned(lent) => lent.as_ref().into(),
+                Gathered::Copied(bytes) => bytes.into(),
+            }
         })
+    }
+
+    /// K of all the blocks, then V of all, in their order: what a frame carries. Of one layer; on a device it is one copy,
+    /// which waits for what has written the blocks.
+    ///
+    /// # Panics
+    /// If there are none, or blocks of a device are of several caches or layers.
+    pub fn gather(reads: &[KvRead]) -> KvBytes {
+        let first = reads.first().expect("a frame has blocks");
+        let Some(device) = first.memory.device() else {
+            let mut bytes = Vec::with_capacity(reads.iter().map(KvRead::n_bytes).sum());
+            reads.iter().for_each(|read| bytes.extend_from_slice(read.key()));
+            reads.iter().for_each(|read| bytes.extend_from_slice(read.value()));
+            return KvBytes(Bytes::Heap(bytes));
+        };
+        let blocks = KvRead::blocks_of_one_layer(reads);
+        KvBytes(match device.gather(first.layer, &blocks, &KvRead::fences(reads)) {
+            Gathered::Pinned(lent) => Bytes::Pinned(lent),
+            Gathered::Copied(bytes) => Bytes::Heap(bytes),
+        })
+    }
+
+    /// The blocks, which must be of one layer of one cache.
+    fn blocks_of_one_layer(reads: &[KvRead]) -> Vec<u32> {
+        let first = &reads[0];
+        let is_like_first = |read: &KvRead| Arc::ptr_eq(&read.memory, &first.memory) && read.layer == first.layer;
+        assert!(reads.iter().all(is_like_first), "blocks of one layer of one cache");
+        reads.iter().map(KvRead::block).collect()
+    }
+
+    fn fences(reads: &[KvRead]) -> Vec<&Fence> {
+        let staged = reads.iter().filter_map(|read| read.on_device.as_ref());
+        Fence::distinct(staged.map(|staged| &staged.fence))
+    }
+}
+
+/// Bytes of blocks, as a frame carries them; of a device's blocks in memory that the device has written itself.
+pub struct KvBytes(Bytes);
+
+enum Bytes {
+    Heap(Vec<u8>),
+    Pinned(Lent),
+}
+
+impl AsRef<[u8]> for KvBytes {
+    fn as_ref(&self) -> &[u8] {
+        match &self.0 {
+            Bytes::Heap(bytes) => bytes,
+            Bytes::Pinned(lent) => lent.as_ref(),
+        }
     }
 }
 
@@ -145,12 +194,7 @@ impl KvWrite {
     /// A layer out of range, or parts that are not exactly `part_bytes` long; nothing is written then.
     pub fn write(&mut self, layer: usize, key: &[u8], value: &[u8]) -> Result<(), KernelError> {
         let layout = self.memory.geometry.layout;
-        if layer >= layout.n_layers {
-            return Err(KernelError::LayerOutOfRange {
-                layer,
-                n_layers: layout.n_layers,
-            });
-        }
+        self.memory.geometry.check_layer(layer)?;
         let expected = layout.part_bytes();
         for (part, bytes) in [("key", key), ("value", value)] {
             if bytes.len() != expected {
@@ -164,8 +208,10 @@ impl KvWrite {
             }
         }
         if let (Some(device), Some(fence)) = (self.memory.device(), &self.fence) {
-            let offset = |part| self.memory.geometry.plane_offset(layer, self.block, part);
-            device.write(fence, &[(offset(Part::Key), key), (offset(Part::Value), value)]);
+            device.scatter(layer, &[self.block], &[fence], |_, staged| {
+                staged[..expected].copy_from_slice(key);
+                staged[expected..].copy_from_slice(value);
+            });
             return Ok(());
         }
         for (part, bytes) in [(Part::Key, key), (Part::Value, value)] {
@@ -177,6 +223,91 @@ impl KvWrite {
             }
         }
         Ok(())
+    }
+
+    /// Writes one layer of all the blocks from K of all, then V of all, in their order: what a frame carries. Into a device
+    /// it is one copy, which waits for what has read the blocks.
+    ///
+    /// # Errors
+    /// A layer out of range, or another number of bytes; nothing is written then.
+    ///
+    /// # Panics
+    /// If blocks of a device are of several caches.
+    pub fn scatter(writers: &mut [KvWrite], layer: usize, data: &[u8]) -> Result<(), KernelError> {
+        let Some(first) = writers.first() else { return Ok(()) };
+        let memory = Arc::clone(&first.memory);
+        let part_bytes = memory.geometry.layout.part_bytes();
+        let (n_writers, n_part_bytes) = (writers.len(), writers.len() * part_bytes);
+        if data.len() != 2 * n_part_bytes {
+            return Err(KernelError::PartBytes {
+                part: "key and value",
+                block: first.block,
+                layer,
+                expected: 2 * n_part_bytes,
+                found: data.len(),
+            });
+        }
+        let (keys, values) = data.split_at(n_part_bytes);
+        let Some(device) = memory.device() else {
+            let parts = keys.chunks_exact(part_bytes).zip(values.chunks_exact(part_bytes));
+            return writers
+                .iter_mut()
+                .zip(parts)
+                .try_for_each(|(writer, (key, value))| writer.write(layer, key, value));
+        };
+        memory.geometry.check_layer(layer)?;
+        let blocks = KvWrite::blocks_of_one_cache(writers);
+        device.scatter(layer, &blocks, &KvWrite::fences(writers), |listed, staged| {
+            assert!(listed.end <= n_writers, "of the blocks listed");
+            let bytes = listed.start * part_bytes..listed.end * part_bytes;
+            let (key, value) = staged.split_at_mut(bytes.len());
+            key.copy_from_slice(&keys[bytes.clone()]);
+            value.copy_from_slice(&values[bytes]);
+        });
+        Ok(())
+    }
+
+    /// Writes one layer of all the blocks from as many pinned ones, in their order; within one card without the host.
+    ///
+    /// # Errors
+    /// A layer out of range, or blocks of another size.
+    ///
+    /// # Panics
+    /// Unless there is a read for each writer, and if blocks of a device are of several caches or layers.
+    pub fn copy_from(writers: &mut [KvWrite], layer: usize, reads: &[KvRead]) -> Result<(), KernelError> {
+        assert_eq!(writers.len(), reads.len(), "each block has its writer");
+        let (Some(writer), Some(read)) = (writers.first(), reads.first()) else {
+            return Ok(());
+        };
+        let (to, from) = (Arc::clone(&writer.memory), &read.memory);
+        match (to.device(), from.device()) {
+            (Some(device), Some(source)) if device.reaches(source) && to.geometry.layout == from.geometry.layout => {
+                to.geometry.check_layer(layer)?;
+                let from_blocks = KvRead::blocks_of_one_layer(reads);
+                let pairs = from_blocks.into_iter().zip(KvWrite::blocks_of_one_cache(writers));
+                let pairs: Vec<[u32; 2]> = pairs.map(|(from, to)| [from, to]).collect();
+                let fences = KvRead::fences(reads).into_iter().chain(KvWrite::fences(writers));
+                // SAFETY: a cache of this process and card with the same layout, whose pins we hold until it is done.
+                unsafe { device.take(source.planes(), [read.layer, layer], &pairs, &Fence::distinct(fences)) };
+                Ok(())
+            }
+            (None, None) => writers
+                .iter_mut()
+                .zip(reads)
+                .try_for_each(|(writer, read)| writer.write(layer, read.key(), read.value())),
+            _ => KvWrite::scatter(writers, layer, KvRead::gather(reads).as_ref()),
+        }
+    }
+
+    /// The blocks, which must be of one cache.
+    pub(super) fn blocks_of_one_cache(writers: &[KvWrite]) -> Vec<u32> {
+        let is_like_first = |writer: &KvWrite| Arc::ptr_eq(&writer.memory, &writers[0].memory);
+        assert!(writers.iter().all(is_like_first), "blocks of one cache");
+        writers.iter().map(KvWrite::block).collect()
+    }
+
+    pub(super) fn fences(writers: &[KvWrite]) -> Vec<&Fence> {
+        Fence::distinct(writers.iter().filter_map(|writer| writer.fence.as_ref()))
     }
 
     /// Ends the writing: from now on the block can be read, appended to and pinned.

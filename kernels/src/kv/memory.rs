@@ -98,6 +98,15 @@ impl Geometry {
         }
     }
 
+    pub(super) fn check_layer(&self, layer: usize) -> Result<(), KernelError> {
+        let n_layers = self.layout.n_layers;
+        if layer < n_layers {
+            Ok(())
+        } else {
+            Err(KernelError::LayerOutOfRange { layer, n_layers })
+        }
+    }
+
     pub(super) fn check_block(&self, block: u32) -> Result<(), KernelError> {
         if (block as usize) < self.n_blocks {
             Ok(())

@@ -2,8 +2,22 @@
 
 /// Bytes of device memory that the stand-in has given and not got back.
 pub fn allocated_bytes() -> i64 {
-    // SAFETY: the stand-in's function of that name takes nothing and returns an integer of 64 bits.
-    let function: extern "C" fn() -> i64 = unsafe { std::mem::transmute(symbol(c"stand_in_allocated_bytes")) };
+    ask(c"stand_in_allocated_bytes")
+}
+
+/// Bytes of pinned host memory that it has given and not got back.
+pub fn pinned_bytes() -> i64 {
+    ask(c"stand_in_pinned_bytes")
+}
+
+/// How often it was called since it was loaded.
+pub fn n_calls() -> i64 {
+    ask(c"stand_in_calls")
+}
+
+fn ask(name: &std::ffi::CStr) -> i64 {
+    // SAFETY: the stand-in's functions of these names take nothing and return an integer of 64 bits.
+    let function: extern "C" fn() -> i64 = unsafe { std::mem::transmute(symbol(name)) };
     function()
 }
 

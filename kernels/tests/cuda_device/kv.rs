@@ -2,10 +2,11 @@
 
 use baton_kernels::cuda::{Cuda, CudaMode};
 use baton_kernels::{
-    AttentionParams, Backend, DType, KvCache, KvLayout, RaggedBatch, RaggedSequence, RopeAppendParams, RopeParams,
+    AttentionParams, Backend, DType, KvBytes, KvCache, KvLayout, KvRead, KvWrite, RaggedBatch, RaggedSequence,
+    RopeAppendParams, RopeParams,
 };
 
-use crate::controls::allocated_bytes;
+use crate::controls::{allocated_bytes, n_calls, pinned_bytes};
 use crate::stand_in::{self, Driver};
 use crate::support::{Values, bits, device, tensor};
 
@@ -174,21 +175,141 @@ fn a_cache_that_does_not_fit_is_refused_in_one_line() {
     );
 }
 
+/// Writes another pattern into both layers of each block.
+fn fill(kv: &mut KvCache, blocks: &[u32]) {
+    for &block in blocks {
+        let mut writer = kv.write_handle(block).unwrap();
+        for layer in 0..LAYOUT.n_layers {
+            let seed = 100 * u64::from(block) + 10 * layer as u64;
+            writer.write(layer, &part(seed), &part(seed + 1)).unwrap();
+        }
+    }
+}
+
+fn pins(kv: &mut KvCache, layer: usize, blocks: &[u32]) -> Vec<KvRead> {
+    blocks.iter().map(|&block| kv.pin(layer, block)).collect()
+}
+
+/// What a frame of blocks that [`fill`] wrote carries.
+fn frame(layer: usize, blocks: &[u32]) -> Vec<u8> {
+    let seeds = |first: u64| {
+        blocks
+            .iter()
+            .map(move |&block| 100 * u64::from(block) + 10 * layer as u64 + first)
+    };
+    seeds(0).chain(seeds(1)).flat_map(part).collect()
+}
+
+#[test]
+fn frames_of_blocks_are_gathered_and_scattered() {
+    let Some(cuda) = cuda() else { return };
+    let (mut from, mut to) = (cuda.kv_cache(LAYOUT, 9).unwrap(), cuda.kv_cache(LAYOUT, 5).unwrap());
+    let (sent, landed) = ([7, 0, 3], [4, 1, 2]);
+    fill(&mut from, &sent);
+    let bytes = KvRead::gather(&pins(&mut from, 1, &sent));
+    assert_eq!(bytes.as_ref(), frame(1, &sent));
+    let mut writers = to.reserve_write(&landed).unwrap();
+    KvWrite::scatter(&mut writers, 0, bytes.as_ref()).unwrap();
+    let refused = KvWrite::scatter(&mut writers, 0, &bytes.as_ref()[1..]).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "key and value of block 4, layer 0: expected 1536 bytes, found 1535"
+    );
+    drop(writers);
+    assert_eq!(KvRead::gather(&pins(&mut to, 0, &landed)).as_ref(), frame(1, &sent));
+    let untouched = KvRead::gather(&pins(&mut to, 1, &[0, 1, 2, 3, 4]));
+    assert!(untouched.as_ref().iter().all(|byte| *byte == 0));
+}
+
+/// More blocks than a slot lists go in several turns, K of all before V of all nevertheless.
+#[test]
+fn a_list_longer_than_a_slot_is_one_frame() {
+    const SMALL: KvLayout = KvLayout {
+        n_layers: 1,
+        n_kv_heads: 1,
+        block_size: 1,
+        head_dim: 2,
+        dtype: DType::F32,
+    };
+    const N_BLOCKS: u32 = 2 * 1024 + 3;
+    let Some(cuda) = device(DType::F32, CudaMode::Fast, SMALL.head_dim) else {
+        return;
+    };
+    let (mut from, mut to) = (
+        cuda.kv_cache(SMALL, N_BLOCKS as usize).unwrap(),
+        cuda.kv_cache(SMALL, N_BLOCKS as usize).unwrap(),
+    );
+    let ascending: Vec<u32> = (0..N_BLOCKS).collect();
+    let descending: Vec<u32> = ascending.iter().rev().copied().collect();
+    let data: Vec<u8> = (0..4 * N_BLOCKS).flat_map(u32::to_le_bytes).collect();
+    let mut writers = from.reserve_write(&ascending).unwrap();
+    KvWrite::scatter(&mut writers, 0, &data).unwrap();
+    drop(writers);
+    let reads = pins(&mut from, 0, &ascending);
+    assert_eq!(KvRead::gather(&reads).as_ref(), data);
+    let mut writers = to.reserve_write(&descending).unwrap();
+    KvWrite::copy_from(&mut writers, 0, &reads).unwrap();
+    drop(writers);
+    assert_eq!(KvRead::gather(&pins(&mut to, 0, &descending)).as_ref(), data);
+}
+
+/// A copy between caches of one card waits for the append before the pins, and for the attention before the writers.
+#[test]
+fn blocks_move_between_caches_without_the_host() {
+    let Some(cuda) = cuda() else { return };
+    let (mut from, mut to) = (cuda.kv_cache(LAYOUT, 2).unwrap(), cuda.kv_cache(LAYOUT, 3).unwrap());
+    append(&cuda, &mut from, 3);
+    let reads = pins(&mut from, 1, &[0]);
+    let mut writers = to.reserve_write(&[2]).unwrap();
+    KvWrite::copy_from(&mut writers, 0, &reads).unwrap();
+    drop(writers);
+    let moved = KvRead::gather(&pins(&mut to, 0, &[2]));
+    assert_eq!(moved.as_ref(), KvRead::gather(&reads).as_ref());
+    assert!(moved.as_ref().iter().any(|byte| *byte != 0));
+}
+
+/// Run in a process of its own, so that only its calls are counted: a frame costs as many calls of the driver, and as much
+/// pinned memory, whether it has one block or a hundred; so long as frames are kept, later ones go by ordinary memory.
+#[test]
+fn a_frame_is_a_few_calls_of_the_driver() {
+    if !is_alone("kv::a_frame_is_a_few_calls_of_the_driver") {
+        return;
+    }
+    const N_BLOCKS: u32 = 100;
+    let cuda = cuda().unwrap();
+    let mut kv = cuda.kv_cache(LAYOUT, N_BLOCKS as usize).unwrap();
+    let blocks: Vec<u32> = (0..N_BLOCKS).collect();
+    fill(&mut kv, &blocks);
+    let counted = |work: &mut dyn FnMut()| {
+        let before = n_calls();
+        work();
+        n_calls() - before
+    };
+    let (one, all) = (pins(&mut kv, 0, &[3]), pins(&mut kv, 0, &blocks));
+    let mut frames: Vec<KvBytes> = Vec::new();
+    let of_one = counted(&mut || frames.push(KvRead::gather(&one)));
+    let of_all = counted(&mut || frames.push(KvRead::gather(&all)));
+    // A wait for the append, the list, the kernel, the copy, an event recorded and waited for.
+    assert_eq!((of_one, of_all), (6, 6));
+    let one_by_one = counted(&mut || all.iter().for_each(|read| assert!(!read.key().is_empty())));
+    assert_eq!(one_by_one, 6 * i64::from(N_BLOCKS));
+    drop((one, all));
+    let mut writers = kv.reserve_write(&blocks).unwrap();
+    let data = frame(0, &blocks);
+    assert_eq!(counted(&mut || KvWrite::scatter(&mut writers, 0, &data).unwrap()), 6);
+    drop(writers);
+    let pinned = pinned_bytes();
+    for _ in 0..20 {
+        frames.push(KvRead::gather(&pins(&mut kv, 0, &blocks)));
+    }
+    assert!(frames[1..].iter().all(|kept| kept.as_ref() == data));
+    assert_eq!(pinned_bytes(), pinned);
+}
+
 /// Run in a process of its own, so that no other test's memory is counted.
 #[test]
 fn everything_is_given_back() {
-    if !matches!(stand_in::driver(), Some(Driver::StandIn(_))) {
-        return;
-    }
-    const ALONE: &str = "BATON_STAND_IN_ALONE";
-    if std::env::var_os(ALONE).is_none() {
-        let itself = std::env::current_exe().unwrap();
-        let output = std::process::Command::new(itself)
-            .args(["--exact", "kv::everything_is_given_back", "--nocapture"])
-            .env(ALONE, "1")
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    if !is_alone("kv::everything_is_given_back") {
         return;
     }
     let cuda = cuda().unwrap();
@@ -198,6 +319,27 @@ fn everything_is_given_back() {
     assert!(allocated_bytes() > 0);
     drop((cuda, kv));
     assert!(!pin.key().is_empty());
-    drop(pin);
-    assert_eq!(allocated_bytes(), 0);
+    let lent = KvRead::gather(&[pin]);
+    assert_eq!((allocated_bytes() > 0, pinned_bytes() > 0), (true, true));
+    drop(lent);
+    assert_eq!((allocated_bytes(), pinned_bytes()), (0, 0));
+}
+
+/// Whether a test that asks the stand-in for counts runs in a process of its own; else it is run there.
+fn is_alone(test: &str) -> bool {
+    if !matches!(stand_in::driver(), Some(Driver::StandIn(_))) {
+        return false;
+    }
+    const ALONE: &str = "BATON_STAND_IN_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let itself = std::env::current_exe().unwrap();
+    let output = std::process::Command::new(itself)
+        .args(["--exact", test, "--nocapture"])
+        .env(ALONE, "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    false
 }

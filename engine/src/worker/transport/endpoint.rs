@@ -194,11 +194,7 @@ impl KvTransports {
                 layout,
                 counters,
             }),
-            TransportKind::Grpc => Box::new(GrpcSender {
-                transfer,
-                layout,
-                counters,
-            }),
+            TransportKind::Grpc => Box::new(GrpcSender { transfer, counters }),
         })
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use baton_kernels::{KvLayout, KvRead, KvWrite};
 use baton_proto::cluster::KvFrame;
 use baton_scheduler::transfer::{KvRange, TransferId};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use twox_hash::XxHash3_64;
 
 use super::counters::TransportCounters;
@@ -31,7 +31,6 @@ pub(super) fn bare_frame(transfer: TransferId, range: KvRange, reads: &[KvRead])
 
 pub(super) struct GrpcSender {
     pub(super) transfer: TransferId,
-    pub(super) layout: KvLayout,
     pub(super) counters: Arc<TransportCounters>,
 }
 
@@ -41,16 +40,13 @@ impl KvSender for GrpcSender {
     }
 
     fn pack(&mut self, range: KvRange, reads: Vec<KvRead>) -> Result<Packed, TransportError> {
-        let mut data = BytesMut::with_capacity(reads.len() * self.layout.layer_block_bytes());
-        beside_others(reads.iter().any(KvRead::is_on_device), || {
-            reads.iter().for_each(|read| data.extend_from_slice(read.key()));
-            reads.iter().for_each(|read| data.extend_from_slice(read.value()));
-        });
+        let waits = reads.iter().any(KvRead::is_on_device);
+        let data = Bytes::from_owner(beside_others(waits, || KvRead::gather(&reads)));
         let n_bytes = data.len() as u64;
         self.counters.sent(self.kind(), n_bytes);
         let frame = KvFrame {
             checksum: Some(checksum(&data)),
-            data: Bytes::from(data),
+            data,
             ..bare_frame(self.transfer, range, &reads)
         };
         Ok(Packed {
@@ -79,8 +75,7 @@ impl KvReceiver for GrpcReceiver {
 }
 
 fn land(layout: KvLayout, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
-    let part = layout.part_bytes();
-    let expected = writers.len() * 2 * part;
+    let expected = writers.len() * layout.layer_block_bytes();
     if frame.data.len() != expected {
         return Err(TransportError::Size {
             layer: frame.layer,
@@ -99,13 +94,6 @@ fn land(layout: KvLayout, frame: &KvFrame, slot: usize, writers: &mut [KvWrite])
             });
         }
     }
-    let (keys, values) = frame.data.split_at(writers.len() * part);
-    for ((writer, key), value) in writers
-        .iter_mut()
-        .zip(keys.chunks_exact(part))
-        .zip(values.chunks_exact(part))
-    {
-        writer.write(slot, key, value)?;
-    }
+    KvWrite::scatter(writers, slot, &frame.data)?;
     Ok(expected as u64)
 }

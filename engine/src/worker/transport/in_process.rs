@@ -146,13 +146,7 @@ fn land(frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, Tr
         layer: frame.layer,
         ticket: frame.ticket,
     })?;
-    let mut n_bytes = 0;
     let waits = parcel.reads.iter().any(KvRead::is_on_device) || writers.iter().any(KvWrite::is_on_device);
-    beside_others(waits, || {
-        for (read, writer) in parcel.reads.iter().zip(writers) {
-            writer.write(slot, read.key(), read.value())?;
-            n_bytes += read.n_bytes() as u64;
-        }
-        Ok(n_bytes)
-    })
+    beside_others(waits, || KvWrite::copy_from(writers, slot, &parcel.reads))?;
+    Ok(parcel.reads.iter().map(|read| read.n_bytes() as u64).sum())
 }

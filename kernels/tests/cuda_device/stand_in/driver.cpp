@@ -77,6 +77,8 @@ struct Allocation {
 std::map<uintptr_t, Allocation> device_memory;
 std::map<uintptr_t, size_t> pinned_memory;
 size_t allocated_bytes = 0;
+// Calls of the driver that a card would be asked something by.
+int64_t n_calls = 0;
 
 size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
@@ -220,6 +222,18 @@ EXPORT int64_t stand_in_allocated_bytes() {
     return static_cast<int64_t>(allocated_bytes);
 }
 
+EXPORT int64_t stand_in_pinned_bytes() {
+    Lock lock(mutex);
+    int64_t n_bytes = 0;
+    for (auto& [at, n] : pinned_memory) n_bytes += static_cast<int64_t>(n);
+    return n_bytes;
+}
+
+EXPORT int64_t stand_in_calls() {
+    Lock lock(mutex);
+    return n_calls;
+}
+
 // For the stand-ins of other libraries.
 EXPORT int stand_in_enqueue(void* handle, void (*op)(void*), void* argument) {
     Lock lock(mutex);
@@ -330,6 +344,7 @@ EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 
 #define IN_CONTEXT \
     CHECKED        \
+    n_calls++;     \
     if (!current_context) return INVALID_CONTEXT;
 
 EXPORT Result cuCtxSynchronize() {
