@@ -157,6 +157,7 @@ impl KvTransportKind {
             KvTransportKind::Auto => TransportChoice::Auto,
             KvTransportKind::Grpc => TransportChoice::Only(TransportKind::Grpc),
             KvTransportKind::SharedMemory => TransportChoice::Only(TransportKind::SharedMemory),
+            KvTransportKind::CudaIpc => TransportChoice::Only(TransportKind::CudaIpc),
             KvTransportKind::InProcess => TransportChoice::Only(TransportKind::InProcess),
         }
     }

@@ -76,7 +76,15 @@ impl KvCache {
     /// The right to let other processes read; `None` of a cache that is this process's alone.
     pub fn share(&self) -> Option<KvShare> {
         let memory = Arc::clone(&self.memory);
-        memory.file.is_some().then_some(KvShare { memory })
+        memory.file.as_ref()?;
+        let card = match memory.device().map(DeviceKv::handle).transpose() {
+            Ok(card) => card,
+            Err(error) => {
+                tracing::info!(%error, "other processes cannot read this KV memory in place");
+                return None;
+            }
+        };
+        Some(KvShare { memory, card })
     }
 
     /// The way to have all pages before they are needed.

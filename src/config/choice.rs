@@ -66,13 +66,15 @@ choice! {
 
 choice! {
     /// How KV gets from one instance to another.
-    KvTransportKind, "auto, grpc, shared-memory or in-process";
+    KvTransportKind, "auto, grpc, shared-memory, cuda-ipc or in-process";
     /// The best that both ends can do.
     Auto = "auto",
     /// Inside the messages.
     Grpc = "grpc",
     /// Between processes of one host, read in place.
     SharedMemory = "shared-memory",
+    /// Between processes on one card, copied within it.
+    CudaIpc = "cuda-ipc",
     /// Between instances of one process.
     InProcess = "in-process",
 }

@@ -91,9 +91,34 @@ async fn two_processes_on_one_card_give_the_goldens() {
         );
     }
     cluster
-        .until_counter("decode-0", "kv_bytes_received_total", |n| n > 0)
+        .until_counter("decode-0", "kv_bytes_received_by_cuda_ipc_total", |n| n > 0)
         .await;
     cluster.until_idle_and_whole().await;
+}
+
+/// The same where the card's memory is not mapped: KV goes through pinned memory of the host and a socket.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_ipc_kv_goes_through_the_host() {
+    let prompt: Vec<u32> = (0..20).map(|i| 5 + 7 * i).collect();
+    let flags = [
+        "--dtype",
+        "bf16",
+        "--deterministic",
+        "on",
+        "--disaggregation-threshold",
+        "0",
+    ];
+    let mut answers = Vec::new();
+    for (transport, counter) in [("cuda-ipc", "cuda_ipc"), ("grpc", "grpc")] {
+        let Some((_door, cluster)) = serve(&[&flags[..], &["--kv-transport", transport]].concat()).await else {
+            return;
+        };
+        answers.push(greedy(&cluster, &prompt, 2).await);
+        let counter = format!("kv_bytes_received_by_{counter}_total");
+        cluster.until_counter("decode-0", &counter, |n| n > 0).await;
+        cluster.until_idle_and_whole().await;
+    }
+    assert_eq!(answers[0], answers[1]);
 }
 
 /// Handed over or not, in chunks or at once: the same bits, in deterministic mode.

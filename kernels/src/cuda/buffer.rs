@@ -1,6 +1,7 @@
 //! Memory of the device, and pinned memory of the host that the device copies to and from. Sizes and addresses; no shapes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaContext, CudaStream, result};
@@ -14,6 +15,8 @@ pub(crate) struct DeviceBuffer {
     /// Null where there are no bytes.
     address: CUdeviceptr,
     n_bytes: usize,
+    /// Others may have it mapped, who must not see it freed.
+    is_kept: AtomicBool,
 }
 
 impl DeviceBuffer {
@@ -43,11 +46,17 @@ impl DeviceBuffer {
             context: Arc::clone(&device.context),
             address,
             n_bytes,
+            is_kept: AtomicBool::new(false),
         })
     }
 
     pub(super) fn address(&self) -> CUdeviceptr {
         self.address
+    }
+
+    /// Leaves the memory for the end of the process.
+    pub(super) fn keep(&self) {
+        self.is_kept.store(true, Ordering::Relaxed);
     }
 
     pub(super) fn n_bytes(&self) -> usize {
@@ -90,7 +99,7 @@ impl DeviceBuffer {
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
-        if self.address == 0 {
+        if self.address == 0 || self.is_kept.load(Ordering::Relaxed) {
             return;
         }
         // A context that has failed frees nothing, and everything once it goes.

@@ -2,6 +2,7 @@
 
 use cudarc::driver::result::DriverError;
 
+use super::ipc::CardUuid;
 use super::probe::{MIN_CAPABILITY, MIN_DRIVER_CUDA};
 
 /// An expected failure of the CUDA device.
@@ -72,6 +73,14 @@ pub enum CudaError {
         n_bytes: usize,
         /// What the driver says is left.
         free_bytes: usize,
+    },
+    /// Memory that another process names lies on another card than the one that is to read it.
+    #[error("its memory is on card {found}, ours is {expected}")]
+    OtherCard {
+        /// Where it is.
+        found: CardUuid,
+        /// Where we compute.
+        expected: CardUuid,
     },
     /// A kernel's source did not compile.
     #[error("kernel source {source_name} does not compile for sm_{architecture}: {log}")]

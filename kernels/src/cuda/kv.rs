@@ -12,6 +12,7 @@ use super::buffer::DeviceBuffer;
 use super::device::Device;
 use super::error::{CudaError, During as _};
 use super::function::Args;
+use super::ipc::{CudaMemoryHandle, ForeignBuffer};
 use super::kernels::KvKernels;
 use super::launch;
 use super::staging::{Acquired, Lent, MAX_LISTED, Ring};
@@ -25,11 +26,19 @@ const INBOUND_SLOTS: usize = 4;
 /// Bytes of blocks in a slot, unless one block of one layer has more: what a frame carries.
 const SLOT_BYTES: usize = 1 << 20;
 
+/// The driver shares whole pieces of this size with other processes: such a one holds nothing but the cache.
+const SHARED_BYTES: usize = 2 << 20;
+
 /// The moment when everything that the compute stream had been given was done.
 #[derive(Clone)]
 pub(crate) struct Fence(Arc<CudaEvent>);
 
 impl Fence {
+    /// Waits on the host.
+    pub(crate) fn wait(&self) {
+        self.0.synchronize().or_stop("wait for the KV of a layer");
+    }
+
     /// Each of them once; those of neighbouring blocks are mostly the same.
     pub(crate) fn distinct<'a>(fences: impl IntoIterator<Item = &'a Fence>) -> Vec<&'a Fence> {
         let mut distinct: Vec<&Fence> = Vec::new();
@@ -57,6 +66,22 @@ pub(crate) struct Planes {
     n_blocks: u32,
 }
 
+/// A cache of the card that another process owns.
+pub(crate) struct ForeignPlanes {
+    buffer: ForeignBuffer,
+    n_blocks: u32,
+}
+
+impl ForeignPlanes {
+    /// Where the blocks are, for as long as this lives.
+    pub(crate) fn planes(&self) -> Planes {
+        Planes {
+            address: self.buffer.address(),
+            n_blocks: self.n_blocks,
+        }
+    }
+}
+
 /// K and V of all layers, `[n_layers][K, V][n_blocks]` parts, as on the host.
 pub(crate) struct DeviceKv {
     buffer: DeviceBuffer,
@@ -77,7 +102,7 @@ impl DeviceKv {
         n_bytes: usize,
     ) -> Result<DeviceKv, CudaError> {
         assert_eq!(n_bytes, layout.block_bytes() * n_blocks, "planes are whole blocks");
-        let mut buffer = DeviceBuffer::new(&device, "the KV cache", n_bytes)?;
+        let mut buffer = DeviceBuffer::new(&device, "the KV cache", n_bytes.next_multiple_of(SHARED_BYTES))?;
         // What attention reads past a sequence's end is masked, and not-a-number times nothing is not nothing.
         buffer.zero(&device.compute)?;
         let slot_bytes = layout.layer_block_bytes().max(SLOT_BYTES);
@@ -104,6 +129,19 @@ impl DeviceKv {
             address: self.buffer.address(),
             n_blocks: self.n_blocks,
         }
+    }
+
+    /// The cache's name for other processes of the host.
+    pub(crate) fn handle(&self) -> Result<CudaMemoryHandle, CudaError> {
+        CudaMemoryHandle::of(&self.device, &self.buffer)
+    }
+
+    /// Maps a cache of `n_blocks` blocks of our layout that another process has named.
+    pub(crate) fn open(&self, handle: &CudaMemoryHandle, n_blocks: usize) -> Result<ForeignPlanes, CudaError> {
+        Ok(ForeignPlanes {
+            buffer: ForeignBuffer::open(&self.device, handle)?,
+            n_blocks: u32::try_from(n_blocks).expect("as KV geometry has it"),
+        })
     }
 
     /// What the compute stream has been given so far; step thread only.

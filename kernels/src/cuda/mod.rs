@@ -13,6 +13,7 @@ mod error;
 mod function;
 mod gemm;
 mod images;
+mod ipc;
 mod kernels;
 mod kv;
 pub mod launch;
@@ -32,7 +33,8 @@ mod upload;
 
 pub use error::CudaError;
 pub use images::{ImageFolders, ImageOrigin, package};
-pub(crate) use kv::{DeviceKv, Fence, Gathered};
+pub use ipc::{CardUuid, CudaMemoryHandle};
+pub(crate) use kv::{DeviceKv, Fence, ForeignPlanes, Gathered};
 pub use measure::{CudaLimits, CudaMeasure, CudaTimer, HostBytes};
 pub use opened::{Cuda, CudaMode, CudaOptions};
 pub use probe::{CudaCard, probe};

@@ -10,6 +10,7 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use super::KvWrite;
 use super::memory::{Geometry, KvMemory, Part};
+use crate::cuda::{CudaMemoryHandle, ForeignPlanes};
 use crate::error::KernelError;
 use crate::layout::KvLayout;
 
@@ -17,6 +18,7 @@ use crate::layout::KvLayout;
 #[derive(Clone)]
 pub struct KvShare {
     pub(super) memory: Arc<KvMemory>,
+    pub(super) card: Option<CudaMemoryHandle>,
 }
 
 impl KvShare {
@@ -28,6 +30,11 @@ impl KvShare {
     /// Blocks of the cache.
     pub fn n_blocks(&self) -> usize {
         self.memory.geometry.n_blocks
+    }
+
+    /// The name of the blocks' memory, where a card has them; then the file has their generations alone.
+    pub fn card(&self) -> Option<&CudaMemoryHandle> {
+        self.card.as_ref()
     }
 }
 
@@ -42,6 +49,8 @@ impl AsFd for KvShare {
 pub struct ForeignKv {
     map: MmapRaw,
     geometry: Geometry,
+    /// Where the blocks are, unless they are in the map.
+    card: Option<ForeignPlanes>,
 }
 
 impl ForeignKv {
@@ -49,32 +58,42 @@ impl ForeignKv {
     ///
     /// # Errors
     /// A file that may shrink under its reader or has another size, or no address space.
-    #[cfg(target_os = "linux")]
     pub fn map(file: &OwnedFd, layout: KvLayout, n_blocks: usize) -> Result<ForeignKv, KernelError> {
         let geometry = Geometry::new(layout, n_blocks)?;
-        let refuse = |error: io::Error| KernelError::Foreign { error };
-        let seals = rustix::fs::fcntl_get_seals(file).map_err(|error| refuse(error.into()))?;
-        if !seals.contains(rustix::fs::SealFlags::SHRINK) {
-            return Err(refuse(io::Error::other("the file is not sealed against shrinking")));
-        }
-        let n_bytes = rustix::fs::fstat(file).map_err(|error| refuse(error.into()))?.st_size;
-        if usize::try_from(n_bytes) != Ok(geometry.n_bytes) {
-            let message = format!("the file has {n_bytes} bytes, expected {}", geometry.n_bytes);
-            return Err(refuse(io::Error::other(message)));
-        }
-        let map = MmapOptions::new()
-            .len(geometry.n_bytes)
-            .map_raw_read_only(file)
-            .map_err(refuse)?;
-        Ok(ForeignKv { map, geometry })
+        Ok(ForeignKv {
+            map: map_sealed(file, geometry.n_bytes)?,
+            geometry,
+            card: None,
+        })
     }
 
-    /// Nothing is shared here.
-    #[cfg(not(target_os = "linux"))]
-    pub fn map(_: &OwnedFd, _: KvLayout, _: usize) -> Result<ForeignKv, KernelError> {
-        Err(KernelError::Foreign {
-            error: io::ErrorKind::Unsupported.into(),
+    /// Maps what a [`KvShare`] of a card's memory has given, for copies into the cache of `near`.
+    ///
+    /// # Errors
+    /// As [`ForeignKv::map`]; `near` is not of a card, or of another one; or its process has gone.
+    pub fn map_on_card(
+        file: &OwnedFd,
+        layout: KvLayout,
+        n_blocks: usize,
+        handle: &CudaMemoryHandle,
+        near: &KvShare,
+    ) -> Result<ForeignKv, KernelError> {
+        let geometry = Geometry::new(layout, n_blocks)?;
+        let Some(device) = near.memory.device() else {
+            return Err(KernelError::Foreign {
+                error: io::Error::other("it is on a card, ours is on the host"),
+            });
+        };
+        Ok(ForeignKv {
+            map: map_sealed(file, geometry.generation_bytes())?,
+            geometry,
+            card: Some(device.open(handle, n_blocks)?),
         })
+    }
+
+    /// Whether a card has the blocks.
+    pub fn is_on_card(&self) -> bool {
+        self.card.is_some()
     }
 
     /// Shape of the cache.
@@ -105,7 +124,15 @@ impl ForeignKv {
         }
         self.check(blocks)?;
         let to = writers.first().map(|writer| Arc::clone(&writer.memory));
-        if let Some(device) = to.as_ref().and_then(|memory| memory.device()) {
+        let device = to.as_ref().and_then(|memory| memory.device());
+        if let Some(card) = &self.card {
+            let device = device.expect("opened for a cache of this card");
+            let pairs = blocks.iter().zip(KvWrite::blocks_of_one_cache(writers));
+            let pairs: Vec<[u32; 2]> = pairs.map(|(&(from, _), to)| [from, to]).collect();
+            // SAFETY: mapped on this card for as long as we live, with as many blocks of this layout. What the owner does to
+            // them meanwhile, the check of the generations then tells; the copy is through by then.
+            unsafe { device.take(card.planes(), [layer, layer], &pairs, &KvWrite::fences(writers)) };
+        } else if let Some(device) = device {
             let to_blocks = KvWrite::blocks_of_one_cache(writers);
             device.scatter(layer, &to_blocks, &KvWrite::fences(writers), |listed, staged| {
                 self.stage(layer, &blocks[listed], staged);
@@ -182,6 +209,30 @@ impl ForeignKv {
         // alone, and which we only load: relaxed, as read-only memory allows.
         unsafe { AtomicU32::from_ptr(at.cast()) }.load(Ordering::Relaxed)
     }
+}
+
+/// Maps a file of exactly `n_bytes` that cannot shrink.
+#[cfg(target_os = "linux")]
+fn map_sealed(file: &OwnedFd, n_bytes: usize) -> Result<MmapRaw, KernelError> {
+    let refuse = |error: io::Error| KernelError::Foreign { error };
+    let seals = rustix::fs::fcntl_get_seals(file).map_err(|error| refuse(error.into()))?;
+    if !seals.contains(rustix::fs::SealFlags::SHRINK) {
+        return Err(refuse(io::Error::other("the file is not sealed against shrinking")));
+    }
+    let found = rustix::fs::fstat(file).map_err(|error| refuse(error.into()))?.st_size;
+    if usize::try_from(found) != Ok(n_bytes) {
+        let message = format!("the file has {found} bytes, expected {n_bytes}");
+        return Err(refuse(io::Error::other(message)));
+    }
+    MmapOptions::new().len(n_bytes).map_raw_read_only(file).map_err(refuse)
+}
+
+/// Nothing is shared here.
+#[cfg(not(target_os = "linux"))]
+fn map_sealed(_: &OwnedFd, _: usize) -> Result<MmapRaw, KernelError> {
+    Err(KernelError::Foreign {
+        error: io::ErrorKind::Unsupported.into(),
+    })
 }
 
 /// Copies bytes that another process may change meanwhile. What arrives is then any mixture of old and new.

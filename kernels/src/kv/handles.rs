@@ -121,6 +121,12 @@ impl KvRead {
         })
     }
 
+    /// Waits until what has written the blocks is done, where they are on a device: from then on another process may read
+    /// them.
+    pub fn await_written(reads: &[KvRead]) {
+        KvRead::fences(reads).into_iter().for_each(Fence::wait);
+    }
+
     /// The blocks, which must be of one layer of one cache.
     fn blocks_of_one_layer(reads: &[KvRead]) -> Vec<u32> {
         let first = &reads[0];

@@ -83,6 +83,11 @@ impl Geometry {
         self.part_at(layer, block, part) - self.planes_at
     }
 
+    /// Bytes of the generations, with what lies between them and the planes.
+    pub(super) fn generation_bytes(&self) -> usize {
+        self.planes_at
+    }
+
     /// Bytes of the planes.
     pub(super) fn plane_bytes(&self) -> usize {
         self.n_bytes - self.planes_at
@@ -153,42 +158,23 @@ impl KvMemory {
         Ok(KvMemory::over(map.into(), geometry, None, Home::Host))
     }
 
-    /// Memory of a device.
+    /// Memory of a device; generations in memory that other processes may map for reading, where there is such memory.
     pub(super) fn on_device(geometry: Geometry, planes: DeviceKv) -> Result<KvMemory, KernelError> {
-        let map = MmapOptions::new()
-            .len(geometry.planes_at)
-            .map_anon()
-            .map_err(|error| out_of_memory(geometry, error))?;
-        Ok(KvMemory::over(map.into(), geometry, None, Home::Device(planes)))
+        let (map, file) = match shared_file(geometry.generation_bytes()) {
+            Ok((map, file)) => (map, Some(file)),
+            Err(_) => {
+                let map = MmapOptions::new().len(geometry.generation_bytes()).map_anon();
+                (map.map_err(|error| out_of_memory(geometry, error))?.into(), None)
+            }
+        };
+        Ok(KvMemory::over(map, geometry, file, Home::Device(planes)))
     }
 
     /// Memory that other processes may map for reading.
-    #[cfg(target_os = "linux")]
     pub(super) fn shared(geometry: Geometry) -> Result<KvMemory, KernelError> {
-        use rustix::fs::{MemfdFlags, SealFlags};
         geometry.check_host_dtype()?;
-        let fail = |error: rustix::io::Errno| out_of_memory(geometry, error.into());
-        let file =
-            rustix::fs::memfd_create("baton-kv", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(fail)?;
-        rustix::fs::ftruncate(&file, geometry.n_bytes as u64).map_err(fail)?;
-        let map = MmapOptions::new().len(geometry.n_bytes).map_raw(&file);
-        let map = map.map_err(|error| out_of_memory(geometry, error))?;
-        // Sealed after our own mapping, which stays the only one that writes. A reader cannot be surprised by SIGBUS,
-        // as the file cannot shrink.
-        let size = SealFlags::SHRINK | SealFlags::GROW;
-        let sealed = rustix::fs::fcntl_add_seals(&file, size | SealFlags::FUTURE_WRITE | SealFlags::SEAL);
-        match sealed {
-            // Before Linux 5.1 readers are only asked not to write.
-            Err(rustix::io::Errno::INVAL) => rustix::fs::fcntl_add_seals(&file, size | SealFlags::SEAL),
-            sealed => sealed,
-        }
-        .map_err(fail)?;
+        let (map, file) = shared_file(geometry.n_bytes).map_err(|error| out_of_memory(geometry, error))?;
         Ok(KvMemory::over(map, geometry, Some(file), Home::Host))
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    pub(super) fn shared(geometry: Geometry) -> Result<KvMemory, KernelError> {
-        Err(out_of_memory(geometry, io::ErrorKind::Unsupported.into()))
     }
 
     fn over(map: MmapRaw, geometry: Geometry, file: Option<OwnedFd>, home: Home) -> KvMemory {
@@ -224,7 +210,7 @@ impl KvMemory {
     pub(super) fn host_bytes(&self) -> usize {
         match self.home {
             Home::Host => self.geometry.n_bytes,
-            Home::Device(_) => self.geometry.planes_at,
+            Home::Device(_) => self.geometry.generation_bytes(),
         }
     }
 
@@ -279,6 +265,30 @@ impl KvMemory {
             "layer {layer}, block {block} is used while it is being written"
         );
     }
+}
+
+/// Zeroed memory and its file, which whoever gets it can map for reading, and neither write nor resize.
+#[cfg(target_os = "linux")]
+fn shared_file(n_bytes: usize) -> io::Result<(MmapRaw, OwnedFd)> {
+    use rustix::fs::{MemfdFlags, SealFlags};
+    let file = rustix::fs::memfd_create("baton-kv", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&file, n_bytes as u64)?;
+    let map = MmapOptions::new().len(n_bytes).map_raw(&file)?;
+    // Sealed after our own mapping, which stays the only one that writes. A reader cannot be surprised by SIGBUS,
+    // as the file cannot shrink.
+    let size = SealFlags::SHRINK | SealFlags::GROW;
+    let sealed = rustix::fs::fcntl_add_seals(&file, size | SealFlags::FUTURE_WRITE | SealFlags::SEAL);
+    match sealed {
+        // Before Linux 5.1 readers are only asked not to write.
+        Err(rustix::io::Errno::INVAL) => rustix::fs::fcntl_add_seals(&file, size | SealFlags::SEAL),
+        sealed => sealed,
+    }?;
+    Ok((map, file))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn shared_file(_: usize) -> io::Result<(MmapRaw, OwnedFd)> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 fn out_of_memory(geometry: Geometry, error: io::Error) -> KernelError {

@@ -6,6 +6,7 @@
 mod attention;
 #[allow(dead_code, reason = "shared with tests that ask for more")]
 mod controls;
+mod ipc;
 mod kv;
 mod moe;
 mod operators;

@@ -54,7 +54,8 @@ impl TransportCounters {
 
     /// The totals now.
     pub fn totals(&self) -> TransportTotals {
-        let load = |counters: &[AtomicU64; 3]| std::array::from_fn(|kind| counters[kind].load(Relaxed));
+        let load =
+            |counters: &[AtomicU64; TransportKind::ALL.len()]| std::array::from_fn(|kind| counters[kind].load(Relaxed));
         TransportTotals {
             bytes_sent: load(&self.bytes_sent),
             bytes_received: load(&self.bytes_received),

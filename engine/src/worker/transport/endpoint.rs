@@ -14,7 +14,7 @@ use super::grpc::{GrpcReceiver, GrpcSender};
 use super::handover::{Credentials, HandoverError, Owner};
 use super::in_process::{InProcessReceiver, InProcessSender, LivesHere, lives_here};
 use super::mappings::Mappings;
-use super::shared_memory::{SharedMemoryReceiver, SharedMemorySender};
+use super::shared_memory::{SharedMemoryReceiver, SharedMemorySender, kind_of};
 use super::{KvReceiver, KvSender, TransportChoice, TransportError, TransportKind};
 use crate::worker::Identity;
 
@@ -26,8 +26,8 @@ pub struct KvTransports {
     layout: KvLayout,
     choice: TransportChoice,
     mappings: Mappings,
-    /// Hands out our memory, if it is shared.
-    owner: Option<Owner>,
+    /// Hands out our memory, if it is shared, to be read this way.
+    owner: Option<(TransportKind, Owner)>,
     counters: Arc<TransportCounters>,
     /// By peer: the transport last said to be used from it.
     said: Mutex<BTreeMap<u64, TransportKind>>,
@@ -40,7 +40,7 @@ pub struct Offer {
     mapping: Option<Arc<ForeignKv>>,
     source: String,
     source_incarnation: u64,
-    /// Why shared memory is not among them although the source seems to run on this host.
+    /// Why the source's memory is not read in place although the source seems to run on this host.
     missing: Option<String>,
 }
 
@@ -57,7 +57,7 @@ impl Offer {
         &self.kinds
     }
 
-    /// Why shared memory is not offered, if it was tried.
+    /// Why the source's memory cannot be read in place, if that was tried.
     pub fn missing(&self) -> Option<&str> {
         self.missing.as_deref()
     }
@@ -68,7 +68,7 @@ impl KvTransports {
     /// Within a runtime.
     ///
     /// # Errors
-    /// Shared memory was asked for, and there is none to share or its socket cannot be opened.
+    /// Memory to be read in place was asked for, and there is none to share so or its socket cannot be opened.
     pub fn new(
         identity: &Identity,
         layout: KvLayout,
@@ -76,17 +76,24 @@ impl KvTransports {
         link: &LinkOptions,
         share: Option<KvShare>,
     ) -> Result<KvTransports, TransportError> {
-        let must_share = choice == TransportChoice::Only(TransportKind::SharedMemory);
+        let in_place = [TransportKind::SharedMemory, TransportKind::CudaIpc];
+        let must_share = in_place.iter().any(|kind| choice == TransportChoice::Only(*kind));
         let credentials = Credentials::new(link.secret.as_ref());
-        let share = share.filter(|_| choice.allows(TransportKind::SharedMemory));
+        let kind = match share.as_ref().and_then(KvShare::card) {
+            Some(_) => TransportKind::CudaIpc,
+            None => TransportKind::SharedMemory,
+        };
+        let share = share.filter(|_| choice.allows(kind));
+        let near = share.clone();
         let owner = match share {
-            None => Err("the KV cache is not in shared memory".to_owned()),
+            None => Err("the KV cache is not in memory that others can read so".to_owned()),
             Some(share) => Owner::start(
                 identity.incarnation,
                 share,
                 &identity.numerics_class,
                 credentials.clone(),
             )
+            .map(|owner| (kind, owner))
             .map_err(|error| error.to_string()),
         };
         let owner = match owner {
@@ -106,7 +113,7 @@ impl KvTransports {
         Ok(KvTransports {
             layout,
             choice,
-            mappings: Mappings::new(layout, credentials),
+            mappings: Mappings::new(layout, credentials, near),
             owner,
             counters: Arc::default(),
             said: Mutex::default(),
@@ -135,12 +142,13 @@ impl KvTransports {
         let is_here = lives_here(source.incarnation);
         if is_here && self.choice.allows(TransportKind::InProcess) {
             offer.kinds.push(TransportKind::InProcess);
-        } else if self.choice.allows(TransportKind::SharedMemory) {
+        } else if self.choice.allows(TransportKind::SharedMemory) || self.choice.allows(TransportKind::CudaIpc) {
             match self.mappings.get(source.incarnation).await {
-                Ok(mapping) => {
+                Ok(mapping) if self.choice.allows(kind_of(&mapping)) => {
+                    offer.kinds.push(kind_of(&mapping));
                     offer.mapping = Some(mapping);
-                    offer.kinds.push(TransportKind::SharedMemory);
                 }
+                Ok(mapping) => offer.missing = Some(format!("its memory can be read by {}", kind_of(&mapping))),
                 Err(HandoverError::NotHere) if !is_local(&source.address) => {}
                 Err(error) => offer.missing = Some(error.to_string()),
             }
@@ -175,7 +183,12 @@ impl KvTransports {
             names => names.iter().any(|name| name == kind.as_str()),
         };
         let can = |kind: &TransportKind| {
-            let is_possible = *kind != TransportKind::SharedMemory || self.owner.is_some();
+            let is_possible = match kind {
+                TransportKind::InProcess | TransportKind::Grpc => true,
+                TransportKind::CudaIpc | TransportKind::SharedMemory => {
+                    self.owner.as_ref().is_some_and(|(shared_by, _)| shared_by == kind)
+                }
+            };
             is_possible && self.choice.allows(*kind) && is_offered(*kind)
         };
         let Some(kind) = TransportKind::ALL.into_iter().find(can) else {
@@ -189,7 +202,8 @@ impl KvTransports {
         let (layout, counters) = (self.layout, Arc::clone(&self.counters));
         Ok(match kind {
             TransportKind::InProcess => Box::new(InProcessSender::new(transfer, counters)),
-            TransportKind::SharedMemory => Box::new(SharedMemorySender {
+            TransportKind::CudaIpc | TransportKind::SharedMemory => Box::new(SharedMemorySender {
+                kind,
                 transfer,
                 layout,
                 counters,
@@ -218,12 +232,12 @@ impl KvTransports {
         let counters = Arc::clone(&self.counters);
         Ok(match kind {
             TransportKind::InProcess => Box::new(InProcessReceiver { counters }),
-            TransportKind::SharedMemory => Box::new(SharedMemoryReceiver {
+            TransportKind::CudaIpc | TransportKind::SharedMemory => Box::new(SharedMemoryReceiver {
                 source: Arc::clone(
                     offer
                         .mapping
                         .as_ref()
-                        .expect("shared memory is offered with its mapping"),
+                        .expect("memory read in place is offered with its mapping"),
                 ),
                 counters,
             }),
@@ -255,7 +269,7 @@ impl KvTransports {
         let source = &offer.source;
         match &offer.missing {
             Some(reason) if kind == TransportKind::Grpc => {
-                tracing::warn!(source, transport = %kind, reason, "KV comes by gRPC on one host: no shared memory");
+                tracing::warn!(source, transport = %kind, reason, "KV comes by gRPC on one host: it cannot be read in place");
             }
             _ => tracing::info!(source, transport = %kind, "KV comes from another instance"),
         }

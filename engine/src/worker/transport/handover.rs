@@ -8,6 +8,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_kernels::cuda::{CardUuid, CudaMemoryHandle};
 use baton_kernels::{DType, ForeignKv, KernelError, KvLayout, KvShare};
 use baton_proto::link::ClusterSecret;
 use baton_scheduler::ids::Incarnation;
@@ -46,6 +47,8 @@ pub(super) enum HandoverError {
     User { found: u32, expected: u32 },
     #[error("its KV layout is {found:?}, expected {expected:?}")]
     Layout { found: Box<Memory>, expected: KvLayout },
+    #[error("its KV is in a card's memory, and ours cannot be shared so")]
+    NoCard,
     #[error(transparent)]
     Map(#[from] KernelError),
 }
@@ -60,6 +63,29 @@ pub(super) struct Memory {
     dtype: String,
     n_blocks: usize,
     numerics_class: String,
+    /// Where the blocks are, unless they are in the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    card: Option<Card>,
+}
+
+/// A card's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Card {
+    uuid: [u8; 16],
+    /// The driver's 64 bytes.
+    handle: Vec<u8>,
+}
+
+impl Card {
+    fn handle(&self) -> Result<CudaMemoryHandle, HandoverError> {
+        let n_bytes = self.handle.len();
+        let bytes = self.handle.as_slice().try_into();
+        let refused = |_| HandoverError::Refused(format!("its handle has {n_bytes} bytes, expected 64"));
+        Ok(CudaMemoryHandle {
+            card: CardUuid(self.uuid),
+            bytes: bytes.map_err(refused)?,
+        })
+    }
 }
 
 impl Memory {
@@ -73,6 +99,10 @@ impl Memory {
             dtype: layout.dtype.to_string(),
             n_blocks: share.n_blocks(),
             numerics_class: numerics_class.to_owned(),
+            card: share.card().map(|handle| Card {
+                uuid: handle.card.0,
+                handle: handle.bytes.to_vec(),
+            }),
         }
     }
 
@@ -353,11 +383,12 @@ pub(super) struct Received {
     pub(super) connection: UnixStream,
 }
 
-/// Asks for the memory of `incarnation`.
+/// Asks for the memory of `incarnation`; of a card's, for copies into `near`.
 pub(super) async fn request(
     incarnation: u64,
     layout: KvLayout,
     credentials: &Credentials,
+    near: Option<&KvShare>,
 ) -> Result<Received, HandoverError> {
     let connect = || -> io::Result<UnixStream> {
         // Connecting to a Unix socket does not wait, unless its queue is full.
@@ -371,7 +402,7 @@ pub(super) async fn request(
         }
         _ => HandoverError::Socket(error),
     })?;
-    let received = timeout(DEADLINE, receive(stream, incarnation, layout, credentials)).await;
+    let received = timeout(DEADLINE, receive(stream, incarnation, layout, credentials, near)).await;
     received.unwrap_or(Err(HandoverError::TimedOut))
 }
 
@@ -380,6 +411,7 @@ async fn receive(
     incarnation: u64,
     layout: KvLayout,
     credentials: &Credentials,
+    near: Option<&KvShare>,
 ) -> Result<Received, HandoverError> {
     credentials.check_user(&stream)?;
     let hello = Hello {
@@ -416,8 +448,12 @@ async fn receive(
             expected: layout,
         });
     }
-    Ok(Received {
-        kv: ForeignKv::map(&file, layout, memory.n_blocks)?,
-        connection: stream,
-    })
+    let kv = match &memory.card {
+        None => ForeignKv::map(&file, layout, memory.n_blocks)?,
+        Some(card) => {
+            let near = near.ok_or(HandoverError::NoCard)?;
+            ForeignKv::map_on_card(&file, layout, memory.n_blocks, &card.handle()?, near)?
+        }
+    };
+    Ok(Received { kv, connection: stream })
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use baton_kernels::{ForeignKv, KvLayout};
+use baton_kernels::{ForeignKv, KvLayout, KvShare};
 use parking_lot::Mutex;
 use tokio::io::AsyncReadExt as _;
 use tokio::task::JoinHandle;
@@ -16,6 +16,8 @@ const MAX_MAPPINGS: usize = 64;
 pub(super) struct Mappings {
     layout: KvLayout,
     credentials: Credentials,
+    /// Our own memory: blocks of a card are mapped for copies into it.
+    near: Option<KvShare>,
     /// By incarnation.
     held: Arc<Mutex<Held>>,
 }
@@ -41,10 +43,11 @@ impl Drop for Mapping {
 }
 
 impl Mappings {
-    pub(super) fn new(layout: KvLayout, credentials: Credentials) -> Mappings {
+    pub(super) fn new(layout: KvLayout, credentials: Credentials, near: Option<KvShare>) -> Mappings {
         Mappings {
             layout,
             credentials,
+            near,
             held: Arc::default(),
         }
     }
@@ -54,7 +57,7 @@ impl Mappings {
         if let Some(kv) = self.held.lock().touch(incarnation) {
             return Ok(kv);
         }
-        let received = request(incarnation, self.layout, &self.credentials).await?;
+        let received = request(incarnation, self.layout, &self.credentials, self.near.as_ref()).await?;
         Ok(self.insert(incarnation, received))
     }
 

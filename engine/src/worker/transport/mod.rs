@@ -52,6 +52,8 @@ fn beside_others<R>(waits: bool, work: impl FnOnce() -> R) -> R {
 pub enum TransportKind {
     /// Between instances of one process: pinned blocks are handed over, and copied once.
     InProcess,
+    /// Between processes of one host on one card: the source's blocks are mapped and copied once, within the card.
+    CudaIpc,
     /// Between processes of one host: the source's blocks are read in place, and copied once.
     SharedMemory,
     /// Anywhere: the bytes travel inside the frame.
@@ -60,8 +62,9 @@ pub enum TransportKind {
 
 impl TransportKind {
     /// All of them, the best first.
-    pub const ALL: [TransportKind; 3] = [
+    pub const ALL: [TransportKind; 4] = [
         TransportKind::InProcess,
+        TransportKind::CudaIpc,
         TransportKind::SharedMemory,
         TransportKind::Grpc,
     ];
@@ -70,6 +73,7 @@ impl TransportKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             TransportKind::InProcess => "in-process",
+            TransportKind::CudaIpc => "cuda-ipc",
             TransportKind::SharedMemory => "shared-memory",
             TransportKind::Grpc => "grpc",
         }
@@ -79,7 +83,7 @@ impl TransportKind {
     pub const fn ends_by(self) -> EndsBy {
         match self {
             TransportKind::Grpc => EndsBy::Source,
-            TransportKind::InProcess | TransportKind::SharedMemory => EndsBy::Destination,
+            TransportKind::InProcess | TransportKind::CudaIpc | TransportKind::SharedMemory => EndsBy::Destination,
         }
     }
 
@@ -89,7 +93,15 @@ impl TransportKind {
         match self {
             TransportKind::Grpc => KV_FRAME_BYTES,
             // About 0.3 ms.
-            TransportKind::InProcess | TransportKind::SharedMemory => 4 * KV_FRAME_BYTES,
+            TransportKind::InProcess | TransportKind::CudaIpc | TransportKind::SharedMemory => 4 * KV_FRAME_BYTES,
+        }
+    }
+
+    /// Whether it is for KV in the memory of cards alone.
+    pub const fn needs_card(self) -> bool {
+        match self {
+            TransportKind::CudaIpc => true,
+            TransportKind::InProcess | TransportKind::SharedMemory | TransportKind::Grpc => false,
         }
     }
 
@@ -144,7 +156,7 @@ impl FromStr for TransportChoice {
         } else {
             only()
         };
-        choice.ok_or_else(|| format!("found {text:?}, expected auto, grpc, shared-memory or in-process"))
+        choice.ok_or_else(|| format!("found {text:?}, expected auto, grpc, shared-memory, cuda-ipc or in-process"))
     }
 }
 

@@ -1,5 +1,6 @@
 //! Between processes of one host: a frame names the source's blocks, and the destination copies them out of the source's
-//! memory, which it has mapped. The source keeps them pinned meanwhile; their generations prove that it did.
+//! memory, the host's or a card's, which it has mapped. The source keeps them pinned meanwhile; their generations prove that
+//! it did.
 
 use std::sync::Arc;
 
@@ -12,6 +13,8 @@ use super::grpc::bare_frame;
 use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind, beside_others};
 
 pub(super) struct SharedMemorySender {
+    /// By which of the two memories.
+    pub(super) kind: TransportKind,
     pub(super) transfer: TransferId,
     pub(super) layout: KvLayout,
     pub(super) counters: Arc<TransportCounters>,
@@ -19,10 +22,13 @@ pub(super) struct SharedMemorySender {
 
 impl KvSender for SharedMemorySender {
     fn kind(&self) -> TransportKind {
-        TransportKind::SharedMemory
+        self.kind
     }
 
     fn pack(&mut self, range: KvRange, reads: Vec<KvRead>) -> Result<Packed, TransportError> {
+        // No event of ours orders the reader's card behind what we have queued, so what we name is there.
+        let waits = reads.iter().any(KvRead::is_on_device);
+        beside_others(waits, || KvRead::await_written(&reads));
         let frame = KvFrame {
             source_blocks: reads.iter().map(KvRead::block).collect(),
             generations: reads.iter().map(KvRead::generation).collect(),
@@ -45,13 +51,21 @@ pub(super) struct SharedMemoryReceiver {
 
 impl KvReceiver for SharedMemoryReceiver {
     fn kind(&self) -> TransportKind {
-        TransportKind::SharedMemory
+        kind_of(&self.source)
     }
 
     fn land(&mut self, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
         let waits = writers.iter().any(KvWrite::is_on_device);
         let landed = beside_others(waits, || land(&self.source, frame, slot, writers));
         self.counters.landed(self.kind(), landed)
+    }
+}
+
+/// By which way that memory is read.
+pub(super) fn kind_of(source: &ForeignKv) -> TransportKind {
+    match source.is_on_card() {
+        true => TransportKind::CudaIpc,
+        false => TransportKind::SharedMemory,
     }
 }
 

@@ -180,14 +180,14 @@ async fn moves_by(choice: TransportChoice, expected: TransportKind) {
 async fn each_transport_moves_blocks() {
     // Two instances of one process: the best is in process.
     moves_by(TransportChoice::Auto, TransportKind::InProcess).await;
-    for kind in TransportKind::ALL {
+    for kind in TransportKind::ALL.into_iter().filter(|kind| !kind.needs_card()) {
         moves_by(TransportChoice::Only(kind), kind).await;
     }
 }
 
 #[test]
 fn choices_are_read_as_they_are_written() {
-    for text in ["auto", "grpc", "shared-memory", "in-process"] {
+    for text in ["auto", "grpc", "shared-memory", "cuda-ipc", "in-process"] {
         assert_eq!(text.parse::<TransportChoice>().unwrap().to_string(), text);
     }
     let error = "rdma".parse::<TransportChoice>().unwrap_err();
@@ -257,7 +257,10 @@ async fn a_block_given_to_another_between_pack_and_land_is_refused() {
     assert!(matches!(&refusal, TransportError::Stale { layer: 0, .. }), "{refusal}");
     assert!(matches!(refusal.failure(), Failure::InstanceLost(_)));
     assert_eq!(destination.transports.totals().n_stale, 1);
-    assert_eq!(destination.transports.totals().bytes_received, [0; 3]);
+    assert_eq!(
+        destination.transports.totals().bytes_received,
+        [0; TransportKind::ALL.len()]
+    );
     // Frames that do not fit are refused as well.
     let frame = KvFrame {
         generations: vec![101],
@@ -323,28 +326,34 @@ async fn memory_is_handed_only_to_who_knows_the_secret_and_means_this_incarnatio
     let life = incarnation();
     let _owner = Owner::start(life, kv.share().unwrap(), "test", with("right")).unwrap();
     assert_eq!(
-        request(life.0, LAYOUT, &with("right")).await.unwrap().kv.layout(),
+        request(life.0, LAYOUT, &with("right"), None).await.unwrap().kv.layout(),
         LAYOUT
     );
     for wrong in [with("wrong"), open.clone()] {
-        let refusal = request(life.0, LAYOUT, &wrong).await.err().expect("refused");
+        let refusal = request(life.0, LAYOUT, &wrong, None).await.err().expect("refused");
         assert!(matches!(refusal, HandoverError::Secret), "{refusal}");
     }
     let other = incarnation();
-    let refusal = request(other.0, LAYOUT, &with("right")).await.err().expect("refused");
+    let refusal = request(other.0, LAYOUT, &with("right"), None)
+        .await
+        .err()
+        .expect("refused");
     assert!(matches!(refusal, HandoverError::NotHere), "{refusal}");
     let wide = KvLayout { head_dim: 8, ..LAYOUT };
-    let refusal = request(life.0, wide, &with("right")).await.err().expect("refused");
+    let refusal = request(life.0, wide, &with("right"), None)
+        .await
+        .err()
+        .expect("refused");
     assert!(matches!(refusal, HandoverError::Layout { .. }), "{refusal}");
     // A reader that does not ask the owner to prove itself could be fooled; one that is not asked could take anything.
     let open_life = incarnation();
     let _open_owner = Owner::start(open_life, kv.share().unwrap(), "test", open.clone()).unwrap();
-    let refusal = request(open_life.0, LAYOUT, &with("right"))
+    let refusal = request(open_life.0, LAYOUT, &with("right"), None)
         .await
         .err()
         .expect("refused");
     assert!(matches!(refusal, HandoverError::Secret), "{refusal}");
-    assert!(request(open_life.0, LAYOUT, &open).await.is_ok());
+    assert!(request(open_life.0, LAYOUT, &open, None).await.is_ok());
 }
 
 #[tokio::test]
@@ -379,7 +388,7 @@ async fn a_socket_asked_for_another_incarnation_refuses() {
 async fn a_mapping_goes_with_its_incarnation() {
     let kv = KvCache::shared(LAYOUT, N_BLOCKS).unwrap();
     let credentials = Credentials::new(None);
-    let mappings = Mappings::new(LAYOUT, credentials.clone());
+    let mappings = Mappings::new(LAYOUT, credentials.clone(), None);
     let life = incarnation();
     let owner = Owner::start(life, kv.share().unwrap(), "test", credentials).unwrap();
     let mapped = mappings.get(life.0).await.unwrap();
@@ -403,7 +412,7 @@ async fn a_mapping_goes_with_its_incarnation() {
 async fn the_mappings_are_bounded() {
     let kv = KvCache::shared(LAYOUT, N_BLOCKS).unwrap();
     let credentials = Credentials::new(None);
-    let mappings = Mappings::new(LAYOUT, credentials.clone());
+    let mappings = Mappings::new(LAYOUT, credentials.clone(), None);
     let lives: Vec<Incarnation> = (0..66).map(|_| incarnation()).collect();
     let start = |&life: &Incarnation| Owner::start(life, kv.share().unwrap(), "test", credentials.clone()).unwrap();
     let _owners: Vec<Owner> = lives.iter().map(start).collect();

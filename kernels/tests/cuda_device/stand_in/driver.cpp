@@ -6,7 +6,9 @@
 // end the process. A module image is a shared library with, for each kernel, `<name>__launch` and `<name>__n_params`.
 #include <dlfcn.h>
 #include <elf.h>
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -73,8 +75,34 @@ struct Allocation {
     size_t n_bytes;
     unsigned char* map;
     size_t map_bytes;
+    // The file that it is, once it has been named to other processes.
+    int fd = -1;
 };
 std::map<uintptr_t, Allocation> device_memory;
+
+// What stands in a handle of memory for other processes.
+struct MemoryHandle {
+    char magic[8];
+    int32_t pid;
+    int32_t fd;
+    uint64_t file;
+    uint64_t n_bytes;
+    uint64_t offset;
+    uint64_t file_bytes;
+    char rest[16];
+};
+static_assert(sizeof(MemoryHandle) == 64);
+constexpr char MEMORY_HANDLE[8] = "standin";
+
+// Memory that other processes own, mapped here for reading: nothing of ours writes there.
+struct Foreign {
+    size_t n_bytes;
+    void* map;
+    size_t map_bytes;
+    uint64_t file;
+    int n_opened;
+};
+std::map<uintptr_t, Foreign> foreign_memory;
 std::map<uintptr_t, size_t> pinned_memory;
 size_t allocated_bytes = 0;
 // Calls of the driver that a card would be asked something by.
@@ -92,13 +120,16 @@ void check_all_slack() {
     for (auto& [base, allocation] : device_memory) check_slack(base, allocation);
 }
 
-// Whether [at, at + n) lies in one live buffer.
-bool is_device(uintptr_t at, size_t n) {
-    auto next = device_memory.upper_bound(at);
-    if (next == device_memory.begin()) return false;
+template <typename Memory>
+bool is_within(const Memory& memory, uintptr_t at, size_t n) {
+    auto next = memory.upper_bound(at);
+    if (next == memory.begin()) return false;
     auto& [base, allocation] = *std::prev(next);
     return at - base <= allocation.n_bytes && n <= allocation.n_bytes - (at - base);
 }
+
+// Whether [at, at + n) lies in one live buffer, of ours or of another process.
+bool is_device(uintptr_t at, size_t n) { return is_within(device_memory, at, n) || is_within(foreign_memory, at, n); }
 
 bool is_pinned(const void* p, size_t n) {
     auto at = reinterpret_cast<uintptr_t>(p);
@@ -375,7 +406,7 @@ EXPORT Result cuMemAlloc_v2(uint64_t* out, size_t n_bytes) {
     // Whatever a card would hold: as f32, f16 or bf16 it is not a number. Large buffers are left to the system's zeros.
     if (body <= size_t{64} << 20) std::memset(base, 0xff, body);
     std::memset(base + n_bytes, SLACK, body - n_bytes);
-    device_memory[reinterpret_cast<uintptr_t>(base)] = {n_bytes, static_cast<unsigned char*>(map), map_bytes};
+    device_memory[reinterpret_cast<uintptr_t>(base)] = {n_bytes, static_cast<unsigned char*>(map), map_bytes, -1};
     allocated_bytes += n_bytes;
     *out = reinterpret_cast<uint64_t>(base);
     return SUCCESS;
@@ -385,11 +416,12 @@ EXPORT Result cuMemFree_v2(uint64_t at) {
     if (at == 0) return SUCCESS;
     auto found = device_memory.find(at);
     if (found == device_memory.end()) die("a device pointer is freed that was not allocated, or was freed before");
+    if (found->second.fd >= 0) die("memory is freed that was named to other processes, which may have it mapped");
     // A card's driver waits here too.
     run_all(null_stream);
     for (auto& [handle, stream] : streams) run_all(*stream);
     check_slack(found->first, found->second);
-    auto [n_bytes, map, map_bytes] = found->second;
+    auto [n_bytes, map, map_bytes, fd] = found->second;
     // Stays mapped and forbidden, so that nothing else gets the address.
     mprotect(map, map_bytes, PROT_NONE);
     madvise(map, map_bytes, MADV_DONTNEED);
@@ -397,6 +429,83 @@ EXPORT Result cuMemFree_v2(uint64_t at) {
     device_memory.erase(found);
     return SUCCESS;
 }
+
+// ---- memory between processes ---------------------------------------------------------------------------------------
+
+// The buffer becomes a file, at the same addresses; others find it among our open files for as long as we live.
+EXPORT Result cuIpcGetMemHandle(void* out, uint64_t at) {
+    IN_CONTEXT
+    auto found = device_memory.find(at);
+    if (found == device_memory.end()) return INVALID_VALUE;
+    auto& allocation = found->second;
+    if (allocation.n_bytes % (size_t{2} << 20)) die("memory is named to other processes that shares a piece with other buffers");
+    const size_t page = 4096, file_bytes = allocation.map_bytes - 2 * page;
+    unsigned char* first = allocation.map + page;
+    if (allocation.fd < 0) {
+        int fd = memfd_create("baton-stand-in", MFD_CLOEXEC);
+        if (fd < 0 || ftruncate(fd, static_cast<off_t>(file_bytes)) != 0) return OUT_OF_MEMORY;
+        for (size_t done = 0; done < file_bytes;) {
+            ssize_t n = pwrite(fd, first + done, file_bytes - done, static_cast<off_t>(done));
+            if (n <= 0) die("a file of memory cannot be written");
+            done += static_cast<size_t>(n);
+        }
+        if (mmap(first, file_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) die("no mapping");
+        allocation.fd = fd;
+    }
+    struct stat status;
+    if (fstat(allocation.fd, &status) != 0) die("a file of memory is gone");
+    MemoryHandle handle{};
+    std::memcpy(handle.magic, MEMORY_HANDLE, sizeof handle.magic);
+    handle.pid = getpid();
+    handle.fd = allocation.fd;
+    handle.file = status.st_ino;
+    handle.n_bytes = allocation.n_bytes;
+    handle.offset = static_cast<uint64_t>(reinterpret_cast<unsigned char*>(at) - first);
+    handle.file_bytes = file_bytes;
+    std::memcpy(out, &handle, sizeof handle);
+    return SUCCESS;
+}
+EXPORT Result cuIpcOpenMemHandle_v2(uint64_t* out, MemoryHandle handle, unsigned flags) {
+    IN_CONTEXT
+    if (flags != 1 || std::memcmp(handle.magic, MEMORY_HANDLE, sizeof handle.magic) != 0) return INVALID_VALUE;
+    // A process has its own memory already.
+    if (handle.pid == getpid()) return INVALID_CONTEXT;
+    for (auto& [base, foreign] : foreign_memory)
+        if (foreign.file == handle.file && foreign.map) {
+            foreign.n_opened++;
+            *out = base;
+            return SUCCESS;
+        }
+    char path[64];
+    std::snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.pid, handle.fd);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat status;
+    if (fd < 0) return INVALID_VALUE;
+    if (fstat(fd, &status) != 0 || status.st_ino != handle.file || static_cast<uint64_t>(status.st_size) != handle.file_bytes) {
+        close(fd);
+        return INVALID_VALUE;
+    }
+    const size_t page = 4096, map_bytes = handle.file_bytes + 2 * page;
+    void* map = mmap(nullptr, map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED) return OUT_OF_MEMORY;
+    auto* first = static_cast<unsigned char*>(map) + page;
+    if (mmap(first, handle.file_bytes, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) return OUT_OF_MEMORY;
+    close(fd);
+    *out = reinterpret_cast<uint64_t>(first + handle.offset);
+    foreign_memory[*out] = {static_cast<size_t>(handle.n_bytes), map, map_bytes, handle.file, 1};
+    return SUCCESS;
+}
+// Waits for nothing: work that is still queued then reads what is no longer there.
+EXPORT Result cuIpcCloseMemHandle(uint64_t at) {
+    Lock lock(mutex);
+    auto found = foreign_memory.find(at);
+    if (found == foreign_memory.end()) die("memory of another process is closed that is not open");
+    if (--found->second.n_opened > 0) return SUCCESS;
+    mprotect(found->second.map, found->second.map_bytes, PROT_NONE);
+    foreign_memory.erase(found);
+    return SUCCESS;
+}
+
 EXPORT Result cuMemHostAlloc(void** out, size_t n_bytes, unsigned) {
     IN_CONTEXT
     *out = std::aligned_alloc(4096, round_up(n_bytes, 4096));
