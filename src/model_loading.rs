@@ -1,10 +1,10 @@
 //! A worker's model on its device, by the limits that it is told. What a model is, and what a device, is the engine's affair.
 
-use baton_engine::cuda::{Cuda, CudaMode, ImageFolders};
+use baton_engine::cuda::{Cuda, CudaMode, CudaPlace, ImageFolders};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{
     CpuLoadOptions, CudaKvSize, CudaLoadOptions, Decoder, DecoderLimits, LoadOptions, ModelConfig, ModelError,
-    ModelFolder, load_cpu, load_cuda,
+    ModelFolder, load_cpu, load_cuda_at,
 };
 use baton_engine::{Backend, Cpu};
 use baton_scheduler::batch::{BatchConfig, PrefixCaching};
@@ -42,6 +42,7 @@ pub fn load_on_card(
     selection: &ModelSelection,
     limits: &Limits,
     cuda: &CudaConfig,
+    place: CudaPlace,
 ) -> anyhow::Result<Decoder<Cuda>> {
     let (kv, n_kv_blocks) = match limits.kv_memory {
         KvMemory::PercentOfFree(percent) => (CudaKvSize::PercentOfFree(percent), None),
@@ -64,7 +65,9 @@ pub fn load_on_card(
         },
         kv,
     };
-    let decoder = load(selection, limits, |progress| load_cuda(folder, &options, progress))?;
+    let decoder = load(selection, limits, |progress| {
+        load_cuda_at(folder, &options, place, progress)
+    })?;
     let found = decoder.limits().max_model_len;
     match limits.max_model_len {
         Some(wanted) if wanted as usize > found => Err(too_long(wanted, found, limits).into()),

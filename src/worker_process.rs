@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use baton_engine::constraint::ConstraintCompiler;
+use baton_engine::cuda::{CudaKvArena, CudaPlace};
 use baton_engine::engine::{EngineConfig, Health, start};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{Decoder, ModelFolder};
@@ -135,9 +136,16 @@ pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> an
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let mut running = Vec::new();
-    // One after the other: the first packs the weights, if nobody has, and the others map the same file.
+    // On a card they have one allocation for their caches.
+    let arena = Arc::new(CudaKvArena::new(config.instances.len()));
+    // One after the other: the first packs the weights, if nobody has, and the others map the same file; on a card, the
+    // first uploads them and the others use them.
     for hosted in &config.instances {
-        running.push(RunningInstance::start(hosted, &config, Arc::clone(&folder), &constraints, &stop).await?);
+        let place = CudaPlace {
+            arena: Some(Arc::clone(&arena)),
+        };
+        let folder = Arc::clone(&folder);
+        running.push(RunningInstance::start(hosted, &config, folder, place, &constraints, &stop).await?);
     }
     let joining = try_join_all(running.iter().map(|instance| instance.join(&stop)));
     let health = try_join_all(running.iter().map(|instance| instance.watch(&stop)));
@@ -182,6 +190,7 @@ impl RunningInstance {
         hosted: &HostedInstance,
         config: &WorkerConfig,
         folder: Arc<ModelFolder>,
+        place: CudaPlace,
         constraints: &ConstraintCompiler,
         stop: &CancellationToken,
     ) -> anyhow::Result<RunningInstance> {
@@ -194,7 +203,7 @@ impl RunningInstance {
                 RunningInstance::serve(decoder, hosted, config, constraints, stop).await
             }
             DeviceConfig::Cuda(cuda) => {
-                let load = move || load_on_card(&folder, &selection, &limits, &cuda);
+                let load = move || load_on_card(&folder, &selection, &limits, &cuda, place);
                 let decoder = tokio::task::spawn_blocking(load).await??;
                 RunningInstance::serve(decoder, hosted, config, constraints, stop).await
             }

@@ -53,14 +53,9 @@ impl KvCache {
         Ok(KvCache::over(KvMemory::shared(Geometry::new(layout, n_blocks)?)?))
     }
 
-    /// The same in memory of a device, which `allocate` gives for as many bytes.
-    pub(crate) fn on_device(
-        layout: KvLayout,
-        n_blocks: usize,
-        allocate: impl FnOnce(usize) -> Result<DeviceKv, KernelError>,
-    ) -> Result<KvCache, KernelError> {
+    /// The same in memory of a device.
+    pub(crate) fn on_device(layout: KvLayout, n_blocks: usize, planes: DeviceKv) -> Result<KvCache, KernelError> {
         let geometry = Geometry::new(layout, n_blocks)?;
-        let planes = allocate(geometry.plane_bytes())?;
         Ok(KvCache::over(KvMemory::on_device(geometry, planes)?))
     }
 

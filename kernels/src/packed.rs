@@ -83,6 +83,8 @@ pub struct PackedWeights {
     packing: Packing,
     dtype: DType,
     entries: HashMap<String, Entry>,
+    /// What the file is named after.
+    key: Option<String>,
 }
 
 /// The packed words, wherever they are; matrices keep it alive.
@@ -123,6 +125,7 @@ impl PackedWeights {
             packing,
             dtype,
             entries: plan.entries(),
+            key: Some(format!("{key}.{}", plan.extension())),
         }))
     }
 
@@ -155,7 +158,13 @@ impl PackedWeights {
             packing,
             dtype,
             entries: plan.entries(),
+            key: None,
         }))
+    }
+
+    /// Names the weights, this packing of them and their dtype: same key, same bytes. `None` of private memory.
+    pub(crate) fn key(&self) -> Option<&str> {
+        self.key.as_deref()
     }
 
     /// Element type of the matrices.

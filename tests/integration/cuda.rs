@@ -121,6 +121,31 @@ async fn without_ipc_kv_goes_through_the_host() {
     assert_eq!(answers[0], answers[1]);
 }
 
+/// Two instances of one process: KV is handed over within the card.
+#[tokio::test(flavor = "multi_thread")]
+async fn instances_of_one_process_hand_over_within_the_card() {
+    let prompt: Vec<u32> = (0..20).map(|i| 5 + 7 * i).collect();
+    let flags = [
+        "--dtype",
+        "bf16",
+        "--deterministic",
+        "on",
+        "--disaggregation-threshold",
+        "0",
+    ];
+    let mut answers = Vec::new();
+    for (colocate, counter) in [("--colocate=on", "in_process"), ("--colocate=off", "cuda_ipc")] {
+        let Some((_door, cluster)) = serve(&[&flags[..], &[colocate]].concat()).await else {
+            return;
+        };
+        answers.push(greedy(&cluster, &prompt, 2).await);
+        let counter = format!("kv_bytes_received_by_{counter}_total");
+        cluster.until_counter("decode-0", &counter, |n| n > 0).await;
+        cluster.until_idle_and_whole().await;
+    }
+    assert_eq!(answers[0], answers[1]);
+}
+
 /// Handed over or not, in chunks or at once: the same bits, in deterministic mode.
 #[tokio::test(flavor = "multi_thread")]
 async fn deterministic_bits_are_the_same_handed_over_or_not() {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, ImageFolders};
+use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, CudaPlace, ImageFolders};
 use baton_kernels::{
     Backend, Cpu, CpuOptions, DType, Isa, KernelError, KvCache, KvLayout, PackedWeights, Packing, WINDOW_GRAIN,
     WeightSource, WeightSpec,
@@ -144,23 +144,37 @@ pub fn load_cuda(
     options: &CudaLoadOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Decoder<Cuda>, ModelError> {
+    load_cuda_at(folder, options, CudaPlace::default(), progress)
+}
+
+/// The same for an instance that has its place among others of its process on the card. They share the weights, and where
+/// the place has an arena, one allocation for their caches, of which the first says how large each is.
+///
+/// # Errors
+/// As [`load_cuda`].
+pub fn load_cuda_at(
+    folder: &ModelFolder,
+    options: &CudaLoadOptions,
+    place: CudaPlace,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Decoder<Cuda>, ModelError> {
     let open = || {
-        Cuda::new(CudaOptions {
+        let options = CudaOptions {
             ordinal: options.ordinal,
             dtype: options.model.dtype,
             head_dim: folder.config.head_dim,
             mode: options.mode,
             libraries: options.libraries.clone(),
             images: options.images.clone(),
-        })
+        };
+        Cuda::at(options, place)
     };
     load(folder, &options.model, Packing::Rows, progress, open, |cuda, layout| {
-        let n_bytes = match options.kv {
-            CudaKvSize::Blocks(n_blocks) => return cuda.kv_cache(layout, n_blocks),
-            CudaKvSize::Bytes(n_bytes) => n_bytes,
-            CudaKvSize::PercentOfFree(percent) => cuda.free_bytes()? as u64 / 100 * u64::from(percent),
-        };
-        cuda.kv_cache(layout, n_bytes as usize / layout.block_bytes())
+        cuda.kv_cache_within(layout, |free_bytes| match options.kv {
+            CudaKvSize::Blocks(n_blocks) => n_blocks,
+            CudaKvSize::Bytes(n_bytes) => n_bytes as usize / layout.block_bytes(),
+            CudaKvSize::PercentOfFree(percent) => free_bytes / 100 * usize::from(percent) / layout.block_bytes(),
+        })
     })
 }
 

@@ -23,7 +23,7 @@ pub use error::ModelError;
 pub use fingerprint::{ModelFingerprint, default_packed_dir};
 pub use folder::ModelFolder;
 pub use generation::GenerationConfig;
-pub use load::{CpuLoadOptions, CudaKvSize, CudaLoadOptions, LoadOptions, load_cpu, load_cuda};
+pub use load::{CpuLoadOptions, CudaKvSize, CudaLoadOptions, LoadOptions, load_cpu, load_cuda, load_cuda_at};
 pub use rope::{RopeConfig, RopeScaling};
 pub use safetensors::{TensorBytes, TensorTable};
 pub use weights::LoadFormat;

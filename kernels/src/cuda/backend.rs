@@ -2,13 +2,13 @@
 //! experts are in files of their own.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
 use super::function::Args;
 use super::gemm::Product;
 use super::launch;
 use super::opened::{Cuda, CudaMode};
 use super::tensor::{CudaExperts, CudaMatrix, CudaRope, CudaTensor, CudaVector, Expert};
+use super::weights::upload;
 use crate::backend::{
     Activation, AttentionParams, Backend, ExpertNames, MoeParams, RaggedBatch, RopeAppendParams, RopeParams,
 };
@@ -55,7 +55,7 @@ impl Backend for Cuda {
         }
         let (bytes, [n_out, n_in]) = weights.rows(name)?;
         Ok(CudaMatrix {
-            buffer: Arc::new(self.buffer(name, bytes)?),
+            buffer: upload(&self.device, weights, name, bytes)?,
             n_out,
             n_in,
         })
@@ -64,7 +64,7 @@ impl Backend for Cuda {
     fn vector(&self, weights: &PackedWeights, name: &str) -> Result<CudaVector, KernelError> {
         let vector = weights.vector(name)?;
         Ok(CudaVector {
-            buffer: self.f32_buffer(name, &vector.data)?,
+            buffer: upload(&self.device, weights, name, bytemuck::cast_slice(&vector.data))?,
             len: vector.data.len(),
         })
     }

@@ -82,10 +82,19 @@ impl DeviceBuffer {
 
     /// Queues zeros.
     pub(super) fn zero(&mut self, stream: &CudaStream) -> Result<(), CudaError> {
-        let zeroing = || format!("zero {} bytes of device memory", self.n_bytes);
+        self.zero_part(0, self.n_bytes, stream)
+    }
+
+    /// Queues zeros for a part that the caller alone uses.
+    pub(super) fn zero_part(&self, offset: usize, n_bytes: usize, stream: &CudaStream) -> Result<(), CudaError> {
+        self.assert_within(offset, n_bytes);
+        if n_bytes == 0 {
+            return Ok(());
+        }
+        let zeroing = || format!("zero {n_bytes} bytes of device memory");
         self.context.bind_to_thread().during(zeroing)?;
         // SAFETY: within the buffer.
-        unsafe { result::memset_d8_async(self.address, 0, self.n_bytes, stream.cu_stream()) }.during(zeroing)
+        unsafe { result::memset_d8_async(self.address + offset as u64, 0, n_bytes, stream.cu_stream()) }.during(zeroing)
     }
 
     pub(super) fn assert_within(&self, offset: usize, n_bytes: usize) {

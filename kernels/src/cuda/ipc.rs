@@ -1,7 +1,7 @@
 //! Memory of a card that another process of this host owns: how it is named to others, and its mapping here. Which of its
 //! blocks mean anything is `kv`'s business.
 //!
-//! The driver maps a whole allocation, so what is shared is one that holds nothing else. It demands that the owner frees
+//! The driver maps a whole allocation, so what is shared is one that holds nothing but caches. It demands that the owner frees
 //! nothing that others have mapped; so what was once named is left for the end of the process, after which a mapping stays
 //! readable until it is closed.
 
@@ -20,8 +20,10 @@ use super::error::{CudaError, During as _};
 pub struct CudaMemoryHandle {
     /// The card's own name, which does not depend on who looks.
     pub card: CardUuid,
-    /// The driver's words.
+    /// The driver's words for an allocation.
     pub bytes: [u8; 64],
+    /// Where in it what is meant begins.
+    pub offset: u64,
 }
 
 /// A card's own name.
@@ -51,7 +53,7 @@ impl CudaMemoryHandle {
     ///
     /// # Errors
     /// A system without it (WSL, some virtual machines).
-    pub(super) fn of(device: &Device, buffer: &DeviceBuffer) -> Result<CudaMemoryHandle, CudaError> {
+    pub(super) fn of(device: &Device, buffer: &DeviceBuffer, offset: usize) -> Result<CudaMemoryHandle, CudaError> {
         let naming = || "name device memory to other processes".to_owned();
         device.context.bind_to_thread().during(naming)?;
         let mut handle = MaybeUninit::uninit();
@@ -65,6 +67,7 @@ impl CudaMemoryHandle {
         Ok(CudaMemoryHandle {
             card: device.uuid()?,
             bytes: handle.reserved.map(|byte| byte as u8),
+            offset: offset as u64,
         })
     }
 }
@@ -72,7 +75,9 @@ impl CudaMemoryHandle {
 /// Another process's allocation, mapped for as long as this lives.
 pub(super) struct ForeignBuffer {
     context: Arc<CudaContext>,
-    address: CUdeviceptr,
+    /// Of the allocation.
+    mapped: CUdeviceptr,
+    offset: u64,
 }
 
 impl ForeignBuffer {
@@ -91,21 +96,22 @@ impl ForeignBuffer {
         let raw = sys::CUipcMemHandle {
             reserved: handle.bytes.map(|byte| byte as std::ffi::c_char),
         };
-        let mut address = 0;
+        let mut mapped = 0;
         let flags = CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
         // SAFETY: writes one address. What the handle names is checked by the driver.
-        unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut address, raw, flags) }
+        unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut mapped, raw, flags) }
             .result()
             .during(mapping)?;
         let buffer = ForeignBuffer {
             context: Arc::clone(&device.context),
-            address,
+            mapped,
+            offset: handle.offset,
         };
         Ok(buffer)
     }
 
     pub(super) fn address(&self) -> CUdeviceptr {
-        self.address
+        self.mapped + self.offset
     }
 }
 
@@ -113,7 +119,7 @@ impl Drop for ForeignBuffer {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
         // SAFETY: opened once, closed once; whoever queued work on it has waited for that.
-        let _ = unsafe { sys::cuIpcCloseMemHandle(self.address) };
+        let _ = unsafe { sys::cuIpcCloseMemHandle(self.mapped) };
     }
 }
 

@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaStream, result};
 
-use super::buffer::DeviceBuffer;
 use super::device::Device;
 use super::error::{CudaError, During as _};
 use super::function::Args;
 use super::ipc::{CudaMemoryHandle, ForeignBuffer};
 use super::kernels::KvKernels;
 use super::launch;
+use super::place::KvPart;
 use super::staging::{Acquired, Lent, MAX_LISTED, Ring};
 use crate::layout::KvLayout;
 
@@ -25,9 +25,6 @@ const OUTBOUND_LENT: usize = 6;
 const INBOUND_SLOTS: usize = 4;
 /// Bytes of blocks in a slot, unless one block of one layer has more: what a frame carries.
 const SLOT_BYTES: usize = 1 << 20;
-
-/// The driver shares whole pieces of this size with other processes: such a one holds nothing but the cache.
-const SHARED_BYTES: usize = 2 << 20;
 
 /// The moment when everything that the compute stream had been given was done.
 #[derive(Clone)]
@@ -84,7 +81,7 @@ impl ForeignPlanes {
 
 /// K and V of all layers, `[n_layers][K, V][n_blocks]` parts, as on the host.
 pub(crate) struct DeviceKv {
-    buffer: DeviceBuffer,
+    part: KvPart,
     layout: KvLayout,
     n_blocks: u32,
     kernels: Arc<KvKernels>,
@@ -98,18 +95,16 @@ impl DeviceKv {
         device: Arc<Device>,
         kernels: Arc<KvKernels>,
         layout: KvLayout,
-        n_blocks: usize,
-        n_bytes: usize,
+        part: KvPart,
     ) -> Result<DeviceKv, CudaError> {
-        assert_eq!(n_bytes, layout.block_bytes() * n_blocks, "planes are whole blocks");
-        let mut buffer = DeviceBuffer::new(&device, "the KV cache", n_bytes.next_multiple_of(SHARED_BYTES))?;
+        let n_bytes = layout.block_bytes() * part.n_blocks;
         // What attention reads past a sequence's end is masked, and not-a-number times nothing is not nothing.
-        buffer.zero(&device.compute)?;
+        part.buffer.zero_part(part.offset, n_bytes, &device.compute)?;
         let slot_bytes = layout.layer_block_bytes().max(SLOT_BYTES);
         Ok(DeviceKv {
-            buffer,
             layout,
-            n_blocks: u32::try_from(n_blocks).expect("as KV geometry has it"),
+            n_blocks: u32::try_from(part.n_blocks).expect("as KV geometry has it"),
+            part,
             kernels,
             outbound: Ring::new(&device, OUTBOUND_SLOTS, OUTBOUND_LENT, slot_bytes)?,
             inbound: Ring::new(&device, INBOUND_SLOTS, 0, slot_bytes)?,
@@ -119,21 +114,21 @@ impl DeviceKv {
 
     /// Address of a byte of the planes.
     pub(crate) fn address(&self, offset: usize) -> u64 {
-        self.buffer.assert_within(offset, 0);
-        self.buffer.address() + offset as u64
+        self.part.buffer.assert_within(self.part.offset, offset);
+        self.part.buffer.address() + (self.part.offset + offset) as u64
     }
 
     /// Where the blocks are.
     pub(crate) fn planes(&self) -> Planes {
         Planes {
-            address: self.buffer.address(),
+            address: self.address(0),
             n_blocks: self.n_blocks,
         }
     }
 
     /// The cache's name for other processes of the host.
     pub(crate) fn handle(&self) -> Result<CudaMemoryHandle, CudaError> {
-        CudaMemoryHandle::of(&self.device, &self.buffer)
+        CudaMemoryHandle::of(&self.device, &self.part.buffer, self.part.offset)
     }
 
     /// Maps a cache of `n_blocks` blocks of our layout that another process has named.
@@ -181,7 +176,7 @@ impl DeviceKv {
         let stream = &self.device.outbound;
         self.begin(&mut slot, stream, blocks, fences, copying);
         let n_listed = blocks.len() as u32;
-        let args = self.listed(&slot, [slot.payload_address(), self.buffer.address()], layer, n_listed);
+        let args = self.listed(&slot, [slot.payload_address(), self.address(0)], layer, n_listed);
         // SAFETY: blocks and layer lie within the planes, checked above; the payload of the slot, ours until `finish`, has
         // room for as many parts, and its list is on its way on the same stream.
         unsafe { self.kernels.gather.launch(stream, launch::kv_copy(n_listed, 1), &args) };
@@ -216,7 +211,7 @@ impl DeviceKv {
             // SAFETY: as many bytes at both ends of the slot, which nobody touches before `finish`.
             unsafe { result::memcpy_htod_async(to, from, stream.cu_stream()) }.or_stop(copying);
             let n_listed = blocks.len() as u32;
-            let args = self.listed(&slot, [self.buffer.address(), slot.payload_address()], layer, n_listed);
+            let args = self.listed(&slot, [self.address(0), slot.payload_address()], layer, n_listed);
             // SAFETY: as for the gather, the other way; the caller is the blocks' only writer.
             unsafe { self.kernels.scatter.launch(stream, launch::kv_copy(n_listed, 1), &args) };
             finish(&slot, stream, copying);
@@ -248,7 +243,7 @@ impl DeviceKv {
             let mut slot = self.inbound.acquire();
             self.begin(&mut slot, stream, pairs.as_flattened(), fences, copying);
             let args = Args::new()
-                .address(self.buffer.address())
+                .address(self.address(0))
                 .address(from.address)
                 .address(slot.list_address())
                 .u32(layer_to as u32)
@@ -276,9 +271,12 @@ impl DeviceKv {
         let copying = "copy a KV block";
         self.device.context.bind_to_thread().or_stop(copying);
         for (from, to) in parts {
-            self.buffer.assert_within(from, part_bytes);
-            self.buffer.assert_within(to, part_bytes);
-            let [from, to] = [from, to].map(|offset| self.buffer.address() + offset as u64);
+            let n_bytes = self.layout.block_bytes() * self.n_blocks as usize;
+            assert!(
+                from.max(to) + part_bytes <= n_bytes,
+                "parts at {from} and {to} of {n_bytes} bytes"
+            );
+            let [from, to] = [from, to].map(|offset| self.address(offset));
             // SAFETY: both within the planes, and different parts.
             unsafe { result::memcpy_dtod_async(to, from, part_bytes, self.device.compute.cu_stream()) }
                 .or_stop(copying);

@@ -17,6 +17,7 @@ use super::images::{ImageFolders, ImageOrigin};
 use super::kernels::Kernels;
 use super::kv::DeviceKv;
 use super::launch;
+use super::place::{CudaKvArena, CudaPlace};
 use super::probe::CudaCard;
 use super::scratch::Scratch;
 use super::tensor::CudaTensor;
@@ -65,6 +66,7 @@ pub struct Cuda {
     pub(super) dtype: DType,
     pub(super) mode: CudaMode,
     pub(super) head_dim: usize,
+    place: CudaPlace,
     pub(super) device: Arc<Device>,
 }
 
@@ -74,6 +76,14 @@ impl Cuda {
     /// # Errors
     /// Whatever [`super::probe`] finds missing, a kernel that cannot be had, or no cuBLASLt.
     pub fn new(options: CudaOptions) -> Result<Cuda, KernelError> {
+        Cuda::at(options, CudaPlace::default())
+    }
+
+    /// The same for an instance that has its place among others on the card.
+    ///
+    /// # Errors
+    /// As [`Cuda::new`].
+    pub fn at(options: CudaOptions, place: CudaPlace) -> Result<Cuda, KernelError> {
         let CudaOptions { dtype, mode, .. } = options;
         let device = Device::open(options.ordinal, &options.libraries)?;
         let kernels = Kernels::load(&device, dtype, options.head_dim, mode, options.images)?;
@@ -90,6 +100,7 @@ impl Cuda {
             head_dim: options.head_dim,
             dtype,
             mode,
+            place,
             device,
         })
     }
@@ -117,14 +128,28 @@ impl Cuda {
     /// # Errors
     /// A layout that cannot be stored, another dtype than the device's, or too little memory.
     pub fn kv_cache(&self, layout: KvLayout, n_blocks: usize) -> Result<KvCache, KernelError> {
+        self.kv_cache_within(layout, |_| n_blocks)
+    }
+
+    /// A KV cache of as many blocks as `n_blocks` makes of the bytes that nobody has; where instances share an arena, only
+    /// the first is asked.
+    ///
+    /// # Errors
+    /// As [`Cuda::kv_cache`].
+    pub fn kv_cache_within(
+        &self,
+        layout: KvLayout,
+        n_blocks: impl FnOnce(usize) -> usize,
+    ) -> Result<KvCache, KernelError> {
         if !layout.block_size.is_power_of_two() {
             let reason = "block_size must be a power of two on a CUDA device";
             return Err(KernelError::Layout { layout, reason });
         }
-        KvCache::on_device(layout, n_blocks, |n_bytes| {
-            let (device, kernels) = (Arc::clone(&self.device), Arc::clone(&self.kernels.kv));
-            Ok(DeviceKv::new(device, kernels, layout, n_blocks, n_bytes)?)
-        })
+        let alone = CudaKvArena::new(1);
+        let arena = self.place.arena.as_deref().unwrap_or(&alone);
+        let part = arena.part(&self.device, layout, n_blocks)?;
+        let (device, kernels, n_blocks) = (Arc::clone(&self.device), Arc::clone(&self.kernels.kv), part.n_blocks);
+        KvCache::on_device(layout, n_blocks, DeviceKv::new(device, kernels, layout, part)?)
     }
 
     /// Sets a tensor's rows from the host's `[rows, cols]`. For tests and for models fed from the host.

@@ -88,11 +88,6 @@ impl Geometry {
         self.planes_at
     }
 
-    /// Bytes of the planes.
-    pub(super) fn plane_bytes(&self) -> usize {
-        self.n_bytes - self.planes_at
-    }
-
     fn check_host_dtype(&self) -> Result<(), KernelError> {
         match self.layout.dtype {
             DType::F32 | DType::Bf16 => Ok(()),

@@ -53,7 +53,12 @@ fn own() {
     let handle = share.card().unwrap();
     let words = [handle.card.0.as_slice(), &handle.bytes].concat();
     let words: Vec<String> = words.iter().map(u8::to_string).collect();
-    println!("\nOWNS {} {}", share.as_fd().as_raw_fd(), words.join(" "));
+    println!(
+        "\nOWNS {} {} {}",
+        share.as_fd().as_raw_fd(),
+        words.join(" "),
+        handle.offset
+    );
     for line in std::io::stdin().lines() {
         fill(&mut kv, line.unwrap().parse().unwrap(), GENERATION + 1);
         println!("\nGAVE");
@@ -97,6 +102,7 @@ impl Owner {
         let handle = CudaMemoryHandle {
             card: CardUuid(std::array::from_fn(|i| card[i] as u8)),
             bytes: std::array::from_fn(|i| bytes[i] as u8),
+            offset: bytes[64],
         };
         (std::fs::File::open(path).unwrap().into(), handle)
     }

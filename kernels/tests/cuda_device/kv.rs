@@ -7,8 +7,7 @@ use baton_kernels::{
 };
 
 use crate::controls::{allocated_bytes, n_calls, pinned_bytes};
-use crate::stand_in::{self, Driver};
-use crate::support::{Values, bits, device, tensor};
+use crate::support::{Values, bits, device, is_alone, tensor};
 
 const LAYOUT: KvLayout = KvLayout {
     n_layers: 2,
@@ -323,23 +322,4 @@ fn everything_is_given_back() {
     assert_eq!((allocated_bytes() > 0, pinned_bytes() > 0), (true, true));
     drop(lent);
     assert_eq!((allocated_bytes(), pinned_bytes()), (0, 0));
-}
-
-/// Whether a test that asks the stand-in for counts runs in a process of its own; else it is run there.
-fn is_alone(test: &str) -> bool {
-    if !matches!(stand_in::driver(), Some(Driver::StandIn(_))) {
-        return false;
-    }
-    const ALONE: &str = "BATON_STAND_IN_ALONE";
-    if std::env::var_os(ALONE).is_some() {
-        return true;
-    }
-    let itself = std::env::current_exe().unwrap();
-    let output = std::process::Command::new(itself)
-        .args(["--exact", test, "--nocapture"])
-        .env(ALONE, "1")
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    false
 }

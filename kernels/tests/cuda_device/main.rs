@@ -10,5 +10,6 @@ mod ipc;
 mod kv;
 mod moe;
 mod operators;
+mod place;
 mod stand_in;
 mod support;

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
-use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, CudaTensor, ImageFolders};
+use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, CudaPlace, CudaTensor, ImageFolders};
 use baton_kernels::{Backend, DType, PackedWeights, Packing, SourceTensor, WeightKind, WeightSource, WeightSpec};
 
 use cudarc::driver::CudaContext;
@@ -16,6 +16,11 @@ pub const MODES: [CudaMode; 2] = [CudaMode::Fast, CudaMode::Deterministic];
 
 /// A device for models with heads of `head_dim`; `None` where there is nothing to test on.
 pub fn device(dtype: DType, mode: CudaMode, head_dim: usize) -> Option<Cuda> {
+    device_at(dtype, mode, head_dim, CudaPlace::default())
+}
+
+/// The same with a place among others.
+pub fn device_at(dtype: DType, mode: CudaMode, head_dim: usize, place: CudaPlace) -> Option<Cuda> {
     let driver = stand_in::driver()?;
     if let Driver::Card = driver {
         // A card's context goes with its last user, and to make it again takes longer than most of these tests.
@@ -33,7 +38,7 @@ pub fn device(dtype: DType, mode: CudaMode, head_dim: usize) -> Option<Cuda> {
             cache: Some(stand_in::image_cache()),
         },
     };
-    Some(Cuda::new(options).unwrap())
+    Some(Cuda::at(options, place).unwrap())
 }
 
 /// A small generator of our own: the tests need values, not quality.
@@ -84,6 +89,11 @@ impl Weights {
     pub fn pack(&self, dtype: DType) -> Arc<PackedWeights> {
         PackedWeights::in_memory(Packing::Rows, dtype, &self.specs, self).unwrap()
     }
+
+    /// As a model's are, in a file of this folder.
+    pub fn pack_into(&self, folder: &std::path::Path, key: &str, dtype: DType) -> Arc<PackedWeights> {
+        PackedWeights::open_or_build(folder, key, Packing::Rows, dtype, &self.specs, self, &mut |_, _| {}).unwrap()
+    }
 }
 
 impl WeightSource for Weights {
@@ -126,4 +136,23 @@ pub fn assert_close(cuda: &Cuda, found: &[f32], expected: &[f32], tolerance: f32
 
 pub fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// Whether a test that asks the stand-in for counts runs in a process of its own; else it is run there.
+pub fn is_alone(test: &str) -> bool {
+    if !matches!(stand_in::driver(), Some(Driver::StandIn(_))) {
+        return false;
+    }
+    const ALONE: &str = "BATON_STAND_IN_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let itself = std::env::current_exe().unwrap();
+    let output = std::process::Command::new(itself)
+        .args(["--exact", test, "--nocapture"])
+        .env(ALONE, "1")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    false
 }

@@ -74,6 +74,7 @@ struct Card {
     uuid: [u8; 16],
     /// The driver's 64 bytes.
     handle: Vec<u8>,
+    offset: u64,
 }
 
 impl Card {
@@ -84,6 +85,7 @@ impl Card {
         Ok(CudaMemoryHandle {
             card: CardUuid(self.uuid),
             bytes: bytes.map_err(refused)?,
+            offset: self.offset,
         })
     }
 }
@@ -102,6 +104,7 @@ impl Memory {
             card: share.card().map(|handle| Card {
                 uuid: handle.card.0,
                 handle: handle.bytes.to_vec(),
+                offset: handle.offset,
             }),
         }
     }

@@ -1,0 +1,114 @@
+//! Several instances of a process on one card: what they have in common, and what each has for itself.
+
+use std::sync::Arc;
+
+use baton_kernels::cuda::{Cuda, CudaKvArena, CudaMode, CudaPlace};
+use baton_kernels::{Backend, DType, KvLayout, KvRead, KvWrite};
+
+use crate::controls::allocated_bytes;
+use crate::support::{Values, Weights, device_at, is_alone, tensor};
+
+const LAYOUT: KvLayout = KvLayout {
+    n_layers: 2,
+    n_kv_heads: 2,
+    block_size: 4,
+    head_dim: 8,
+    dtype: DType::F32,
+};
+const ARENA_PIECE: i64 = 2 << 20;
+
+fn cuda(place: CudaPlace) -> Option<Cuda> {
+    device_at(DType::F32, CudaMode::Fast, LAYOUT.head_dim, place)
+}
+
+/// Run in a process of its own, so that no other test's memory is counted.
+#[test]
+fn instances_share_weights_that_go_with_the_last() {
+    if !is_alone("place::instances_share_weights_that_go_with_the_last") {
+        return;
+    }
+    const N: usize = 64;
+    const MATRIX_BYTES: i64 = (N * N * 4) as i64;
+    let folder = tempfile::tempdir().unwrap();
+    let values = Values(1).vec(N * N);
+    let weights = Weights::default()
+        .matrix("matrix", N, N, &values)
+        .vector("vector", &values[..N]);
+    let instances = [(); 2].map(|()| cuda(CudaPlace::default()).unwrap());
+    let before = allocated_bytes();
+    let loaded = instances.each_ref().map(|cuda| {
+        // Each maps the file for itself, as instances do.
+        let packed = weights.pack_into(folder.path(), "shared", DType::F32);
+        (
+            cuda.matrix(&packed, "matrix").unwrap(),
+            cuda.vector(&packed, "vector").unwrap(),
+        )
+    });
+    let once = MATRIX_BYTES + 4 * N as i64;
+    assert_eq!(allocated_bytes() - before, once);
+    // Other weights are others', whatever they are called.
+    let other = weights.pack_into(folder.path(), "other", DType::F32);
+    let other = instances[1].matrix(&other, "matrix").unwrap();
+    assert_eq!(allocated_bytes() - before, once + MATRIX_BYTES);
+    drop(other);
+    let [(matrix, vector), (second_matrix, second_vector)] = loaded;
+    drop((matrix, vector));
+    assert_eq!(allocated_bytes() - before, once);
+    // What is left computes as before.
+    let x = Values(2).vec(N);
+    let mut out = instances[1].tensor(1, N).unwrap();
+    instances[1].begin_step();
+    instances[1].linear(&mut out, &tensor(&instances[1], N, &x), &second_matrix);
+    let found = instances[1].to_host(&out).to_vec();
+    for (row, found) in values.chunks(N).zip(&found) {
+        let expected: f32 = row.iter().zip(&x).map(|(w, x)| w * x).sum();
+        assert!((found - expected).abs() < 1e-4, "{found}, expected {expected}");
+    }
+    drop(out);
+    let computed = allocated_bytes();
+    drop((second_matrix, second_vector));
+    assert_eq!(computed - allocated_bytes(), once);
+}
+
+/// Run in a process of its own, so that no other test's memory is counted.
+#[test]
+fn instances_have_one_allocation_for_their_caches() {
+    if !is_alone("place::instances_have_one_allocation_for_their_caches") {
+        return;
+    }
+    let arena = Arc::new(CudaKvArena::new(2));
+    let instances = [(); 2].map(|()| {
+        let arena = Some(Arc::clone(&arena));
+        cuda(CudaPlace { arena }).unwrap()
+    });
+    let before = allocated_bytes();
+    // Staging of the first comes with its cache; the second is not asked how large its part is.
+    let first = instances[0].kv_cache_within(LAYOUT, |free_bytes| {
+        assert!(free_bytes > 1 << 20);
+        5
+    });
+    let mut first = first.unwrap();
+    let with_one = allocated_bytes() - before;
+    let mut second = instances[1]
+        .kv_cache_within(LAYOUT, |_| panic!("it is settled"))
+        .unwrap();
+    let with_two = allocated_bytes() - before;
+    assert_eq!((first.n_blocks(), second.n_blocks()), (5, 5));
+    let staging = with_two - with_one;
+    assert_eq!(with_one - staging, 2 * ARENA_PIECE, "both caches came with the first");
+    // What is written in one is not in the other, until it is handed over.
+    let data: Vec<u8> = (0..5 * LAYOUT.layer_block_bytes()).map(|i| (i * 7 + 1) as u8).collect();
+    let blocks = [0, 1, 2, 3, 4];
+    let mut writers = first.reserve_write(&blocks).unwrap();
+    KvWrite::scatter(&mut writers, 1, &data).unwrap();
+    drop(writers);
+    let reads = blocks.map(|block| second.pin(1, block));
+    assert!(KvRead::gather(&reads).as_ref().iter().all(|byte| *byte == 0));
+    drop(reads);
+    let mut writers = second.reserve_write(&blocks).unwrap();
+    let reads = blocks.map(|block| first.pin(1, block));
+    KvWrite::copy_from(&mut writers, 1, &reads).unwrap();
+    drop((writers, reads, first));
+    let reads = blocks.map(|block| second.pin(1, block));
+    assert_eq!(KvRead::gather(&reads).as_ref(), data);
+}
