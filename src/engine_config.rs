@@ -12,7 +12,7 @@ use baton_proto::link::{ClusterSecret, LinkError, LinkOptions};
 
 use crate::config::{
     ByteSize, ComputeDtype, ConfigError, Folders, HubEnvironment, InstructionSet, KvMemory, KvTransportKind, Layers,
-    LoadFormat, ModelSource, ReasoningParserKind, Secret, Switch, ToolCallParserKind,
+    LoadFormat, ModelSource, Percent, ReasoningParserKind, Secret, Switch, ToolCallParserKind,
 };
 
 /// Which model, and where its files come from and go to.
@@ -94,6 +94,8 @@ pub struct CudaConfig {
     pub kernels: Option<PathBuf>,
     /// Where kernels that are compiled here are kept.
     pub image_cache: PathBuf,
+    /// Share of the card's multiprocessors that prefill instances compute on.
+    pub prefill_sm_share: Percent,
 }
 
 impl CudaConfig {
@@ -106,6 +108,7 @@ impl CudaConfig {
         deterministic: Option<Switch>,
         libraries: Option<Folders>,
         kernels: Option<PathBuf>,
+        prefill_sm_share: Option<Percent>,
     ) -> Result<CudaConfig, ConfigError> {
         Ok(CudaConfig {
             deterministic: layers.pick("deterministic", deterministic)?.unwrap_or(Switch::Off),
@@ -114,6 +117,9 @@ impl CudaConfig {
                 .pick("cuda_kernels", kernels)?
                 .or_else(crate::device::packaged_kernels),
             image_cache: layers.environment.image_cache_dir(),
+            prefill_sm_share: layers
+                .pick("prefill_sm_share", prefill_sm_share)?
+                .unwrap_or(Percent(100)),
         })
     }
 }

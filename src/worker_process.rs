@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use baton_engine::constraint::ConstraintCompiler;
-use baton_engine::cuda::{CudaKvArena, CudaPlace};
+use baton_engine::cuda::{CudaKvArena, CudaPlace, CudaTurn};
 use baton_engine::engine::{EngineConfig, Health, start};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{Decoder, ModelFolder};
@@ -23,7 +23,7 @@ use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Address, LoadFormat, Span, Switch};
-use crate::engine_config::{DeviceConfig, EngineConfig as Limits, LinkConfig, ModelSelection};
+use crate::engine_config::{CudaConfig, DeviceConfig, EngineConfig as Limits, LinkConfig, ModelSelection};
 use crate::model_loading::{batch_config, load_on_card, load_on_cpu};
 use crate::{announce, model_files};
 
@@ -94,6 +94,7 @@ impl WorkerConfig {
                 if let Some(kernels) = &cuda.kernels {
                     flag("--cuda-kernels", kernels.into());
                 }
+                flag("--prefill-sm-share", cuda.prefill_sm_share.to_string().into());
             }
         }
         flag("--isa", self.engine.isa.as_str().into());
@@ -141,11 +142,8 @@ pub async fn run_worker(config: WorkerConfig, shutdown: CancellationToken) -> an
     // One after the other: the first packs the weights, if nobody has, and the others map the same file; on a card, the
     // first uploads them and the others use them.
     for hosted in &config.instances {
-        let place = CudaPlace {
-            arena: Some(Arc::clone(&arena)),
-        };
-        let folder = Arc::clone(&folder);
-        running.push(RunningInstance::start(hosted, &config, folder, place, &constraints, &stop).await?);
+        let (folder, arena) = (Arc::clone(&folder), Arc::clone(&arena));
+        running.push(RunningInstance::start(hosted, &config, folder, arena, &constraints, &stop).await?);
     }
     let joining = try_join_all(running.iter().map(|instance| instance.join(&stop)));
     let health = try_join_all(running.iter().map(|instance| instance.watch(&stop)));
@@ -177,6 +175,20 @@ fn constraints(folder: &Arc<ModelFolder>) -> ConstraintCompiler {
     ConstraintCompiler::new(load, folder.config.vocab_size)
 }
 
+/// An instance's place on a card that others may use besides: clients wait for each step of one that generates, and for the
+/// last of the many that one takes for a prompt.
+fn place(role: Role, cuda: &CudaConfig, arena: Arc<CudaKvArena>) -> CudaPlace {
+    let (turn, multiprocessor_percent) = match role {
+        Role::Prefill => (CudaTurn::Last, Some(cuda.prefill_sm_share.0)),
+        Role::Decode | Role::Mixed => (CudaTurn::First, None),
+    };
+    CudaPlace {
+        arena: Some(arena),
+        turn,
+        multiprocessor_percent,
+    }
+}
+
 /// An instance that can be reached.
 struct RunningInstance {
     service: WorkerService,
@@ -190,7 +202,7 @@ impl RunningInstance {
         hosted: &HostedInstance,
         config: &WorkerConfig,
         folder: Arc<ModelFolder>,
-        place: CudaPlace,
+        arena: Arc<CudaKvArena>,
         constraints: &ConstraintCompiler,
         stop: &CancellationToken,
     ) -> anyhow::Result<RunningInstance> {
@@ -203,6 +215,7 @@ impl RunningInstance {
                 RunningInstance::serve(decoder, hosted, config, constraints, stop).await
             }
             DeviceConfig::Cuda(cuda) => {
+                let place = place(hosted.role, &cuda, arena);
                 let load = move || load_on_card(&folder, &selection, &limits, &cuda, place);
                 let decoder = tokio::task::spawn_blocking(load).await??;
                 RunningInstance::serve(decoder, hosted, config, constraints, stop).await

@@ -56,6 +56,7 @@ impl CudaFlags {
             self.deterministic,
             self.cuda_libraries,
             self.cuda_kernels,
+            None,
         )?)
     }
 }

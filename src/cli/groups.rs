@@ -11,8 +11,8 @@ use clap::Args;
 
 use crate::config::{
     ByteSize, ComputeDtype, ConfigError, Device, Folders, InstructionSet, KvMemory, KvTransportKind, Layers,
-    LoadFormat, LogFormat, Machine, MetricsAliases, ModelSource, PolicyKind, ReasoningParserKind, RebalanceMode,
-    Secret, Span, Switch, ToolCallParserKind, flag,
+    LoadFormat, LogFormat, Machine, MetricsAliases, ModelSource, Percent, PolicyKind, ReasoningParserKind,
+    RebalanceMode, Secret, Span, Switch, ToolCallParserKind, flag,
 };
 use crate::engine_config::{CudaConfig, DeviceConfig, EngineConfig, LinkConfig, ModelSelection, ParserSelection};
 use crate::logging::LogConfig;
@@ -107,6 +107,10 @@ pub struct EngineFlags {
     /// Folder of compiled CUDA kernels [default: cuda-kernels beside the program, if it is there]
     #[arg(long, value_name = "FOLDER", value_parser = flag::<PathBuf>)]
     pub cuda_kernels: Option<PathBuf>,
+    /// Share of a card's multiprocessors that prefill instances compute on, such as 60%; decode instances have all of them
+    /// and go first [default: 100%]
+    #[arg(long, value_name = "SHARE", value_parser = flag::<Percent>)]
+    pub prefill_sm_share: Option<Percent>,
     /// CPU instruction set [default: auto]
     #[arg(long, value_enum)]
     pub isa: Option<InstructionSet>,
@@ -145,7 +149,13 @@ impl EngineFlags {
         max_model_len: Option<u32>,
     ) -> Result<EngineConfig, ConfigError> {
         let asked = layers.pick("device", self.device)?.unwrap_or(Device::Auto);
-        let cuda = CudaConfig::resolve(layers, self.deterministic, self.cuda_libraries, self.cuda_kernels)?;
+        let cuda = CudaConfig::resolve(
+            layers,
+            self.deterministic,
+            self.cuda_libraries,
+            self.cuda_kernels,
+            self.prefill_sm_share,
+        )?;
         let device = crate::device::choose(asked, cuda)?;
         let dtype = layers.pick("dtype", self.dtype)?.unwrap_or(ComputeDtype::Bf16);
         if (&device, dtype) == (&DeviceConfig::Cpu, ComputeDtype::F16) {

@@ -33,6 +33,7 @@ pub const KEYS: &[Key] = &[
     open("deterministic"),
     open("cuda_libraries"),
     open("cuda_kernels"),
+    open("prefill_sm_share"),
     open("isa"),
     open("kv_memory"),
     open("kv_prefault"),

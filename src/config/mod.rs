@@ -28,6 +28,6 @@ pub use keys::{KEYS, Key};
 pub use layers::Layers;
 pub use machine::{KV_SHARE_DIVISOR, Machine};
 pub use model_source::{DEMO_MODEL_NAME, ModelSource};
-pub use quantity::{ByteSize, KvMemory, Span};
+pub use quantity::{ByteSize, KvMemory, Percent, Span};
 pub use secret::Secret;
 pub use setting::{BadValue, Setting, flag};

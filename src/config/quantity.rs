@@ -32,6 +32,25 @@ impl Setting for ByteSize {
     }
 }
 
+/// So many hundredths of something, from 1 to 100.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Percent(pub u8);
+
+impl Setting for Percent {
+    const EXPECTED: &'static str = "a share from 1% to 100%";
+
+    fn parse(text: &str) -> Option<Self> {
+        let percent = text.trim().strip_suffix('%')?.parse().ok()?;
+        (1..=100).contains(&percent).then_some(Percent(percent))
+    }
+}
+
+impl fmt::Display for Percent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}%", self.0)
+    }
+}
+
 /// Memory of a KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvMemory {
@@ -46,12 +65,8 @@ impl Setting for KvMemory {
         "a size above zero with its unit, such as 2GiB, or a share of a card's free memory, such as 90%";
 
     fn parse(text: &str) -> Option<Self> {
-        match text.trim().strip_suffix('%') {
-            Some(percent) => percent
-                .parse()
-                .ok()
-                .filter(|percent| (1..=100).contains(percent))
-                .map(KvMemory::PercentOfFree),
+        match Percent::parse(text) {
+            Some(Percent(percent)) => Some(KvMemory::PercentOfFree(percent)),
             None => ByteSize::parse(text).map(KvMemory::Size),
         }
     }

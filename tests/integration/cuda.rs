@@ -134,8 +134,11 @@ async fn instances_of_one_process_hand_over_within_the_card() {
         "0",
     ];
     let mut answers = Vec::new();
-    for (colocate, counter) in [("--colocate=on", "in_process"), ("--colocate=off", "cuda_ipc")] {
-        let Some((_door, cluster)) = serve(&[&flags[..], &[colocate]].concat()).await else {
+    for (more, counter) in [
+        (["--colocate=on", "--prefill-sm-share=50%"], "in_process"),
+        (["--colocate=off", "--prefill-sm-share=100%"], "cuda_ipc"),
+    ] {
+        let Some((_door, cluster)) = serve(&[&flags[..], &more].concat()).await else {
             return;
         };
         answers.push(greedy(&cluster, &prompt, 2).await);

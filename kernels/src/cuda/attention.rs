@@ -209,7 +209,7 @@ impl Cuda {
             .collect();
         let splits = match self.mode {
             CudaMode::Fast => Splits::Balanced {
-                n_ctas: self.device.card.n_multiprocessors * CTAS_PER_MULTIPROCESSOR,
+                n_ctas: self.device.n_multiprocessors * CTAS_PER_MULTIPROCESSOR,
             },
             CudaMode::Deterministic => Splits::Fixed {
                 tokens: FIXED_SPLIT_TOKENS,

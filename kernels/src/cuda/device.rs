@@ -10,6 +10,8 @@ use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
 
 use super::error::{CudaError, During as _};
+use super::green::GreenContext;
+use super::place::{CudaPlace, CudaTurn};
 use super::probe::{self, CudaCard};
 
 /// A card's context and streams.
@@ -21,20 +23,48 @@ pub(crate) struct Device {
     pub(super) outbound: Arc<CudaStream>,
     /// Of KV that arrives.
     pub(super) inbound: Arc<CudaStream>,
+    /// On which the streams' work runs.
+    pub(super) n_multiprocessors: u32,
+    /// Where that is not all of the card; after the streams, which are in it.
+    _share: Option<GreenContext>,
 }
 
 impl Device {
-    pub(super) fn open(ordinal: usize, folders: &[std::path::PathBuf]) -> Result<Arc<Device>, CudaError> {
+    pub(super) fn open(
+        ordinal: usize,
+        folders: &[std::path::PathBuf],
+        place: &CudaPlace,
+    ) -> Result<Arc<Device>, CudaError> {
         let card = probe::probe(ordinal, folders)?;
         let opening = || format!("open {}", card.name);
         let context = CudaContext::new(ordinal).during(opening)?;
         // SAFETY: we order streams by our own events. Those of cudarc would break graphs that are captured.
         unsafe { context.disable_event_tracking() };
-        let (least, greatest) = cudarc::driver::result::stream::get_priority_range().during(opening)?;
+        // The smaller number goes first.
+        let (last, first) = cudarc::driver::result::stream::get_priority_range().during(opening)?;
+        let compute = match place.turn {
+            CudaTurn::First => first,
+            CudaTurn::Last => last,
+        };
+        // Copies are short, and somebody waits for them: before a prompt's kernels, after a step that generates.
+        let copies = first + (last - first) / 2;
+        let percent = place.multiprocessor_percent.filter(|percent| *percent < 100);
+        let share = percent.map(|percent| GreenContext::new(&context, &card, percent));
+        let mut share = share.transpose()?;
+        let mut stream = |priority| match &mut share {
+            Some(share) => share.stream(priority).during(opening),
+            None => context.new_stream_with_priority(priority).during(opening),
+        };
+        let [compute, outbound, inbound] = [stream(compute)?, stream(copies)?, stream(copies)?];
+        let n_multiprocessors = share
+            .as_ref()
+            .map_or(card.n_multiprocessors, |share| share.n_multiprocessors);
         Ok(Arc::new(Device {
-            compute: context.new_stream_with_priority(greatest).during(opening)?,
-            outbound: context.new_stream_with_priority(least).during(opening)?,
-            inbound: context.new_stream_with_priority(least).during(opening)?,
+            compute,
+            outbound,
+            inbound,
+            n_multiprocessors,
+            _share: share,
             context,
             card,
         }))

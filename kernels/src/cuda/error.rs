@@ -82,6 +82,20 @@ pub enum CudaError {
         /// Where we compute.
         expected: CardUuid,
     },
+    /// A share of the multiprocessors that the driver does not give.
+    #[error(
+        "{percent}% of the multiprocessors: the driver (CUDA {}.{}) makes no green context of this card, for which CUDA \
+         12.4 or newer is needed: {reason}",
+        driver / 1000, driver % 1000 / 10
+    )]
+    NoShare {
+        /// What was asked for.
+        percent: u8,
+        /// As the driver says it: 13000 is 13.0.
+        driver: i32,
+        /// The driver's words.
+        reason: String,
+    },
     /// A kernel's source did not compile.
     #[error("kernel source {source_name} does not compile for sm_{architecture}: {log}")]
     Compile {

@@ -263,7 +263,7 @@ impl CudaTimer<'_> {
             .address(self.bytes.address() + offset as u64)
             .u64(n_bytes as u64 / 16)
             .u32(1);
-        let launch = launch::read_all(self.cuda.device.card.n_multiprocessors);
+        let launch = launch::read_all(self.cuda.device.n_multiprocessors);
         // SAFETY: as many runs of 16 bytes as the buffer has there; the sum has a word.
         unsafe { self.read.launch(&self.cuda.device.compute, launch, &args) };
     }

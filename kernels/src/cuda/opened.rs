@@ -85,7 +85,7 @@ impl Cuda {
     /// As [`Cuda::new`].
     pub fn at(options: CudaOptions, place: CudaPlace) -> Result<Cuda, KernelError> {
         let CudaOptions { dtype, mode, .. } = options;
-        let device = Device::open(options.ordinal, &options.libraries)?;
+        let device = Device::open(options.ordinal, &options.libraries, &place)?;
         let kernels = Kernels::load(&device, dtype, options.head_dim, mode, options.images)?;
         let gemm = match mode {
             CudaMode::Fast => Some(Gemm::new(&device)?),
@@ -108,6 +108,11 @@ impl Cuda {
     /// The card.
     pub fn card(&self) -> &CudaCard {
         &self.device.card
+    }
+
+    /// Multiprocessors that its work runs on: the card's, or its share of them.
+    pub fn n_multiprocessors(&self) -> u32 {
+        self.device.n_multiprocessors
     }
 
     /// Each source of kernels with where its image came from.

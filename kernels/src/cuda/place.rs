@@ -16,6 +16,20 @@ use crate::layout::KvLayout;
 pub struct CudaPlace {
     /// Where its cache is; `None` for memory of its own.
     pub arena: Option<Arc<CudaKvArena>>,
+    /// Whose work goes first.
+    pub turn: CudaTurn,
+    /// On how many hundredths of the multiprocessors its work runs; `None` for all of them.
+    pub multiprocessor_percent: Option<u8>,
+}
+
+/// Which of the instances of a process the card serves first, whenever a multiprocessor has room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CudaTurn {
+    /// Before others: somebody waits for each of its steps.
+    #[default]
+    First,
+    /// With what the others leave.
+    Last,
 }
 
 /// Memory for the caches of several instances of a process: one allocation, sized once, when the first of them has its

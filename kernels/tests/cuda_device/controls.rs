@@ -15,6 +15,11 @@ pub fn n_calls() -> i64 {
     ask(c"stand_in_calls")
 }
 
+/// Priority of the stream that was last given a kernel, and the multiprocessors that its work runs on.
+pub fn last_launch() -> (i64, i64) {
+    (ask(c"stand_in_last_priority"), ask(c"stand_in_last_multiprocessors"))
+}
+
 fn ask(name: &std::ffi::CStr) -> i64 {
     // SAFETY: the stand-in's functions of these names take nothing and return an integer of 64 bits.
     let function: extern "C" fn() -> i64 = unsafe { std::mem::transmute(symbol(name)) };

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use baton_kernels::cuda::{Cuda, CudaKvArena, CudaMode, CudaPlace};
+use baton_kernels::cuda::{Cuda, CudaKvArena, CudaMode, CudaPlace, CudaTurn};
 use baton_kernels::{Backend, DType, KvLayout, KvRead, KvWrite};
 
-use crate::controls::allocated_bytes;
-use crate::support::{Values, Weights, device_at, is_alone, tensor};
+use crate::controls::{allocated_bytes, last_launch, set};
+use crate::support::{Values, Weights, device_at, is_alone, tensor, try_device_at};
 
 const LAYOUT: KvLayout = KvLayout {
     n_layers: 2,
@@ -79,7 +79,11 @@ fn instances_have_one_allocation_for_their_caches() {
     let arena = Arc::new(CudaKvArena::new(2));
     let instances = [(); 2].map(|()| {
         let arena = Some(Arc::clone(&arena));
-        cuda(CudaPlace { arena }).unwrap()
+        cuda(CudaPlace {
+            arena,
+            ..CudaPlace::default()
+        })
+        .unwrap()
     });
     let before = allocated_bytes();
     // Staging of the first comes with its cache; the second is not asked how large its part is.
@@ -111,4 +115,51 @@ fn instances_have_one_allocation_for_their_caches() {
     drop((writers, reads, first));
     let reads = blocks.map(|block| second.pin(1, block));
     assert_eq!(KvRead::gather(&reads).as_ref(), data);
+}
+
+/// Where a kernel of its compute stream runs, and before what.
+fn compute(cuda: &Cuda) -> (i64, i64) {
+    let x = tensor(cuda, 4, &[1.0; 4]);
+    let mut sum = tensor(cuda, 4, &[2.0; 4]);
+    cuda.add(&mut sum, &x);
+    let launched = last_launch();
+    assert_eq!(*cuda.to_host(&sum), [3.0; 4]);
+    launched
+}
+
+/// Run in a process of its own, as it asks what was launched last and changes what the driver can do.
+#[test]
+fn prompts_have_a_share_of_the_card_and_generating_goes_first() {
+    if !is_alone("place::prompts_have_a_share_of_the_card_and_generating_goes_first") {
+        return;
+    }
+    let place = |turn, multiprocessor_percent| CudaPlace {
+        turn,
+        multiprocessor_percent,
+        ..CudaPlace::default()
+    };
+    let decode = cuda(CudaPlace::default()).unwrap();
+    let prefill = cuda(place(CudaTurn::Last, Some(55))).unwrap();
+    let unlimited = cuda(place(CudaTurn::Last, Some(100))).unwrap();
+    assert_eq!(compute(&decode), (-5, 16));
+    // 55 % of 16 are 8, which the card can split.
+    assert_eq!((compute(&prefill), prefill.n_multiprocessors()), ((0, 8), 8));
+    assert_eq!((compute(&unlimited), unlimited.n_multiprocessors()), ((0, 16), 16));
+    // Copies of KV go before prompts, on their share, and after steps that generate.
+    let mut kv = prefill.kv_cache(LAYOUT, 2).unwrap();
+    drop(KvRead::gather(&[kv.pin(0, 1)]));
+    assert_eq!(last_launch(), (-3, 8));
+    let mut kv = decode.kv_cache(LAYOUT, 2).unwrap();
+    drop(KvRead::gather(&[kv.pin(0, 1)]));
+    assert_eq!(last_launch(), (-3, 16));
+    drop((kv, prefill));
+    set(c"green_contexts", 0);
+    let Err(refused) = try_device_at(DType::F32, CudaMode::Fast, 8, place(CudaTurn::Last, Some(30))).unwrap() else {
+        panic!("no green context");
+    };
+    assert_eq!(
+        refused.to_string(),
+        "device cuda: 30% of the multiprocessors: the driver (CUDA 13.0) makes no green context of this card, for which \
+         CUDA 12.4 or newer is needed: CUDA_ERROR_OF_THE_STAND_IN (an error of the stand-in)"
+    );
 }

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, CudaPlace, CudaTensor, ImageFolders};
-use baton_kernels::{Backend, DType, PackedWeights, Packing, SourceTensor, WeightKind, WeightSource, WeightSpec};
+use baton_kernels::{
+    Backend, DType, KernelError, PackedWeights, Packing, SourceTensor, WeightKind, WeightSource, WeightSpec,
+};
 
 use cudarc::driver::CudaContext;
 
@@ -21,6 +23,16 @@ pub fn device(dtype: DType, mode: CudaMode, head_dim: usize) -> Option<Cuda> {
 
 /// The same with a place among others.
 pub fn device_at(dtype: DType, mode: CudaMode, head_dim: usize, place: CudaPlace) -> Option<Cuda> {
+    Some(try_device_at(dtype, mode, head_dim, place)?.unwrap())
+}
+
+/// The same where there may be a reason against it.
+pub fn try_device_at(
+    dtype: DType,
+    mode: CudaMode,
+    head_dim: usize,
+    place: CudaPlace,
+) -> Option<Result<Cuda, KernelError>> {
     let driver = stand_in::driver()?;
     if let Driver::Card = driver {
         // A card's context goes with its last user, and to make it again takes longer than most of these tests.
@@ -38,7 +50,7 @@ pub fn device_at(dtype: DType, mode: CudaMode, head_dim: usize, place: CudaPlace
             cache: Some(stand_in::image_cache()),
         },
     };
-    Some(Cuda::at(options, place).unwrap())
+    Some(Cuda::at(options, place))
 }
 
 /// A small generator of our own: the tests need values, not quality.

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -38,6 +39,7 @@ enum : Result {
     NOT_FOUND = 500,
     NOT_READY = 600,
     ILLEGAL_ADDRESS = 700,
+    NOT_SUPPORTED = 801,
     STREAM_CAPTURE_UNSUPPORTED = 900,
 };
 
@@ -51,6 +53,7 @@ struct Settings {
     int64_t n_devices = 1;
     int64_t capability = 90;
     int64_t total_bytes = int64_t{8} << 30;
+    int64_t green_contexts = 1;
 } settings;
 
 [[noreturn]] void die(const char* what) {
@@ -69,6 +72,8 @@ int n_retained = 0;
 // ---- memory -------------------------------------------------------------------------------------------------------
 
 constexpr size_t ALIGNMENT = 256;
+constexpr unsigned N_MULTIPROCESSORS = 16, LEAST_SHARE = 4, SHARE_STEP = 2;
+constexpr int LEAST_PRIORITY = 0, GREATEST_PRIORITY = -5;
 constexpr unsigned char SLACK = 0xa5;
 
 struct Allocation {
@@ -107,6 +112,10 @@ std::map<uintptr_t, size_t> pinned_memory;
 size_t allocated_bytes = 0;
 // Calls of the driver that a card would be asked something by.
 int64_t n_calls = 0;
+// Priority and multiprocessors of the stream that was last given a kernel.
+struct LastLaunch {
+    int priority, n_multiprocessors;
+} last_launch;
 
 size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
@@ -151,7 +160,27 @@ struct Stream {
     std::deque<Op> queue;
     std::unique_ptr<Graph> capture;
     bool is_alive = true;
+    int priority = 0;
+    // Null outside of green contexts.
+    void* green = nullptr;
+    unsigned n_multiprocessors = N_MULTIPROCESSORS;
 };
+
+struct Green {
+    unsigned n_multiprocessors;
+    int n_streams = 0;
+};
+
+// As in the driver's interface of CUDA 13.0.
+struct Resource {
+    uint32_t type;
+    unsigned char padding[92];
+    uint32_t n_multiprocessors;
+    uint32_t least;
+    uint32_t alignment;
+    unsigned char rest[36];
+};
+static_assert(sizeof(Resource) == 144);
 
 struct Event {
     std::shared_ptr<Stream> stream;
@@ -244,6 +273,7 @@ EXPORT int stand_in_set(const char* name, int64_t value) {
     else if (key == "n_devices") settings.n_devices = value;
     else if (key == "capability") settings.capability = value;
     else if (key == "total_bytes") settings.total_bytes = value;
+    else if (key == "green_contexts") settings.green_contexts = value;
     else return 0;
     return 1;
 }
@@ -258,6 +288,16 @@ EXPORT int64_t stand_in_pinned_bytes() {
     int64_t n_bytes = 0;
     for (auto& [at, n] : pinned_memory) n_bytes += static_cast<int64_t>(n);
     return n_bytes;
+}
+
+EXPORT int64_t stand_in_last_priority() {
+    Lock lock(mutex);
+    return last_launch.priority;
+}
+
+EXPORT int64_t stand_in_last_multiprocessors() {
+    Lock lock(mutex);
+    return last_launch.n_multiprocessors;
 }
 
 EXPORT int64_t stand_in_calls() {
@@ -339,7 +379,7 @@ EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int) {
     switch (attribute) {
         case 8: *value = 48 << 10; break;                                  // shared memory of a CTA without asking
         case 10: *value = 32; break;                                       // warp size
-        case 16: *value = 4; break;                                        // multiprocessors
+        case 16: *value = N_MULTIPROCESSORS; break;                        // multiprocessors
         case 75: *value = static_cast<int>(settings.capability / 10); break;
         case 76: *value = static_cast<int>(settings.capability % 10); break;
         case 81: *value = 228 << 10; break;                                // shared memory of a multiprocessor
@@ -368,8 +408,8 @@ EXPORT Result cuCtxGetCurrent(void** context) {
     return SUCCESS;
 }
 EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
-    *least = 0;
-    *greatest = -5;
+    *least = LEAST_PRIORITY;
+    *greatest = GREATEST_PRIORITY;
     return SUCCESS;
 }
 
@@ -605,10 +645,11 @@ EXPORT Result cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void* 
     return SUCCESS;
 }
 
-EXPORT Result cuStreamCreateWithPriority(void** out, unsigned flags, int) {
+EXPORT Result cuStreamCreateWithPriority(void** out, unsigned flags, int priority) {
     IN_CONTEXT
-    if (flags != 1) return INVALID_VALUE;
+    if (flags != 1 || priority > LEAST_PRIORITY || priority < GREATEST_PRIORITY) return INVALID_VALUE;
     auto stream = std::make_shared<Stream>();
+    stream->priority = priority;
     *out = stream.get();
     streams[*out] = stream;
     return SUCCESS;
@@ -619,9 +660,64 @@ EXPORT Result cuStreamDestroy_v2(void* handle) {
     auto stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
     run_all(*stream);
+    if (stream->green) static_cast<Green*>(stream->green)->n_streams--;
     streams.erase(handle);
     return SUCCESS;
 }
+
+// ---- shares of the multiprocessors ----------------------------------------------------------------------------------
+
+EXPORT Result cuDeviceGetDevResource(int, Resource* out, int type) {
+    CHECKED
+    if (!settings.green_contexts) return NOT_SUPPORTED;
+    if (type != 1) return INVALID_VALUE;
+    *out = Resource{1, {}, N_MULTIPROCESSORS, LEAST_SHARE, SHARE_STEP, {}};
+    return SUCCESS;
+}
+EXPORT Result cuDevSmResourceSplitByCount(Resource* out, unsigned* n, const Resource* of, Resource* rest, unsigned flags,
+                                          unsigned wanted) {
+    CHECKED
+    unsigned share = std::max(LEAST_SHARE, static_cast<unsigned>(round_up(wanted, SHARE_STEP)));
+    if (of->type != 1 || *n != 1 || flags || share > of->n_multiprocessors) return INVALID_VALUE;
+    *out = *of;
+    out->n_multiprocessors = share;
+    if (rest) {
+        *rest = *of;
+        rest->n_multiprocessors = of->n_multiprocessors - share;
+    }
+    return SUCCESS;
+}
+EXPORT Result cuDevResourceGenerateDesc(void** description, Resource* of, unsigned n) {
+    CHECKED
+    if (n != 1 || of->type != 1 || !of->n_multiprocessors) return INVALID_VALUE;
+    *description = new Resource(*of);
+    return SUCCESS;
+}
+EXPORT Result cuGreenCtxCreate(void** out, void* description, int, unsigned flags) {
+    CHECKED
+    if (flags != 1 || !description) return INVALID_VALUE;
+    *out = new Green{static_cast<Resource*>(description)->n_multiprocessors};
+    return SUCCESS;
+}
+EXPORT Result cuGreenCtxStreamCreate(void** out, void* handle, unsigned flags, int priority) {
+    CHECKED
+    Result created = cuStreamCreateWithPriority(out, flags, priority);
+    if (created != SUCCESS) return created;
+    auto* green = static_cast<Green*>(handle);
+    green->n_streams++;
+    auto stream = stream_of(*out);
+    stream->green = green;
+    stream->n_multiprocessors = green->n_multiprocessors;
+    return SUCCESS;
+}
+EXPORT Result cuGreenCtxDestroy(void* handle) {
+    Lock lock(mutex);
+    auto* green = static_cast<Green*>(handle);
+    if (green->n_streams) die("a green context is destroyed before its streams");
+    delete green;
+    return SUCCESS;
+}
+
 EXPORT Result cuStreamSynchronize(void* handle) {
     IN_CONTEXT
     if (!handle) {
@@ -789,6 +885,7 @@ EXPORT Result cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, uns
                      function->name.c_str(), grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes);
         return INVALID_VALUE;
     }
+    last_launch = {stream->priority, static_cast<int>(stream->n_multiprocessors)};
     // Our host code gives each parameter eight bytes. They are copied now, as a driver does.
     std::vector<uint64_t> values(function->n_params);
     for (unsigned i = 0; i < function->n_params; i++) std::memcpy(&values[i], params[i], 8);
