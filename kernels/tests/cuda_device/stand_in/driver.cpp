@@ -380,6 +380,7 @@ EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int) {
         case 8: *value = 48 << 10; break;                                  // shared memory of a CTA without asking
         case 10: *value = 32; break;                                       // warp size
         case 16: *value = N_MULTIPROCESSORS; break;                        // multiprocessors
+        case 38: *value = 64 << 10; break;                                 // cache of the second level
         case 75: *value = static_cast<int>(settings.capability / 10); break;
         case 76: *value = static_cast<int>(settings.capability % 10); break;
         case 81: *value = 228 << 10; break;                                // shared memory of a multiprocessor
