@@ -73,16 +73,23 @@ template <typename T> struct Attention {
         return out + (row * n_heads + head(item, i)) * head_dim;
     }
 
-    // The logit, in base 2, of a product q k.
+    // The logit, in base 2, of a product q k. Rounded by itself: where a compiler fuses it with the subtraction of the maximum in
+    // one path and not in another, masked and unmasked tiles would give the same product different weights.
     __device__ __forceinline__ f32 logit(f32 dot) const {
-        if (soft_cap == 0.0f) return dot * (scale * LOG2_E);
+        return soft_cap == 0.0f ? __fmul_rn(dot, scale * LOG2_E) : capped_logit(dot);
+    }
+    __device__ __forceinline__ f32 capped_logit(f32 dot) const {
         // tanh y = 1 - 2 / (1 + e^(2 y)); the exponential may become infinite, which gives 1.
         const f32 twice = dot * (scale / soft_cap * (2.0f * LOG2_E));
-        return soft_cap * LOG2_E * (1.0f - 2.0f / (1.0f + exp2_approx(twice)));
+        return __fmul_rn(soft_cap * LOG2_E, 1.0f - __fdividef(2.0f, 1.0f + exp2_approx(twice)));
     }
 
+    // First token that a query sees.
+    __device__ __forceinline__ u32 first_seen(u32 position) const {
+        return window == 0 || position < window ? 0 : position + 1 - window;
+    }
     __device__ __forceinline__ bool sees(u32 position, u32 token) const {
-        return token <= position && (window == 0 || position - token < window);
+        return token <= position && token >= first_seen(position);
     }
 };
 
@@ -107,17 +114,35 @@ __device__ __forceinline__ void softmax_step(
     const u32 t = threadIdx.x % 4;
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
+        // One branch a row, not one an element: those in between would keep elements from being computed together.
+        if (op.soft_cap == 0.0f) {
+            const f32 factor = op.scale * LOG2_E;
+#pragma unroll
+            for (u32 n = 0; n < N / 8; n++)
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) score[n][2 * r + i] = __fmul_rn(score[n][2 * r + i], factor);
+        } else {
+#pragma unroll
+            for (u32 n = 0; n < N / 8; n++)
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) score[n][2 * r + i] = op.capped_logit(score[n][2 * r + i]);
+        }
+        if (!all_is_seen) {
+            const u32 begin = op.first_seen(positions[r]), end = min(kv_end, positions[r] + 1);
+#pragma unroll
+            for (u32 n = 0; n < N / 8; n++)
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    const u32 token = first + n * 8 + 2 * t + i;
+                    f32& x = score[n][2 * r + i];
+                    x = (token >= begin) & (token < end) ? x : -BATON_INFINITY;
+                }
+        }
         f32 top = maximum[r];
 #pragma unroll
         for (u32 n = 0; n < N / 8; n++)
 #pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                const u32 token = first + n * 8 + 2 * t + i;
-                f32& x = score[n][2 * r + i];
-                x = op.logit(x);
-                if (!all_is_seen && !(token < kv_end && op.sees(positions[r], token))) x = -BATON_INFINITY;
-                top = fmaxf(top, x);
-            }
+            for (u32 i = 0; i < 2; i++) top = fmaxf(top, score[n][2 * r + i]);
         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
         const f32 reference = reference_of(top);

@@ -7,7 +7,7 @@
 // 16 * head_dim * 2 bytes. S = Q K^T and P V are mma.m16n8k16.
 // Bound: bytes, 4 * head_dim a token and KV head. Rows of the tile beyond the group are waste that the tensor cores have to spare.
 // Bits: depend on where the plan cuts; deterministic mode uses attention_prefill instead.
-// Versions: one. Not measured yet, no card.
+// Versions: two (docs/kernels.md). Not measured yet, no card.
 #include "attention.cuh"
 
 constexpr u32 TILE = 16;    // tokens of a warp's tile, and packed queries of an item

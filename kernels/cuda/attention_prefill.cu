@@ -8,8 +8,8 @@
 // Bound: FLOPs, 4 * head_dim a query, head and visible token.
 // Bits: a query's state runs over tiles in order, tiles begin at multiples of KEYS, and what a tile holds beyond what the
 // query sees changes nothing; so neither the chunk nor the place in the tile shows, as long as cuts lie at fixed positions.
-// Versions: one. Not measured yet, no card. To try: 128 x 64 for heads of 128 where shared memory allows (sm_80, sm_90a),
-// wgmma with TMA on sm_90a, results through shared memory to 16-byte stores.
+// Versions: two (docs/kernels.md). Not measured yet, no card. To try: 128 x 64 for heads of 128 where shared memory allows
+// (sm_80, sm_90a), wgmma with TMA on sm_90a, results through shared memory to 16-byte stores.
 #include "attention.cuh"
 
 template <u32 D> struct Shape {

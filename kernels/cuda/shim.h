@@ -411,6 +411,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(
 inline float __uint_as_float(unsigned x) { return baton_shim::f32_of_bits(x); }
 inline unsigned __float_as_uint(float x) { return baton_shim::bits_of(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 // Built with -ffp-contract=off, so these are what they say.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
