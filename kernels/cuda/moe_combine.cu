@@ -9,6 +9,7 @@ template <typename T, u32 W>
 __device__ __forceinline__ void combine_run(T* to, const T* y, const u32* slots, const f32* weights, u32 top_k, u32 cols, u32 i) {
     f32 sums[W] = {};
     for (u32 choice = 0; choice < top_k; choice++) {
+        if (slots[choice] == NONE) continue;
         const T* from = y + static_cast<u64>(slots[choice]) * cols + i;
         if constexpr (W == 1) {
             sums[0] += weights[choice] * to_f32(from[0]);
@@ -32,7 +33,7 @@ template <typename T>
 __device__ __forceinline__ void moe_combine(
     T* out,                      // [rows, cols]
     const T* y,                  // [n_pairs, cols], by slot
-    const u32* slot_of_pair,     // [rows, top_k], experts ascending
+    const u32* slot_of_pair,     // [rows, top_k], experts ascending, or NONE
     const f32* weights,          // [rows, top_k]
     u32 top_k, u32 cols) {
     const u64 row = blockIdx.x;

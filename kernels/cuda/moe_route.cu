@@ -1,11 +1,13 @@
 // Which experts each token goes to and with what weight: the top_k of the router's logits, of equal ones the smaller number,
-// weighted by the softmax over all experts or over those chosen. Written in ascending order of experts.
+// weighted by the softmax over all experts or over those chosen. Written in ascending order of experts. A row that is no token
+// goes to none, so that no expert is read for it.
 //
 // Split: a warp a row, 4 rows a CTA; a row's logits lie in shared memory. Bound: latency; top_k passes over n_experts / 32 a lane.
 // Versions: one. Not measured yet, no card.
 #include "prelude.cuh"
 
 constexpr u32 N_WARPS = 4;
+constexpr u64 NO_SLOT = ~static_cast<u64>(0);    // as of rope_append
 
 // Larger floats have larger keys; 0 is below every number's.
 __device__ __forceinline__ u32 order_key(f32 x) {
@@ -15,13 +17,21 @@ __device__ __forceinline__ u32 order_key(f32 x) {
 
 template <typename T>
 __device__ __forceinline__ void moe_route(
-    u32* experts,       // [rows, top_k]
+    u32* experts,       // [rows, top_k]; NONE of a row that is no token
     f32* weights,       // [rows, top_k]
     const T* logits,    // [rows, n_experts]
-    u32 n_rows, u32 n_experts, u32 top_k, u32 renormalize) {
+    u32 n_rows, u32 n_experts, u32 top_k, u32 renormalize,
+    const u64* slots) {    // [rows], of the cache, or null: every row is a token
     BATON_DYNAMIC_SHARED(u32, shared);    // [N_WARPS, n_experts]: keys, 0 once chosen
     const u32 lane = threadIdx.x % WARP, row = blockIdx.x * N_WARPS + threadIdx.x / WARP;
     if (row >= n_rows) return;
+    if (slots != nullptr && slots[row] == NO_SLOT) {
+        if (lane < top_k) {
+            experts[static_cast<u64>(row) * top_k + lane] = NONE;
+            weights[static_cast<u64>(row) * top_k + lane] = 0.0f;
+        }
+        return;
+    }
     u32* keys = shared + threadIdx.x / WARP * n_experts;
     const T* of_row = logits + static_cast<u64>(row) * n_experts;
     f32 maximum = -BATON_INFINITY;
@@ -65,8 +75,9 @@ __device__ __forceinline__ void moe_route(
 
 #define MOE_ROUTE(T)                                                                                                       \
     extern "C" __global__ void __launch_bounds__(128) moe_route_##T(u32* experts, f32* weights, const T* logits, u32 n_rows,   \
-                                                                    u32 n_experts, u32 top_k, u32 renormalize) {           \
-        moe_route<T>(experts, weights, logits, n_rows, n_experts, top_k, renormalize);                                     \
+                                                                    u32 n_experts, u32 top_k, u32 renormalize,             \
+                                                                    const u64* slots) {                                    \
+        moe_route<T>(experts, weights, logits, n_rows, n_experts, top_k, renormalize, slots);                              \
     }                                                                                                                      \
     BATON_EXPORT(moe_route_##T)
 

@@ -8,6 +8,8 @@
 // Versions: one. Not measured yet, no card.
 #include "prelude.cuh"
 
+constexpr u64 NO_SLOT = ~static_cast<u64>(0);    // of a row that is no token and is left alone
+
 template <typename T, u32 W> struct alignas(W * sizeof(T)) Run {
     T x[W];
 };
@@ -23,7 +25,7 @@ template <typename T> struct Operands {
     T* key;                       // [n_blocks, n_kv_heads, 1 << block_shift, head_dim]
     T* value;                     // likewise
     const u32* positions;         // [rows], each below max_positions
-    const u64* slots;             // [rows], block << block_shift | offset in the block
+    const u64* slots;             // [rows], block << block_shift | offset in the block, or NO_SLOT
     const u32* rope_variants;     // [rows]
     const f32* cos;               // [n_variants, max_positions, half_dim]
     const f32* sin;               // likewise
@@ -68,6 +70,7 @@ template <typename T, u32 W> __device__ __forceinline__ void append_row(const Op
     const u32 n_rotated = op.n_heads + op.n_kv_heads;
     T* row = op.qkv + static_cast<u64>(blockIdx.x) * (n_rotated + op.n_kv_heads) * op.head_dim;
     const u64 slot = op.slots[blockIdx.x];
+    if (slot == NO_SLOT) return;
     const u64 block = slot >> op.block_shift, offset = slot & ((1u << op.block_shift) - 1);
     const u64 angles =
         (static_cast<u64>(op.rope_variants[blockIdx.x]) * op.max_positions + op.positions[blockIdx.x]) * op.half_dim;

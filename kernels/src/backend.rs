@@ -35,6 +35,15 @@ impl RaggedBatch<'_> {
     }
 }
 
+/// How a step is queued while it is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordingRun {
+    /// It runs, so that everything is loaded and chosen that a recording needs.
+    WarmUp,
+    /// It is recorded and does not run.
+    Capture,
+}
+
 /// Attention reads no token before the first that a step's first query sees, rounded down to a multiple of this; blocks that
 /// lie before it need not be there.
 pub const WINDOW_GRAIN: usize = 64;
@@ -241,6 +250,40 @@ pub trait Backend: Sized + Send + 'static {
 
     /// `out[i] = x[rows[i]]`.
     fn gather_rows(&self, out: &mut Self::Tensor, x: &Self::Tensor, rows: &[usize]);
+
+    /// Rows of the decode steps that the device would have recorded, ascending; none where that gains nothing.
+    ///
+    /// A decode step has one new token for each sequence, and all rows are wanted. It is recorded by queueing its operators
+    /// between [`Backend::begin_recording`] and [`Backend::end_recording`], once for each [`RecordingRun`], with as many ids,
+    /// sequences and wanted rows as there are rows. What these are does not matter: a recording knows only their number.
+    fn recordable_rows(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
+    /// Begins to record a step of the batches of each layer group, in order; operators are told of them by where they lie.
+    ///
+    /// # Errors
+    /// The device cannot record. Nothing has changed then.
+    fn begin_recording(&self, batches: &[RaggedBatch<'_>], run: RecordingRun) -> Result<(), KernelError> {
+        let _ = (batches, run);
+        Ok(())
+    }
+
+    /// Ends the recording; the step leaves its result in `out`.
+    ///
+    /// # Errors
+    /// Something of the step cannot be recorded. Nothing has changed then.
+    fn end_recording(&self, out: &Self::Tensor, run: RecordingRun) -> Result<(), KernelError> {
+        let _ = (out, run);
+        Ok(())
+    }
+
+    /// Queues a recorded decode step of at least as many rows as there are ids, with the batches of each layer group, and leaves
+    /// their rows in `out`. `false`, and nothing is done, where there is none that would serve.
+    fn replay(&self, out: &mut Self::Tensor, ids: &[u32], batches: &[RaggedBatch<'_>], kv: &mut KvCache) -> bool {
+        let _ = (out, ids, batches, kv);
+        false
+    }
 
     /// The activation's elements on the host, `[rows, cols]` row major; waits for the device.
     fn to_host<'a>(&self, x: &'a Self::Tensor) -> std::borrow::Cow<'a, [f32]>;

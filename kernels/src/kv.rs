@@ -250,6 +250,20 @@ impl KvCache {
         );
     }
 
+    /// As [`KvCache::claim_append`], of every layer at once.
+    pub(crate) fn claim_append_in_all_layers(&mut self, block: u32) {
+        if self.is_pinned(block) {
+            for layer in 0..self.layout().n_layers {
+                let pins = self.memory.layer_pins[self.memory.pin_index(layer, block)].load(Ordering::Acquire);
+                assert!(
+                    pins == 0,
+                    "append to layer {layer}, block {block}, which is pinned {pins} times"
+                );
+            }
+        }
+        self.claim_append(0, block);
+    }
+
     /// Checks that the forward pass may read these blocks of a layer for as long as it borrows the cache.
     pub(crate) fn assert_readable(&self, layer: usize, blocks: &[u32]) {
         for block in blocks {

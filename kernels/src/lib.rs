@@ -20,7 +20,7 @@ pub mod reference;
 
 pub use allocator::keep_freed_memory;
 pub use backend::{
-    Activation, AttentionParams, Backend, ExpertNames, MoeParams, QkNorm, RaggedBatch, RaggedSequence,
+    Activation, AttentionParams, Backend, ExpertNames, MoeParams, QkNorm, RaggedBatch, RaggedSequence, RecordingRun,
     RopeAppendParams, RopeParams, WINDOW_GRAIN,
 };
 pub use cpu::{Cpu, CpuOptions, Isa};

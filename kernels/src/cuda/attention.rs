@@ -1,11 +1,13 @@
 //! Attention over the paged cache: the step's work is planned once for each kind of layer, and the plan's kernels are queued
 //! for every layer of that kind.
 
+use std::ops::Range;
+
 use super::batch::DeviceBatch;
 use super::function::Args;
 use super::launch::Launch;
 use super::opened::{Cuda, CudaMode};
-use super::plan::{Plan, Sequence, Shape, Splits};
+use super::plan::{Item, Merge, Plan, Sequence, Shape, Splits};
 use super::tensor::{CudaTensor, CudaVector};
 use crate::backend::{AttentionParams, RaggedBatch, WINDOW_GRAIN};
 use crate::kv::KvCache;
@@ -21,17 +23,52 @@ const CTAS_PER_MULTIPROCESSOR: u32 = 2;
 pub(super) struct DevicePlan {
     shape: Shape,
     decode: Work,
+    waves: Vec<DeviceWave>,
+    n_partial_rows: usize,
+}
+
+/// What runs together; see [`super::plan::Wave`].
+#[derive(Clone, Copy)]
+struct DeviceWave {
     prefill: Work,
     merge: Work,
     merge_launch: Launch,
-    n_partial_rows: usize,
 }
 
 #[derive(Clone, Copy)]
 struct Work {
-    /// Items or merges.
     at: u64,
+    /// Items or merges.
     n: u32,
+}
+
+/// Where a plan's lists are on the device.
+#[derive(Clone, Copy)]
+pub(super) struct PlanAddresses {
+    pub(super) decode: u64,
+    pub(super) prefill: u64,
+    pub(super) merges: u64,
+}
+
+impl DevicePlan {
+    /// `n_partial_rows` are at least those of the plan.
+    pub(super) fn new(plan: &Plan, shape: Shape, at: PlanAddresses, n_partial_rows: u32) -> DevicePlan {
+        let work = |at: u64, range: &Range<usize>, size: usize| Work {
+            at: at + (range.start * size) as u64,
+            n: range.len() as u32,
+        };
+        let waves = plan.waves.iter().map(|wave| DeviceWave {
+            prefill: work(at.prefill, &wave.prefill, size_of::<Item>()),
+            merge: work(at.merges, &wave.merges, size_of::<Merge>()),
+            merge_launch: plan.merge_launch(shape, wave.merges.len()),
+        });
+        DevicePlan {
+            shape,
+            decode: work(at.decode, &(0..plan.decode.len()), size_of::<Item>()),
+            waves: waves.collect(),
+            n_partial_rows: n_partial_rows as usize,
+        }
+    }
 }
 
 /// What does not change within a layer kind, as kernels take it.
@@ -68,14 +105,8 @@ impl Cuda {
             self.head_dim
         );
         let to = out.resize("attention", qkv.rows(), params.n_heads * layout.head_dim);
-        let shape = Shape {
-            n_heads: params.n_heads as u32,
-            n_kv_heads: layout.n_kv_heads as u32,
-            head_dim: layout.head_dim as u32,
-            // A window of more tokens than there can be shows all.
-            window: params.window.and_then(|window| u32::try_from(window).ok()),
-            kernels: self.kernels.attention.kind(),
-        };
+        let heads = [params.n_heads, layout.n_kv_heads];
+        let shape = Shape::new(heads, layout.head_dim, params.window, self.kernels.attention.kind());
         let (key, value) = kv.layer_addresses(layer).expect("the cache is on the device");
         kv.queue_work();
         self.with_plan(batch, layout, shape, layer, kv, |on_device, plan| {
@@ -133,18 +164,18 @@ impl Cuda {
         // SAFETY: the caller's promise.
         unsafe {
             kernels.launch_decode(stream, plan.decode.n, shape.head_dim, &args(plan.decode));
-            kernels.launch_prefill(stream, plan.prefill.n, shape.head_dim, &args(plan.prefill));
-            if plan.merge.n > 0 {
+            for wave in &plan.waves {
+                kernels.launch_prefill(stream, wave.prefill.n, shape.head_dim, &args(wave.prefill));
                 let args = Args::new()
                     .address(operands.out)
                     .address(operands.partial_out)
                     .address(operands.partial_stats)
-                    .address(plan.merge.at)
+                    .address(wave.merge.at)
                     .address(operands.sinks)
                     .u32(shape.n_heads)
                     .u32(shape.n_kv_heads)
                     .u32(shape.head_dim);
-                self.kernels.attention_merge.launch(stream, plan.merge_launch, &args);
+                self.kernels.attention_merge.launch(stream, wave.merge_launch, &args);
             }
         }
     }
@@ -160,6 +191,10 @@ impl Cuda {
         let idx = match batches.iter().position(|known| known.is_of(batch, layout)) {
             Some(idx) => idx,
             None => {
+                assert!(
+                    self.recording.borrow().is_none(),
+                    "a recorded step has a batch that it did not begin with"
+                );
                 batches.push(DeviceBatch::upload(&mut self.uploads.borrow_mut(), batch, layout));
                 batches.len() - 1
             }
@@ -181,6 +216,10 @@ impl Cuda {
             let idx = match on_device.plans.iter().position(|plan| plan.shape == shape) {
                 Some(idx) => idx,
                 None => {
+                    assert!(
+                        self.recording.borrow().is_none(),
+                        "a recorded step has attention of {shape:?}, which no layer group was said to have"
+                    );
                     assert_readable(batch, layout, shape, layer, kv);
                     on_device.plans.push(self.plan(batch, shape));
                     on_device.plans.len() - 1
@@ -207,32 +246,33 @@ impl Cuda {
                 planned
             })
             .collect();
-        let splits = match self.mode {
+        let scratch = &mut *self.scratch.borrow_mut();
+        let plan: &mut Plan = &mut scratch.plan;
+        plan.refresh(shape, self.splits(), &sequences);
+        let mut uploads = self.uploads.borrow_mut();
+        let at = PlanAddresses {
+            decode: uploads.put(&plan.decode),
+            prefill: uploads.put(&plan.prefill),
+            merges: uploads.put(&plan.merges),
+        };
+        DevicePlan::new(plan, shape, at, plan.n_partial_rows)
+    }
+
+    /// Where contexts are cut.
+    pub(super) fn splits(&self) -> Splits {
+        match self.mode {
             CudaMode::Fast => Splits::Balanced {
                 n_ctas: self.device.n_multiprocessors * CTAS_PER_MULTIPROCESSOR,
             },
             CudaMode::Deterministic => Splits::Fixed {
                 tokens: FIXED_SPLIT_TOKENS,
             },
-        };
-        let scratch = &mut *self.scratch.borrow_mut();
-        let plan: &mut Plan = &mut scratch.plan;
-        plan.refresh(shape, splits, &sequences);
-        let mut uploads = self.uploads.borrow_mut();
-        let work = |at: u64, n: usize| Work { at, n: n as u32 };
-        DevicePlan {
-            shape,
-            decode: work(uploads.put(&plan.decode), plan.decode.len()),
-            prefill: work(uploads.put(&plan.prefill), plan.prefill.len()),
-            merge: work(uploads.put(&plan.merges), plan.merges.len()),
-            merge_launch: plan.merge_launch(shape),
-            n_partial_rows: plan.n_partial_rows as usize,
         }
     }
 }
 
 /// Nobody writes the blocks that the layer's queries see.
-fn assert_readable(batch: RaggedBatch<'_>, layout: KvLayout, shape: Shape, layer: usize, kv: &KvCache) {
+pub(super) fn assert_readable(batch: RaggedBatch<'_>, layout: KvLayout, shape: Shape, layer: usize, kv: &KvCache) {
     for sequence in batch.sequences {
         let end = layout.blocks_for(sequence.start_pos + sequence.n_tokens);
         let first_seen = shape

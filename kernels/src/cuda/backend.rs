@@ -5,12 +5,14 @@ use std::borrow::Cow;
 
 use super::function::Args;
 use super::gemm::Product;
+use super::graphs::DecodeGraphs;
 use super::launch;
 use super::opened::{Cuda, CudaMode};
 use super::tensor::{CudaExperts, CudaMatrix, CudaRope, CudaTensor, CudaVector, Expert};
 use super::weights::upload;
 use crate::backend::{
-    Activation, AttentionParams, Backend, ExpertNames, MoeParams, RaggedBatch, RopeAppendParams, RopeParams,
+    Activation, AttentionParams, Backend, ExpertNames, MoeParams, RaggedBatch, RecordingRun, RopeAppendParams,
+    RopeParams,
 };
 use crate::cpu::rope_table;
 use crate::error::KernelError;
@@ -42,7 +44,7 @@ impl Backend for Cuda {
     }
 
     fn logits(&self, max_rows: usize, cols: usize) -> Result<CudaTensor, KernelError> {
-        Ok(CudaTensor::new(&self.device, DType::F32, max_rows, cols)?)
+        Ok(CudaTensor::for_host(&self.device, DType::F32, max_rows, cols)?)
     }
 
     fn matrix(&self, weights: &PackedWeights, name: &str) -> Result<CudaMatrix, KernelError> {
@@ -127,7 +129,13 @@ impl Backend for Cuda {
             table.n_out
         );
         let to = out.resize("embed", ids.len(), table.n_in);
-        let ids_at = self.uploads.borrow_mut().put(ids);
+        let ids_at = match &*self.recording.borrow() {
+            Some(recording) => {
+                recording.assert_rows("embed", ids.len());
+                recording.ids
+            }
+            None => self.uploads.borrow_mut().put(ids),
+        };
         let args = Args::new()
             .address(to)
             .address(table.buffer.address())
@@ -342,8 +350,17 @@ impl Backend for Cuda {
             x.rows()
         );
         let to = out.resize("gather_rows", rows.len(), x.cols());
-        let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
-        let rows_at = self.uploads.borrow_mut().put(&rows);
+        let n_rows = rows.len();
+        let rows_at = match &*self.recording.borrow() {
+            Some(recording) => {
+                recording.assert_rows("gather_rows", n_rows);
+                recording.wanted_rows
+            }
+            None => {
+                let rows: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
+                self.uploads.borrow_mut().put(&rows)
+            }
+        };
         let args = Args::new()
             .address(to)
             .address(x.address())
@@ -353,13 +370,38 @@ impl Backend for Cuda {
         unsafe {
             self.kernels
                 .gather_rows
-                .launch(&self.device.compute, launch::rows(rows.len() as u32), &args)
+                .launch(&self.device.compute, launch::rows(n_rows as u32), &args)
         };
+    }
+
+    fn recordable_rows(&self) -> Vec<usize> {
+        self.graphs
+            .borrow()
+            .as_ref()
+            .map_or_else(Vec::new, DecodeGraphs::n_rows)
+    }
+
+    fn begin_recording(&self, batches: &[RaggedBatch<'_>], run: RecordingRun) -> Result<(), KernelError> {
+        Ok(self.start_recording(batches, run)?)
+    }
+
+    fn end_recording(&self, out: &CudaTensor, run: RecordingRun) -> Result<(), KernelError> {
+        Ok(self.stop_recording(out, run)?)
+    }
+
+    fn replay(&self, out: &mut CudaTensor, ids: &[u32], batches: &[RaggedBatch<'_>], kv: &mut KvCache) -> bool {
+        self.replay_step(out, ids, batches, kv)
     }
 
     fn to_host<'a>(&self, x: &'a CudaTensor) -> Cow<'a, [f32]> {
         let n = x.n_elements();
-        let host = x.host.get_or_init(|| self.fetch(x));
-        Cow::Borrowed(&bytemuck::cast_slice(host.as_slice())[..n])
+        if let Some(mut host) = x.spare.take() {
+            self.fetch(x, &mut host);
+            let _ = x.host.set(host);
+        }
+        match x.host.get() {
+            Some(host) => Cow::Borrowed(&bytemuck::cast_slice(host.as_slice())[..n]),
+            None => Cow::Owned(self.fetch_copy(x)),
+        }
     }
 }

@@ -5,6 +5,9 @@ use super::upload::Uploads;
 use crate::backend::{RaggedBatch, RaggedSequence};
 use crate::layout::KvLayout;
 
+/// The slot of a row that is no token.
+pub(super) const NO_SLOT: u64 = u64::MAX;
+
 /// Where the arrays of a batch are on the device.
 pub(super) struct DeviceBatch {
     of: Identity,
@@ -50,7 +53,7 @@ impl DeviceBatch {
             block_tables.extend_from_slice(sequence.block_table);
         }
         DeviceBatch {
-            of: Identity::of(batch, layout),
+            of: Identity::of(batch, layout.block_size),
             positions: uploads.put(&positions),
             slots: uploads.put(&slots),
             rope_variants: uploads.put(&rope_variants),
@@ -58,6 +61,26 @@ impl DeviceBatch {
             plans: Vec::new(),
             max_position: positions.iter().copied().max().unwrap_or(0) as usize,
             max_rope_variant: rope_variants.iter().copied().max().unwrap_or(0) as usize,
+        }
+    }
+
+    /// A batch whose arrays are elsewhere: positions, slots, rope variants and block tables at these addresses. What they hold
+    /// is checked by who fills them.
+    pub(super) fn at_fixed_addresses(
+        batch: RaggedBatch<'_>,
+        block_size: usize,
+        [positions, slots, rope_variants, block_tables]: [u64; 4],
+        plan: DevicePlan,
+    ) -> DeviceBatch {
+        DeviceBatch {
+            of: Identity::of(batch, block_size),
+            positions,
+            slots,
+            rope_variants,
+            block_tables,
+            plans: vec![plan],
+            max_position: 0,
+            max_rope_variant: 0,
         }
     }
 
@@ -75,9 +98,9 @@ impl DeviceBatch {
 }
 
 impl Identity {
-    fn of(batch: RaggedBatch<'_>, layout: KvLayout) -> Identity {
+    fn of(batch: RaggedBatch<'_>, block_size: usize) -> Identity {
         Identity {
-            block_size: layout.block_size,
+            block_size,
             sequences: batch.sequences.iter().map(told_by).collect(),
         }
     }

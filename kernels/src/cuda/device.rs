@@ -6,8 +6,9 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream};
+use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode, CUstreamCaptureStatus};
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
+use parking_lot::Mutex;
 
 use super::error::{CudaError, During as _};
 use super::green::GreenContext;
@@ -27,6 +28,8 @@ pub(crate) struct Device {
     pub(super) n_multiprocessors: u32,
     /// Where that is not all of the card; after the streams, which are in it.
     _share: Option<GreenContext>,
+    /// The first that was refused in the capture that is under way.
+    capture_failure: Mutex<Option<String>>,
 }
 
 impl Device {
@@ -67,7 +70,38 @@ impl Device {
             _share: share,
             context,
             card,
+            capture_failure: Mutex::default(),
         }))
+    }
+
+    /// Something that could not be queued: the end of everything, or where the stream is captured, of the capture.
+    pub(super) fn stop(&self, stream: &CudaStream, failure: String) {
+        if let Ok(CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE) | Err(_) = stream.capture_status() {
+            panic!("CUDA: {failure}");
+        }
+        self.capture_failure.lock().get_or_insert(failure);
+    }
+
+    /// Has what the compute stream is given from now on captured instead. Other threads may call the driver meanwhile.
+    pub(super) fn begin_capture(&self) -> Result<(), CudaError> {
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.compute.begin_capture(mode).during(|| "begin a capture".to_owned())
+    }
+
+    /// What was captured, ready to be launched.
+    pub(super) fn end_capture(&self) -> Result<CudaGraph, CudaError> {
+        let refused = |reason: String| CudaError::Call {
+            action: "capture work".to_owned(),
+            reason,
+        };
+        let graph = self.compute.end_capture(CUgraphInstantiate_flags(0));
+        if let Some(failure) = self.capture_failure.lock().take() {
+            return Err(refused(failure));
+        }
+        let graph = graph.during(|| "end a capture".to_owned())?;
+        let graph = graph.ok_or_else(|| refused("there was none".to_owned()))?;
+        graph.upload().during(|| "put a graph onto the device".to_owned())?;
+        Ok(graph)
     }
 
     /// Bytes of the card's memory that nobody has.

@@ -4,8 +4,9 @@ use std::ffi::CString;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdeviceptr, CUfunction_attribute};
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::{CudaStream, result};
 
+use super::device::Device;
 use super::error::{CudaError, During as _, words};
 use super::images::ImageOrigin;
 use super::launch::Launch;
@@ -15,7 +16,7 @@ const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 
 /// A loaded image; its kernels keep it.
 pub(super) struct Module {
-    context: Arc<CudaContext>,
+    device: Arc<Device>,
     raw: sys::CUmodule,
     name: String,
 }
@@ -29,17 +30,17 @@ impl Module {
     /// # Errors
     /// Bytes that are no image for this card.
     pub(super) fn load(
-        context: &Arc<CudaContext>,
+        device: &Arc<Device>,
         name: &str,
         image: &[u8],
         origin: &ImageOrigin,
     ) -> Result<Arc<Module>, CudaError> {
         let loading = || format!("load kernels {name} ({origin})");
-        context.bind_to_thread().during(loading)?;
+        device.context.bind_to_thread().during(loading)?;
         // SAFETY: a whole image: the compiler gave it, or its hash was compared. It says its own length.
         let raw = unsafe { result::module::load_data(image.as_ptr().cast()) }.during(loading)?;
         Ok(Arc::new(Module {
-            context: Arc::clone(context),
+            device: Arc::clone(device),
             raw,
             name: name.to_owned(),
         }))
@@ -81,7 +82,7 @@ impl Module {
 impl Drop for Module {
     fn drop(&mut self) {
         // The driver does not promise to wait for kernels that are still queued.
-        let _ = self.context.synchronize();
+        let _ = self.device.context.synchronize();
         // SAFETY: loaded once, unloaded once, when no function is left.
         let _ = unsafe { result::module::unload(self.raw) };
     }
@@ -135,7 +136,8 @@ impl Function {
         if launch.grid.contains(&0) {
             return;
         }
-        self.module.context.bind_to_thread().or_stop("use the context");
+        let device = &self.module.device;
+        device.context.bind_to_thread().or_stop("use the context");
         let mut params: [*mut std::ffi::c_void; Args::MAX] =
             std::array::from_fn(|idx| (&raw const args.values[idx]).cast_mut().cast());
         let [grid, block] = [launch.grid, launch.block].map(|[x, y, z]| (x, y, z));
@@ -152,7 +154,8 @@ impl Function {
             )
         };
         if let Err(error) = launched {
-            panic!("CUDA: cannot launch {} by {launch:?}: {}", self.name, words(error));
+            let failure = format!("cannot launch {} by {launch:?}: {}", self.name, words(error));
+            device.stop(stream, failure);
         }
     }
 }

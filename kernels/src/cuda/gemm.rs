@@ -36,7 +36,7 @@ pub(super) struct Product {
     pub(super) out: u64,
 }
 
-/// Products of one choice: rows up to the same power of two.
+/// Products of one choice: of as many rows once padded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Shape {
     max_rows: usize,
@@ -44,6 +44,14 @@ struct Shape {
     n_out: usize,
     dtype: DType,
     out_dtype: DType,
+}
+
+/// Rows to which a step's are thought padded: the finer sizes are those of recorded decode steps, which are padded indeed.
+fn row_class(rows: usize) -> usize {
+    match rows {
+        5..=256 => rows.next_multiple_of(8),
+        _ => rows.next_power_of_two(),
+    }
 }
 
 /// The library, its workspace and what was chosen.
@@ -92,7 +100,7 @@ impl Gemm {
         let problem = Problem::new(product).unwrap_or_else(|error| stop(error));
         self.device.context.bind_to_thread().or_stop("use the context");
         let shape = Shape {
-            max_rows: product.rows.next_power_of_two(),
+            max_rows: row_class(product.rows),
             n_in: product.n_in,
             n_out: product.n_out,
             dtype: product.dtype,
@@ -110,7 +118,8 @@ impl Gemm {
         };
         // SAFETY: the caller's promise.
         if let Err(error) = unsafe { self.queue(&problem, product, &algorithm) } {
-            stop(error);
+            let failure = format!("cannot multiply {product:?}: {error}");
+            self.device.stop(&self.device.compute, failure);
         }
     }
 

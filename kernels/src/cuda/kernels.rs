@@ -203,7 +203,7 @@ impl MoeKernels {
     fn load(loader: &mut Loader, dtype: DType) -> Result<MoeKernels, KernelError> {
         let linear = loader.function(&format!("moe_linear_{dtype}"), None, 10)?;
         Ok(MoeKernels {
-            route: loader.function(&format!("moe_route_{dtype}"), None, 7)?,
+            route: loader.function(&format!("moe_route_{dtype}"), None, 8)?,
             permute: loader.function("moe_permute", None, 8)?,
             linear: linear.with_shared(launch::moe_linear(1, 1).shared_bytes)?,
             combine: loader.function(&format!("moe_combine_{dtype}"), None, 6)?,
@@ -298,7 +298,7 @@ impl Loader {
             Some(module) => Arc::clone(module),
             None => {
                 let (image, origin) = self.images.get(&unit)?;
-                let module = Module::load(&self.device.context, &unit.name, &image, &origin)?;
+                let module = Module::load(&self.device, &unit.name, &image, &origin)?;
                 self.origins.push((unit.name.clone(), origin));
                 self.modules.insert(unit.name.clone(), Arc::clone(&module));
                 module

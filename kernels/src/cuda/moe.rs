@@ -1,12 +1,16 @@
 //! Mixtures of experts: routing, the rows sorted by expert, one grouped product for each half, and the weighted sum of each
 //! row's experts in ascending order of their numbers.
 
+use super::device::Device;
+use super::error::CudaError;
 use super::function::Args;
 use super::launch;
+use super::limits::ExpertLimits;
 use super::opened::Cuda;
 use super::scratch::Growing;
 use super::tensor::{CudaExperts, CudaTensor};
 use crate::backend::MoeParams;
+use crate::layout::DType;
 
 /// What the routing kernel takes.
 const MAX_EXPERTS: usize = 1024;
@@ -33,6 +37,58 @@ pub(super) struct Scratch {
     ffn: Growing,
     /// `[n_pairs, hidden]`
     y: Growing,
+}
+
+/// Bytes of each field of [`Scratch`].
+struct ScratchBytes {
+    pairs: usize,
+    offsets: usize,
+    tiles: usize,
+    gate_up: usize,
+    ffn: usize,
+    y: usize,
+}
+
+impl ScratchBytes {
+    fn new(n_rows: usize, experts: ExpertLimits, dtype: DType) -> ScratchBytes {
+        let ExpertLimits {
+            n_experts,
+            top_k,
+            hidden,
+            ffn,
+        } = experts;
+        let n_pairs = n_rows * top_k;
+        ScratchBytes {
+            pairs: n_pairs * 4,
+            offsets: (n_experts + 1) * 4,
+            tiles: launch::moe_tiles(n_pairs as u32, n_experts as u32) as usize * 2 * 4,
+            gate_up: n_pairs * 2 * ffn * dtype.size(),
+            ffn: n_pairs * ffn * dtype.size(),
+            y: n_pairs * hidden * dtype.size(),
+        }
+    }
+}
+
+impl Scratch {
+    /// For up to `n_rows`.
+    pub(super) fn reserve(
+        &mut self,
+        device: &Device,
+        n_rows: usize,
+        experts: ExpertLimits,
+        dtype: DType,
+    ) -> Result<(), CudaError> {
+        let bytes = ScratchBytes::new(n_rows, experts, dtype);
+        self.experts.reserve(device, bytes.pairs)?;
+        self.weights.reserve(device, bytes.pairs)?;
+        self.offsets.reserve(device, bytes.offsets)?;
+        self.pair_of_slot.reserve(device, bytes.pairs)?;
+        self.slot_of_pair.reserve(device, bytes.pairs)?;
+        self.tiles.reserve(device, bytes.tiles)?;
+        self.gate_up.reserve(device, bytes.gate_up)?;
+        self.ffn.reserve(device, bytes.ffn)?;
+        self.y.reserve(device, bytes.y)
+    }
 }
 
 impl Cuda {
@@ -75,17 +131,23 @@ impl Cuda {
         let max_tiles = launch::moe_tiles(n_pairs as u32, n_experts as u32) as usize;
         let device = &self.device;
         let stream = &device.compute;
-        let element = self.dtype.size();
+        let limits = ExpertLimits {
+            n_experts,
+            top_k,
+            hidden,
+            ffn: width,
+        };
+        let bytes = ScratchBytes::new(rows, limits, self.dtype);
         let scratch = &mut self.scratch.borrow_mut().moe;
-        let chosen = scratch.experts.at_least(device, n_pairs * 4);
-        let weights = scratch.weights.at_least(device, n_pairs * 4);
-        let offsets = scratch.offsets.at_least(device, (n_experts + 1) * 4);
-        let pair_of_slot = scratch.pair_of_slot.at_least(device, n_pairs * 4);
-        let slot_of_pair = scratch.slot_of_pair.at_least(device, n_pairs * 4);
-        let tiles = scratch.tiles.at_least(device, max_tiles * 2 * 4);
-        let gate_up = scratch.gate_up.at_least(device, n_pairs * 2 * width * element);
-        let ffn = scratch.ffn.at_least(device, n_pairs * width * element);
-        let y = scratch.y.at_least(device, n_pairs * hidden * element);
+        let chosen = scratch.experts.at_least(device, bytes.pairs);
+        let weights = scratch.weights.at_least(device, bytes.pairs);
+        let offsets = scratch.offsets.at_least(device, bytes.offsets);
+        let pair_of_slot = scratch.pair_of_slot.at_least(device, bytes.pairs);
+        let slot_of_pair = scratch.slot_of_pair.at_least(device, bytes.pairs);
+        let tiles = scratch.tiles.at_least(device, bytes.tiles);
+        let gate_up = scratch.gate_up.at_least(device, bytes.gate_up);
+        let ffn = scratch.ffn.at_least(device, bytes.ffn);
+        let y = scratch.y.at_least(device, bytes.y);
         let kernels = self.kernels.moe.get().expect("loaded with the experts");
 
         let route = Args::new()
@@ -95,7 +157,8 @@ impl Cuda {
             .u32(rows as u32)
             .u32(n_experts as u32)
             .u32(top_k as u32)
-            .u32(u32::from(params.renormalize));
+            .u32(u32::from(params.renormalize))
+            .address(self.recorded_slots("moe", rows));
         let permute = Args::new()
             .address(offsets)
             .address(pair_of_slot)

@@ -13,10 +13,12 @@ use super::device::Device;
 use super::error::{CudaError, During as _};
 use super::function::Args;
 use super::gemm::{Gemm, Product};
+use super::graphs::{DecodeGraphs, Recording};
 use super::images::{ImageFolders, ImageOrigin};
 use super::kernels::Kernels;
 use super::kv::DeviceKv;
 use super::launch;
+use super::limits::StepLimits;
 use super::place::{CudaKvArena, CudaPlace};
 use super::probe::CudaCard;
 use super::scratch::Scratch;
@@ -57,12 +59,15 @@ pub struct CudaOptions {
 /// The CUDA device of one step thread. A failure of the card or its driver while a step runs panics with one line: the
 /// context is lost, and with it everything that it held.
 pub struct Cuda {
+    /// Once limits are known. Goes before what it launches.
+    pub(super) graphs: RefCell<Option<DecodeGraphs>>,
     pub(super) kernels: Kernels,
     gemm: Option<Gemm>,
     pub(super) uploads: RefCell<Uploads>,
     /// Of the step that is being queued.
     pub(super) batches: RefCell<Vec<DeviceBatch>>,
     pub(super) scratch: RefCell<Scratch>,
+    pub(super) recording: RefCell<Option<Recording>>,
     pub(super) dtype: DType,
     pub(super) mode: CudaMode,
     pub(super) head_dim: usize,
@@ -97,6 +102,8 @@ impl Cuda {
             uploads: RefCell::new(Uploads::new(Arc::clone(&device))),
             batches: RefCell::default(),
             scratch: RefCell::default(),
+            graphs: RefCell::default(),
+            recording: RefCell::default(),
             head_dim: options.head_dim,
             dtype,
             mode,
@@ -126,6 +133,24 @@ impl Cuda {
     /// A driver that does not say.
     pub fn free_bytes(&self) -> Result<usize, KernelError> {
         Ok(self.device.free_bytes()?)
+    }
+
+    /// Sets aside what operators need between their kernels for any step within `limits`, before the KV cache takes what is
+    /// left. From then on a step allocates nothing, and one beyond the limits panics.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn reserve(&self, limits: &StepLimits) -> Result<(), KernelError> {
+        let (kernels, splits) = (self.kernels.attention.kind(), self.splits());
+        let plan = limits.plan_size(kernels, splits);
+        self.scratch
+            .borrow_mut()
+            .reserve(&self.device, limits, plan, self.dtype)?;
+        let graphs = DecodeGraphs::new(&self.device, limits, kernels, splits, plan)?;
+        let n_bytes = limits.upload_bytes(plan) + graphs.table_bytes();
+        self.uploads.borrow_mut().reserve(n_bytes)?;
+        *self.graphs.borrow_mut() = Some(graphs);
+        Ok(())
     }
 
     /// A KV cache in the card's memory.
@@ -258,17 +283,27 @@ impl Cuda {
         }
     }
 
+    /// The tensor as f32; waits for everything queued.
+    pub(super) fn fetch_copy(&self, x: &CudaTensor) -> Vec<f32> {
+        let n_bytes = x.n_elements() * size_of::<f32>();
+        if n_bytes == 0 {
+            return Vec::new();
+        }
+        // Not at hand twice: what is fetched is widened in the same scratch.
+        let mut landing = std::mem::take(&mut self.scratch.borrow_mut().landing);
+        let host = landing.at_least(&self.device, n_bytes);
+        self.fetch(x, host);
+        let values = bytemuck::cast_slice(&host.as_slice()[..n_bytes]).to_vec();
+        self.scratch.borrow_mut().landing = landing;
+        values
+    }
+
     /// The tensor as f32 in pinned memory; waits for everything queued.
-    pub(super) fn fetch(&self, x: &CudaTensor) -> PinnedBuffer {
+    pub(super) fn fetch(&self, x: &CudaTensor, host: &mut PinnedBuffer) {
         let fetching = "copy a tensor to the host";
         let n_bytes = x.n_elements() * size_of::<f32>();
-        let spare = x.spare.take().filter(|spare| spare.n_bytes() >= n_bytes);
-        let mut host = spare.unwrap_or_else(|| {
-            PinnedBuffer::new(&self.device.context, x.max_elements() * size_of::<f32>())
-                .unwrap_or_else(|error| panic!("CUDA: {error}"))
-        });
         if n_bytes == 0 {
-            return host;
+            return;
         }
         let from = match (&self.kernels.to_f32, x.dtype) {
             (Some(convert), dtype) if dtype != DType::F32 => {
@@ -286,7 +321,6 @@ impl Cuda {
         // SAFETY: as many bytes at both, and the host's are not touched before they are waited for.
         unsafe { result::memcpy_dtoh_async(to, from, self.device.compute.cu_stream()) }.or_stop(fetching);
         self.device.compute.synchronize().or_stop(fetching);
-        host
     }
 
     /// `out = act(gate) * up`.

@@ -1,6 +1,8 @@
 //! How a step's attention is cut into work items of nearly equal size, and which partial results are joined afterwards
 //! (FlashInfer's plan and run, Ye et al., arXiv:2501.01005). Pure and without allocation once warm; launches nothing.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use super::launch::{self, Launch};
@@ -117,18 +119,31 @@ pub struct Sequence {
 /// A step's attention as work items. Kept between steps and refreshed in place.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// For `attention_decode`.
+    /// For `attention_decode`, before everything else.
     pub decode: Vec<Item>,
     /// For `attention_prefill`, or `attention_scalar`.
     pub prefill: Vec<Item>,
-    /// For `attention_merge`, after both.
+    /// For `attention_merge`.
     pub merges: Vec<Merge>,
-    /// Rows of the partial state that the items use.
+    /// What runs together, one after the other.
+    pub waves: Vec<Wave>,
+    /// Rows of the partial state that the items use: of the largest wave.
     pub n_partial_rows: u32,
+    max_partial_rows: Option<u32>,
     tiles: Vec<Item>,
 }
 
-/// Grid sizes that every plan of a kind stays within: what a captured graph is built for.
+/// Items and then the merges of their partial states, which no other wave sees: a later one uses the same rows. There is one,
+/// unless the plan's partial rows are bounded and its splits fixed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wave {
+    /// Of [`Plan::prefill`].
+    pub prefill: Range<usize>,
+    /// Of [`Plan::merges`].
+    pub merges: Range<usize>,
+}
+
+/// Sizes that every plan of a kind stays within: what a captured graph is built for, and what memory is set aside for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlanSize {
     /// Items for `attention_decode`.
@@ -149,6 +164,22 @@ enum Kernel {
 }
 
 impl Shape {
+    pub(super) fn new(
+        [n_heads, n_kv_heads]: [usize; 2],
+        head_dim: usize,
+        window: Option<usize>,
+        kernels: Kernels,
+    ) -> Shape {
+        Shape {
+            n_heads: n_heads as u32,
+            n_kv_heads: n_kv_heads as u32,
+            head_dim: head_dim as u32,
+            // A window of more tokens than there can be shows all.
+            window: window.and_then(|window| u32::try_from(window).ok()),
+            kernels,
+        }
+    }
+
     fn group(&self) -> u32 {
         self.n_heads / self.n_kv_heads
     }
@@ -179,12 +210,12 @@ impl PlanSize {
         let kernel = shape.kernel_of(splits, 1);
         let tile = shape.tile_queries(kernel);
         let n_tiles = n_sequences * shape.n_kv_heads * shape.group().div_ceil(tile);
-        let (n_items, n_partial_items) = match splits {
+        let (n_items, n_merges, n_partial_items) = match splits {
             // A tile that is cut has two parts at least, so those of all are at most twice what may be added.
-            Splits::Balanced { n_ctas } => (n_ctas.max(n_tiles + n_ctas / 2), n_ctas),
+            Splits::Balanced { n_ctas } => (n_ctas.max(n_tiles + n_ctas / 2), n_tiles.min(n_ctas / 2), n_ctas),
             Splits::Fixed { tokens } => {
                 let n_items = n_tiles * max_context.div_ceil(tokens);
-                (n_items, n_items)
+                (n_items, n_tiles, n_items)
             }
         };
         let (decode, prefill) = match kernel {
@@ -194,13 +225,75 @@ impl PlanSize {
         PlanSize {
             decode,
             prefill,
-            merges: n_tiles as usize,
+            merges: n_merges as usize,
             n_partial_rows: n_partial_items * tile.min(shape.group()),
         }
+    }
+
+    /// For any step of at most `n_sequences` with `n_rows` new tokens in all, none beyond `max_context`. Partial rows are those
+    /// of a plan bounded to [`PlanSize::least_partial_rows`] or `max_partial_rows`, whichever is more.
+    pub fn of_step(
+        shape: Shape,
+        splits: Splits,
+        n_sequences: u32,
+        n_rows: u32,
+        max_context: u32,
+        max_partial_rows: u32,
+    ) -> PlanSize {
+        let n_sequences = n_sequences.min(n_rows);
+        // Each sequence may have one tile that is not full.
+        let n_tiles = |tile: u32| shape.n_kv_heads as usize * (n_sequences + n_rows * shape.group() / tile) as usize;
+        let prefill_tile = shape.tile_queries(Kernel::Prefill);
+        match splits {
+            Splits::Balanced { n_ctas } => {
+                let n_items = |n_tiles: usize| (n_ctas as usize).max(n_tiles + n_ctas as usize / 2);
+                let decode_tile = match shape.kernels {
+                    Kernels::TensorCore => shape.tile_queries(Kernel::Decode),
+                    Kernels::Scalar => 0,
+                };
+                PlanSize {
+                    decode: if decode_tile == 0 {
+                        0
+                    } else {
+                        n_items(n_tiles(decode_tile))
+                    },
+                    prefill: n_items(n_tiles(prefill_tile)),
+                    merges: n_ctas as usize,
+                    n_partial_rows: n_ctas * (decode_tile + prefill_tile),
+                }
+            }
+            Splits::Fixed { tokens } => PlanSize {
+                decode: 0,
+                prefill: n_tiles(prefill_tile) * max_context.div_ceil(tokens) as usize,
+                merges: n_tiles(prefill_tile),
+                n_partial_rows: max_partial_rows.max(PlanSize::least_partial_rows(shape, splits, max_context)),
+            },
+        }
+    }
+
+    /// Partial rows of the longest context's tile: no plan of fixed splits can do with fewer.
+    pub fn least_partial_rows(shape: Shape, splits: Splits, max_context: u32) -> u32 {
+        match splits {
+            Splits::Balanced { .. } => 0,
+            Splits::Fixed { tokens } => shape.tile_queries(Kernel::Prefill) * max_context.div_ceil(tokens),
+        }
+    }
+
+    /// Bytes of the items and merges.
+    pub fn n_bytes(&self) -> usize {
+        (self.decode + self.prefill) * size_of::<Item>() + self.merges * size_of::<Merge>()
     }
 }
 
 impl Plan {
+    /// Plans of fixed splits that use at most so many partial rows at a time.
+    pub fn bounded(max_partial_rows: u32) -> Plan {
+        Plan {
+            max_partial_rows: Some(max_partial_rows),
+            ..Plan::default()
+        }
+    }
+
     /// Plans a step anew.
     pub fn refresh(&mut self, shape: Shape, splits: Splits, sequences: &[Sequence]) {
         assert!(
@@ -214,18 +307,41 @@ impl Plan {
             );
         }
         self.merges.clear();
+        self.waves.clear();
         self.n_partial_rows = 0;
         let mut decode = std::mem::take(&mut self.decode);
         let mut prefill = std::mem::take(&mut self.prefill);
-        self.cut_all(&mut decode, shape, splits, sequences, Kernel::Decode);
-        self.cut_all(&mut prefill, shape, splits, sequences, Kernel::Prefill);
-        // The longest first, so that the last to be started are short.
-        prefill.sort_by_key(|item| std::cmp::Reverse(item.kv_end - item.kv_start));
+        let n_rows = self.cut_all(&mut decode, shape, splits, sequences, Kernel::Decode, 0);
+        let n_rows = self.cut_all(&mut prefill, shape, splits, sequences, Kernel::Prefill, n_rows);
+        self.end_wave(&mut prefill, n_rows);
         (self.decode, self.prefill) = (decode, prefill);
     }
 
-    /// Items of the sequences that one kernel takes.
-    fn cut_all(&mut self, items: &mut Vec<Item>, shape: Shape, splits: Splits, sequences: &[Sequence], kernel: Kernel) {
+    /// What came after the wave before is one more.
+    fn end_wave(&mut self, prefill: &mut [Item], n_partial_rows: u32) {
+        let (first_item, first_merge) = self
+            .waves
+            .last()
+            .map_or((0, 0), |wave| (wave.prefill.end, wave.merges.end));
+        // The longest first, so that the last to be started are short.
+        prefill[first_item..].sort_by_key(|item| std::cmp::Reverse(item.kv_end - item.kv_start));
+        self.waves.push(Wave {
+            prefill: first_item..prefill.len(),
+            merges: first_merge..self.merges.len(),
+        });
+        self.n_partial_rows = self.n_partial_rows.max(n_partial_rows);
+    }
+
+    /// Items of the sequences that one kernel takes, in a wave that has `n_partial_rows`; how many its last wave has then.
+    fn cut_all(
+        &mut self,
+        items: &mut Vec<Item>,
+        shape: Shape,
+        splits: Splits,
+        sequences: &[Sequence],
+        kernel: Kernel,
+        mut n_partial_rows: u32,
+    ) -> u32 {
         items.clear();
         self.tiles.clear();
         for sequence in sequences
@@ -238,7 +354,8 @@ impl Plan {
             Splits::Balanced { n_ctas } => balanced_split(&self.tiles, n_ctas / shape.n_kv_heads),
             Splits::Fixed { tokens } => tokens,
         };
-        for tile in &self.tiles {
+        let tiles = std::mem::take(&mut self.tiles);
+        for tile in &tiles {
             let (length, n_parts) = match splits {
                 Splits::Balanced { .. } => {
                     let n_tokens = tile.kv_end - tile.kv_start;
@@ -252,8 +369,14 @@ impl Plan {
                 Splits::Balanced { .. } => tile.kv_start,
                 Splits::Fixed { tokens } => tile.kv_start / tokens * tokens,
             };
+            let n_tile_rows = if n_parts == 1 { 0 } else { n_parts * tile.n_queries };
             for kv_head in 0..shape.n_kv_heads {
-                let partial = self.n_partial_rows;
+                let is_full = |most: u32| n_partial_rows > 0 && n_partial_rows + n_tile_rows > most;
+                if matches!(splits, Splits::Fixed { .. }) && self.max_partial_rows.is_some_and(is_full) {
+                    self.end_wave(items, n_partial_rows);
+                    n_partial_rows = 0;
+                }
+                let partial = n_partial_rows;
                 for part_idx in 0..n_parts {
                     items.push(Item {
                         kv_head,
@@ -268,7 +391,7 @@ impl Plan {
                     });
                 }
                 if n_parts > 1 {
-                    self.n_partial_rows += n_parts * tile.n_queries;
+                    n_partial_rows += n_tile_rows;
                     self.merges.push(Merge {
                         first_row: tile.first_row,
                         first_query: tile.first_query,
@@ -281,15 +404,23 @@ impl Plan {
                 }
             }
         }
+        self.tiles = tiles;
+        n_partial_rows
+    }
+
+    /// Whether [`Plan::pad_to`] can fill it up to that size.
+    pub fn fits(&self, size: PlanSize) -> bool {
+        self.waves.len() == 1
+            && self.decode.len() <= size.decode
+            && self.prefill.len() <= size.prefill
+            && self.merges.len() <= size.merges
+            && self.n_partial_rows <= size.n_partial_rows
     }
 
     /// Fills up to `size` with items that do nothing, so that a captured graph can run it.
     pub fn pad_to(&mut self, size: PlanSize) {
         assert!(
-            self.decode.len() <= size.decode
-                && self.prefill.len() <= size.prefill
-                && self.merges.len() <= size.merges
-                && self.n_partial_rows <= size.n_partial_rows,
+            self.fits(size),
             "plan: {} decode items, {} prefill items, {} merges and {} partial rows for {size:?}",
             self.decode.len(),
             self.prefill.len(),
@@ -299,17 +430,21 @@ impl Plan {
         self.decode.resize(size.decode, Item::default());
         self.prefill.resize(size.prefill, Item::default());
         self.merges.resize(size.merges, Merge::default());
+        self.waves = vec![Wave {
+            prefill: 0..size.prefill,
+            merges: 0..size.merges,
+        }];
     }
 
-    /// How `attention_merge` is launched for this plan, padding included.
-    pub fn merge_launch(&self, shape: Shape) -> Launch {
+    /// How `attention_merge` is launched for `n_merges` of this plan, padding included.
+    pub fn merge_launch(&self, shape: Shape, n_merges: usize) -> Launch {
         let kernel = if self.prefill.is_empty() {
             Kernel::Decode
         } else {
             Kernel::Prefill
         };
         let tile = shape.tile_queries(kernel);
-        launch::attention_merge(self.merges.len() as u32, tile)
+        launch::attention_merge(n_merges as u32, tile)
     }
 }
 

@@ -45,13 +45,10 @@ impl Cuda {
             rope.half_dim,
             layout.head_dim
         );
-        kv.begin_append();
-        for sequence in batch.sequences {
-            let end = sequence.start_pos + sequence.n_tokens;
-            let blocks = sequence.start_pos / layout.block_size..layout.blocks_for(end);
-            for &block in &sequence.block_table[blocks] {
-                kv.claim_append(layer, block);
-            }
+        match &mut *self.recording.borrow_mut() {
+            // Its rows are nobody's; a replay claims what its own append to.
+            Some(recording) => recording.note_rope(rope),
+            None => claim(batch, layer, kv),
         }
         kv.queue_work();
         let (key, value) = kv.layer_addresses(layer).expect("the cache is on the device");
@@ -91,5 +88,18 @@ impl Cuda {
                 self.kernels.rope_append.launch(&self.device.compute, launch, &args);
             }
         });
+    }
+}
+
+/// Says that the batch appends to the blocks of its new tokens.
+fn claim(batch: RaggedBatch<'_>, layer: usize, kv: &mut KvCache) {
+    let layout = kv.layout();
+    kv.begin_append();
+    for sequence in batch.sequences {
+        let end = sequence.start_pos + sequence.n_tokens;
+        let blocks = sequence.start_pos / layout.block_size..layout.blocks_for(end);
+        for &block in &sequence.block_table[blocks] {
+            kv.claim_append(layer, block);
+        }
     }
 }

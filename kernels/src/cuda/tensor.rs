@@ -17,7 +17,7 @@ pub struct CudaTensor {
     max_rows: usize,
     /// What the host was last given, until the device writes again.
     pub(super) host: OnceCell<PinnedBuffer>,
-    /// Memory for the next time.
+    /// Memory for the next time, of a tensor whose every value goes to the host.
     pub(super) spare: Cell<Option<PinnedBuffer>>,
 }
 
@@ -38,6 +38,19 @@ impl CudaTensor {
         })
     }
 
+    /// With memory for what the host is given.
+    pub(super) fn for_host(
+        device: &Device,
+        dtype: DType,
+        max_rows: usize,
+        cols: usize,
+    ) -> Result<CudaTensor, CudaError> {
+        let tensor = CudaTensor::new(device, dtype, max_rows, cols)?;
+        let host = PinnedBuffer::new(&device.context, max_rows * cols * size_of::<f32>())?;
+        tensor.spare.set(Some(host));
+        Ok(tensor)
+    }
+
     /// Rows in use.
     pub fn rows(&self) -> usize {
         self.rows
@@ -50,10 +63,6 @@ impl CudaTensor {
 
     pub(super) fn n_elements(&self) -> usize {
         self.rows * self.cols
-    }
-
-    pub(super) fn max_elements(&self) -> usize {
-        self.max_rows * self.cols
     }
 
     /// Where it is read.

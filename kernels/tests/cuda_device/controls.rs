@@ -26,6 +26,16 @@ fn ask(name: &std::ffi::CStr) -> i64 {
     function()
 }
 
+/// How often the stand-in has been asked for something since the process began.
+pub fn count(name: &std::ffi::CStr) -> i64 {
+    // SAFETY: the stand-in's function of that name has this signature.
+    let function: extern "C" fn(*const std::ffi::c_char) -> i64 =
+        unsafe { std::mem::transmute(symbol(c"stand_in_count")) };
+    let n = function(name.as_ptr());
+    assert!(n >= 0, "{name:?}");
+    n
+}
+
 /// Makes the stand-in answer otherwise from now on, in the whole process.
 pub fn set(name: &std::ffi::CStr, value: i64) {
     // SAFETY: the stand-in's function of that name has this signature.

@@ -12,4 +12,5 @@ mod moe;
 mod operators;
 mod place;
 mod stand_in;
+mod steps;
 mod support;

@@ -155,6 +155,8 @@ fn a_card_is_measured() {
             matrix_dim: 64,
         };
         let limits = cuda.measure(sizes).unwrap();
+        let launches = cuda.launch_times().unwrap();
+        assert!(launches.one_by_one_us > 0.0 && launches.graph_us > 0.0, "{launches:?}");
         let rates = [
             limits.read_gb_per_s,
             limits.copy_gb_per_s,

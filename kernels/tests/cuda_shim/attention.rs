@@ -1,7 +1,7 @@
 //! Paged attention: every head size, groups of every kind, windows, caps and sinks; split and whole; and in deterministic
 //! mode the same bits however a context came about.
 
-use baton_kernels::cuda::plan::{Item, Kernels, Plan, Sequence, Shape, Splits};
+use baton_kernels::cuda::plan::{Item, Kernels, Plan, PlanSize, Sequence, Shape, Splits};
 use baton_kernels::cuda::{launch, sources};
 use baton_kernels::{AttentionParams, DType, WINDOW_GRAIN, reference};
 
@@ -161,7 +161,9 @@ impl Case {
         }
         let params = self.params();
         let (dtype, shape) = (self.dtype, self.shape());
-        let mut plan = Plan::default();
+        // With room for one tile's partial states, so that fixed splits run in waves.
+        let longest = sequences.iter().map(|s| s.start_pos + s.n_tokens).max().unwrap_or(0);
+        let mut plan = Plan::bounded(PlanSize::least_partial_rows(shape, splits, longest));
         plan.refresh(shape, splits, &sequences);
         let (qkv, key, value) = (
             Matrix::new(dtype, &qkv),
@@ -172,19 +174,26 @@ impl Case {
         let mut partial_out = vec![f32::NAN; plan.n_partial_rows as usize * head_dim];
         let mut partial_stats = vec![f32::NAN; plan.n_partial_rows as usize * 2];
         let sinks = params.sinks.as_ref().map_or(NULL, Arg::from);
-        let mut attend = |entry: &str, instance: Option<u32>, grid: launch::Launch, items: &Vec<Item>| {
+        let attend = |entry: &str,
+                      instance: Option<u32>,
+                      grid: launch::Launch,
+                      items: &[Item],
+                      out: &mut Matrix,
+                      partial_out: &mut Vec<f32>,
+                      partial_stats: &mut Vec<f32>| {
             if items.is_empty() {
                 return;
             }
+            let items = items.to_vec();
             let args = args![
-                &mut out,
+                out,
                 &qkv,
                 &key,
                 &value,
                 &block_tables,
-                items,
-                &mut partial_out,
-                &mut partial_stats,
+                &items,
+                partial_out,
+                partial_stats,
                 sinks,
                 shape.n_heads,
                 shape.n_kv_heads,
@@ -200,35 +209,53 @@ impl Case {
                 None => launch(&entry, grid, order, args),
             }
         };
-        match shape.kernels {
-            Kernels::TensorCore => {
-                let grid = launch::attention_decode(plan.decode.len() as u32, shape.head_dim);
-                attend("attention_decode", Some(shape.head_dim), grid, &plan.decode);
-                let grid = launch::attention_prefill(plan.prefill.len() as u32, shape.head_dim);
-                attend("attention_prefill", Some(shape.head_dim), grid, &plan.prefill);
-            }
-            Kernels::Scalar => {
-                let grid = launch::attention_scalar(plan.prefill.len() as u32);
-                attend("attention_scalar", None, grid, &plan.prefill);
-            }
+        if !plan.decode.is_empty() {
+            let grid = launch::attention_decode(plan.decode.len() as u32, shape.head_dim);
+            let instance = Some(shape.head_dim);
+            attend(
+                "attention_decode",
+                instance,
+                grid,
+                &plan.decode,
+                &mut out,
+                &mut partial_out,
+                &mut partial_stats,
+            );
         }
-        if !plan.merges.is_empty() {
+        for wave in &plan.waves {
+            let items = &plan.prefill[wave.prefill.clone()];
+            let (entry, instance, grid) = match shape.kernels {
+                Kernels::TensorCore => {
+                    let grid = launch::attention_prefill(items.len() as u32, shape.head_dim);
+                    ("attention_prefill", Some(shape.head_dim), grid)
+                }
+                Kernels::Scalar => ("attention_scalar", None, launch::attention_scalar(items.len() as u32)),
+            };
+            attend(
+                entry,
+                instance,
+                grid,
+                items,
+                &mut out,
+                &mut partial_out,
+                &mut partial_stats,
+            );
+            let merges = plan.merges[wave.merges.clone()].to_vec();
+            if merges.is_empty() {
+                continue;
+            }
             let args = args![
                 &mut out,
                 &partial_out,
                 &partial_stats,
-                &plan.merges,
+                &merges,
                 sinks,
                 shape.n_heads,
                 shape.n_kv_heads,
                 shape.head_dim
             ];
-            launch(
-                &format!("attention_merge_{dtype}"),
-                plan.merge_launch(shape),
-                order,
-                args,
-            );
+            let grid = plan.merge_launch(shape, merges.len());
+            launch(&format!("attention_merge_{dtype}"), grid, order, args);
         }
         out
     }

@@ -84,6 +84,8 @@ struct Moe {
     ffn: usize,
     n_experts: usize,
     params: MoeParams,
+    /// Every third row is no token.
+    is_padded: bool,
 }
 
 /// One expert's `[gate_up, gate_up_bias, down, down_bias]`.
@@ -101,6 +103,10 @@ impl Moe {
             ]
         };
         (0..self.n_experts).map(of).collect()
+    }
+
+    fn is_token(&self, row: usize) -> bool {
+        !self.is_padded || row % 3 != 1
     }
 
     fn logits(&self) -> Vec<f32> {
@@ -121,7 +127,10 @@ impl Moe {
             ffn,
             n_experts,
             params,
+            is_padded,
         } = *self;
+        let slot = |row: usize| if self.is_token(row) { row as u64 } else { u64::MAX };
+        let slots: Vec<u64> = (0..n_rows).map(slot).collect();
         let n_pairs = n_rows * params.top_k;
         let (x, logits) = (
             Matrix::new(dtype, &values(36, dtype, n_rows * hidden)),
@@ -144,7 +153,8 @@ impl Moe {
             n_rows,
             n_experts,
             top_k,
-            renormalize
+            renormalize,
+            if is_padded { Arg::from(&slots) } else { NULL }
         ];
         launch(
             &format!("moe_route_{dtype}"),
@@ -199,15 +209,17 @@ impl Moe {
 
     /// Slots are by expert, then by pair, and each pair has one.
     fn check_permutation(&self, chosen: &[u32], offsets: &[u32], pair_of_slot: &[u32], slot_of_pair: &[u32]) {
-        let mut expected: Vec<u32> = (0..chosen.len() as u32).collect();
+        let has_slot = |pair: u32| self.is_token(pair as usize / self.params.top_k);
+        let mut expected: Vec<u32> = (0..chosen.len() as u32).filter(|pair| has_slot(*pair)).collect();
         expected.sort_by_key(|pair| chosen[*pair as usize]);
-        assert_eq!(pair_of_slot, expected);
-        assert!(
-            slot_of_pair
-                .iter()
-                .enumerate()
-                .all(|(pair, slot)| pair_of_slot[*slot as usize] == pair as u32)
-        );
+        let n_slots = expected.len();
+        assert_eq!(pair_of_slot[..n_slots], expected);
+        for (pair, &slot) in (0..).zip(slot_of_pair) {
+            match has_slot(pair) {
+                true => assert_eq!(pair_of_slot[slot as usize], pair),
+                false => assert_eq!((slot, chosen[pair as usize]), (u32::MAX, u32::MAX)),
+            }
+        }
         for (expert, range) in offsets.windows(2).enumerate() {
             let slots = range[0] as usize..range[1] as usize;
             assert!(
@@ -216,7 +228,7 @@ impl Moe {
                     .all(|pair| chosen[*pair as usize] == expert as u32)
             );
         }
-        assert_eq!((offsets[0], *offsets.last().unwrap() as usize), (0, chosen.len()));
+        assert_eq!((offsets[0], *offsets.last().unwrap() as usize), (0, n_slots));
     }
 
     fn expected(&self) -> Vec<f32> {
@@ -233,7 +245,11 @@ impl Moe {
         let x = values(36, self.dtype, self.n_rows * self.hidden);
         let logits = self.logits();
         let rows = x.chunks_exact(self.hidden).zip(logits.chunks_exact(self.n_experts));
-        rows.flat_map(|(x, logits)| reference::moe_row(x, logits, &experts, self.params))
+        rows.enumerate()
+            .flat_map(|(row, (x, logits))| match self.is_token(row) {
+                true => reference::moe_row(x, logits, &experts, self.params),
+                false => vec![0.0; self.hidden],
+            })
             .collect()
     }
 }
@@ -244,11 +260,11 @@ fn mixtures_are_the_references() {
         return;
     }
     for dtype in DTYPES {
-        for (n_rows, hidden, ffn, n_experts, top_k, renormalize) in [
-            (1, 8, 16, 4, 2, true),
-            (7, 40, 24, 5, 3, false),
-            (131, 16, 8, 3, 1, false),
-            (9, 7, 13, 40, 32, true),
+        for (n_rows, hidden, ffn, n_experts, top_k, renormalize, is_padded) in [
+            (1, 8, 16, 4, 2, true, false),
+            (7, 40, 24, 5, 3, false, true),
+            (131, 16, 8, 3, 1, false, false),
+            (9, 7, 13, 40, 32, true, true),
         ] {
             let params = MoeParams {
                 top_k,
@@ -262,6 +278,7 @@ fn mixtures_are_the_references() {
                 ffn,
                 n_experts,
                 params,
+                is_padded,
             };
             let what = format!("{dtype}, {n_rows} rows, {top_k} of {n_experts} experts of {hidden} and {ffn}");
             let found = in_both_orders(&what, |order| moe.run(order)).values();

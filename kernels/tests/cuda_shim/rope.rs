@@ -6,6 +6,8 @@ use baton_kernels::{DType, RopeParams, reference};
 use crate::args;
 use crate::harness::*;
 
+const NO_SLOT: u64 = u64::MAX;
+
 /// Norms of q and k: none, of each head, or of the whole projection.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Norm {
@@ -39,10 +41,11 @@ fn check(dtype: DType, head_dim: usize, half_dim: usize, norm: Norm, block_shift
             .collect()
     };
     let (cos, sin) = (table(f64::cos), table(f64::sin));
-    // Rows in no order of slots; the last slot of the last block among them.
-    let rows: [(u32, u64, u32); 4] = [
+    // Rows in no order of slots; the last slot of the last block among them, and one that is no token.
+    let rows: [(u32, u64, u32); 5] = [
         (0, 0, 0),
         (39, (n_blocks * block_size - 1) as u64, 1),
+        (3, NO_SLOT, 1),
         (7, (2 * block_size) as u64, 1),
         (8, (block_size + block_size / 2) as u64, 0),
     ];
@@ -90,6 +93,11 @@ fn check(dtype: DType, head_dim: usize, half_dim: usize, norm: Norm, block_shift
     let (found, key, value) = (found.values(), key.values(), value.values());
     let mut n_written = 0;
     for (row_idx, (position, slot, variant)) in rows.into_iter().enumerate() {
+        if slot == NO_SLOT {
+            let range = row_idx * cols..(row_idx + 1) * cols;
+            assert_eq!(found[range.clone()], qkv[range], "{what}");
+            continue;
+        }
         let mut expected = qkv[row_idx * cols..][..cols].to_vec();
         let (q, kv) = expected.split_at_mut(n_heads * head_dim);
         let (k, v) = kv.split_at_mut(n_kv_heads * head_dim);

@@ -88,25 +88,62 @@ proptest! {
     }
 
     #[test]
-    fn partial_rows_are_disjoint_and_all_merged(shape in shape(), splits in splits(), sequences in sequences()) {
-        let plan = planned(shape, splits, &sequences);
-        let mut written = vec![0; plan.n_partial_rows as usize];
-        let mut merged = written.clone();
-        for item in plan.decode.iter().chain(&plan.prefill).filter(|item| item.partial != NONE) {
-            written[item.partial as usize..][..item.n_queries as usize].iter_mut().for_each(|row| *row += 1);
-            let merge = plan.merges.iter().find(|merge| {
-                (merge.first_row, merge.first_query, merge.kv_head, merge.n_queries)
-                    == (item.first_row, item.first_query, item.kv_head, item.n_queries)
-            });
-            let merge = merge.expect("a partial state is merged");
-            prop_assert!((item.partial - merge.partial).is_multiple_of(merge.n_queries));
-            prop_assert!((item.partial - merge.partial) / merge.n_queries < merge.n_splits);
+    fn partial_rows_of_a_wave_are_disjoint_and_all_merged(
+        shape in shape(), splits in splits(), sequences in sequences(), bound in prop::option::of(0_u32..2000)
+    ) {
+        let least = PlanSize::least_partial_rows(shape, splits, 3100);
+        let mut plan = bound.map_or_else(Plan::default, |bound| Plan::bounded(bound.max(least)));
+        plan.refresh(shape, splits, &sequences);
+        if let (Some(bound), Splits::Fixed { .. }) = (bound, splits) {
+            prop_assert!(plan.n_partial_rows <= bound.max(least));
+        } else {
+            prop_assert_eq!(plan.waves.len(), 1);
         }
-        for merge in &plan.merges {
-            let rows = (merge.n_splits * merge.n_queries) as usize;
-            merged[merge.partial as usize..][..rows].iter_mut().for_each(|row| *row += 1);
+        let (mut n_items, mut n_merges, mut n_rows) = (0, 0, 0);
+        for (wave_idx, wave) in plan.waves.iter().enumerate() {
+            prop_assert_eq!((wave.prefill.start, wave.merges.start), (n_items, n_merges));
+            (n_items, n_merges) = (wave.prefill.end, wave.merges.end);
+            let merges = &plan.merges[wave.merges.clone()];
+            let decode = if wave_idx == 0 { &plan.decode[..] } else { &[] };
+            let mut written = vec![0; plan.n_partial_rows as usize];
+            let mut merged = written.clone();
+            for item in decode.iter().chain(&plan.prefill[wave.prefill.clone()]).filter(|item| item.partial != NONE) {
+                written[item.partial as usize..][..item.n_queries as usize].iter_mut().for_each(|row| *row += 1);
+                let merge = merges.iter().find(|merge| {
+                    (merge.first_row, merge.first_query, merge.kv_head, merge.n_queries)
+                        == (item.first_row, item.first_query, item.kv_head, item.n_queries)
+                });
+                let merge = merge.expect("a partial state is merged");
+                prop_assert!((item.partial - merge.partial).is_multiple_of(merge.n_queries));
+                prop_assert!((item.partial - merge.partial) / merge.n_queries < merge.n_splits);
+            }
+            for merge in merges {
+                let rows = (merge.n_splits * merge.n_queries) as usize;
+                merged[merge.partial as usize..][..rows].iter_mut().for_each(|row| *row += 1);
+            }
+            prop_assert_eq!(&written, &merged);
+            prop_assert!(written.iter().all(|times| *times <= 1), "{written:?}");
+            n_rows = n_rows.max(written.iter().sum::<u32>());
         }
-        prop_assert!(written.iter().chain(&merged).all(|times| *times == 1), "{written:?} {merged:?}");
+        prop_assert_eq!((n_items, n_merges, n_rows), (plan.prefill.len(), plan.merges.len(), plan.n_partial_rows));
+    }
+
+    /// What memory is set aside for is enough for every step within the limits.
+    #[test]
+    fn no_step_is_larger_than_its_limits_say(
+        shape in shape(), splits in splits(), sequences in sequences(), max_partial_rows in 0_u32..3000
+    ) {
+        let n_rows: u32 = sequences.iter().map(|sequence| sequence.n_tokens).sum();
+        let max_context = sequences.iter().map(|s| s.start_pos + s.n_tokens).max().unwrap_or(0);
+        let size = PlanSize::of_step(shape, splits, sequences.len() as u32, n_rows, max_context, max_partial_rows);
+        let mut plan = Plan::bounded(size.n_partial_rows);
+        plan.refresh(shape, splits, &sequences);
+        prop_assert!(plan.decode.len() <= size.decode && plan.prefill.len() <= size.prefill, "{size:?}");
+        prop_assert!(plan.merges.len() <= size.merges && plan.n_partial_rows <= size.n_partial_rows, "{size:?}");
+        prop_assert!(
+            size.n_bytes() >= size_of_val(&plan.decode[..])
+                + size_of_val(&plan.prefill[..]) + size_of_val(&plan.merges[..])
+        );
     }
 
     /// No item is longer than the work divided by the CTAs that are left over for cutting, or by half of all if that is more.
@@ -148,12 +185,14 @@ proptest! {
     /// A plan of a decode step fits the grid its graph was captured with, whatever the contexts have become.
     #[test]
     fn a_refreshed_plan_keeps_its_grid(
-        shape in shape(), splits in splits(), contexts in prop::collection::vec(prop::collection::vec(0_u32..3000, 1..9), 1..4)
+        shape in shape(), splits in splits(),
+        contexts in prop::collection::vec(prop::collection::vec(0_u32..3000, 9), 1..4), counts in prop::collection::vec(1_usize..=9, 4)
     ) {
         let size = PlanSize::of_decode(shape, splits, 9, 3000);
         let mut plan = Plan::default();
         let mut launches = Vec::new();
-        for contexts in contexts {
+        for (mut contexts, count) in contexts.into_iter().zip(counts) {
+            contexts.truncate(count);
             let of = |(row, start_pos): (usize, &u32)| Sequence {
                 first_row: row as u32, start_pos: *start_pos, n_tokens: 1, first_block: 188 * row as u32,
             };
@@ -161,7 +200,7 @@ proptest! {
             plan.refresh(shape, splits, &sequences);
             prop_assert_eq!(&plan, &{ let mut fresh = planned(shape, splits, &sequences); fresh.tiles = plan.tiles.clone(); fresh });
             plan.pad_to(size);
-            launches.push((plan.decode.len(), plan.prefill.len(), plan.merge_launch(shape)));
+            launches.push((plan.decode.len(), plan.prefill.len(), plan.merge_launch(shape, plan.merges.len())));
         }
         prop_assert!(launches.iter().all(|launch| *launch == launches[0]));
     }

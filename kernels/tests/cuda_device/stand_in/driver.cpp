@@ -2,7 +2,8 @@
 // card keeps and none that it does not.
 //
 // Streams run late: work is queued, and done only when something waits for it, so that a missing wait reads what is not
-// there yet. Buffers end at a page nobody may touch and stay unmapped once freed, so that overruns and uses after a free
+// there yet. A captured stream refuses what a card's would, and its graph is launched as a card does: with the arguments that
+// it was captured with, and what memory holds by then. Buffers end at a page nobody may touch and stay unmapped once freed, so that overruns and uses after a free
 // end the process. A module image is a shared library with, for each kernel, `<name>__launch` and `<name>__n_params`.
 #include <dlfcn.h>
 #include <elf.h>
@@ -21,7 +22,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
+#include <thread>
 #include <vector>
 
 using Result = int;
@@ -41,6 +44,8 @@ enum : Result {
     ILLEGAL_ADDRESS = 700,
     NOT_SUPPORTED = 801,
     STREAM_CAPTURE_UNSUPPORTED = 900,
+    STREAM_CAPTURE_INVALIDATED = 901,
+    STREAM_CAPTURE_WRONG_THREAD = 908,
 };
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -54,7 +59,15 @@ struct Settings {
     int64_t capability = 90;
     int64_t total_bytes = int64_t{8} << 30;
     int64_t green_contexts = 1;
+    int64_t graph_bytes = 64 << 10;      // that a graph takes once it can be launched
+    int64_t captured_launch_result = SUCCESS;
+    int64_t end_capture_result = SUCCESS;
 } settings;
+
+// What has been asked for since the process began.
+struct Counts {
+    int64_t device_allocations = 0, pinned_allocations = 0, launches = 0, graph_launches = 0, copies_to_device = 0;
+} counts;
 
 [[noreturn]] void die(const char* what) {
     std::fprintf(stderr, "CUDA stand-in: %s\n", what);
@@ -152,18 +165,30 @@ bool is_pinned(const void* p, size_t n) {
 
 using Op = std::function<void()>;
 
+struct Stream;
+
 struct Graph {
     std::vector<Op> ops;
+    std::weak_ptr<Stream> launched_on;
+};
+
+enum CaptureMode { CAPTURE_GLOBAL = 0, CAPTURE_THREAD_LOCAL = 1, CAPTURE_RELAXED = 2 };
+
+struct Capture {
+    Graph graph;
+    int mode;
+    std::thread::id owner;
+    bool is_invalid = false;
 };
 
 struct Stream {
     std::deque<Op> queue;
-    std::unique_ptr<Graph> capture;
     bool is_alive = true;
     int priority = 0;
     // Null outside of green contexts.
     void* green = nullptr;
     unsigned n_multiprocessors = N_MULTIPROCESSORS;
+    std::unique_ptr<Capture> capture;
 };
 
 struct Green {
@@ -189,6 +214,7 @@ struct Event {
 };
 
 std::map<void*, std::shared_ptr<Stream>> streams;
+std::set<Graph*> executables;
 std::map<void*, std::shared_ptr<Event>> events;
 
 void run_one(Stream& stream) {
@@ -205,7 +231,7 @@ void run_all(Stream& stream) {
 
 void enqueue(Stream& stream, Op op) {
     if (stream.capture)
-        stream.capture->ops.push_back(std::move(op));
+        stream.capture->graph.ops.push_back(std::move(op));
     else
         stream.queue.push_back(std::move(op));
 }
@@ -227,11 +253,22 @@ void fail(Result why) {
     if (sticky == SUCCESS) sticky = why;
 }
 
-// Everything a card would be asked while a stream is captured and must not be.
-bool any_capture() {
-    for (auto& [handle, stream] : streams)
-        if (stream->capture) return true;
-    return false;
+// Whether a call that may wait for streams comes while it must not: from the thread that captures, or from any while a capture
+// is of the whole process. It ends the capture, and fails itself.
+bool breaks_a_capture() {
+    bool breaks = false;
+    for (auto& [handle, stream] : streams) {
+        if (!stream->capture || stream->capture->mode == CAPTURE_RELAXED) continue;
+        if (stream->capture->mode == CAPTURE_THREAD_LOCAL && stream->capture->owner != std::this_thread::get_id()) continue;
+        stream->capture->is_invalid = breaks = true;
+    }
+    return breaks;
+}
+
+// Likewise of a call on the captured stream itself.
+Result break_capture(Stream& stream) {
+    stream.capture->is_invalid = true;
+    return STREAM_CAPTURE_UNSUPPORTED;
 }
 
 struct Module;
@@ -243,6 +280,8 @@ struct Function {
     size_t max_dynamic_shared = 48 << 10;
     std::string name;
 };
+
+std::set<Function*> functions;
 
 struct Module {
     void* library;
@@ -257,6 +296,15 @@ size_t elf_bytes(const void* image) {
 }
 
 }  // namespace
+
+#define MAY_WAIT \
+    if (breaks_a_capture()) return STREAM_CAPTURE_UNSUPPORTED;
+
+// Work for a stream that is there, and whose capture has not failed.
+#define ON_STREAM(stream, handle)           \
+    auto stream = stream_of(handle);        \
+    if (!stream) return INVALID_HANDLE;     \
+    if (stream->capture && stream->capture->is_invalid) return STREAM_CAPTURE_INVALIDATED;
 
 #define CHECKED                                  \
     Lock lock(mutex);                            \
@@ -274,6 +322,9 @@ EXPORT int stand_in_set(const char* name, int64_t value) {
     else if (key == "capability") settings.capability = value;
     else if (key == "total_bytes") settings.total_bytes = value;
     else if (key == "green_contexts") settings.green_contexts = value;
+    else if (key == "graph_bytes") settings.graph_bytes = value;
+    else if (key == "captured_launch_result") settings.captured_launch_result = value;
+    else if (key == "end_capture_result") settings.end_capture_result = value;
     else return 0;
     return 1;
 }
@@ -305,11 +356,22 @@ EXPORT int64_t stand_in_calls() {
     return n_calls;
 }
 
+EXPORT int64_t stand_in_count(const char* name) {
+    Lock lock(mutex);
+    std::string key = name;
+    if (key == "device_allocations") return counts.device_allocations;
+    if (key == "pinned_allocations") return counts.pinned_allocations;
+    if (key == "launches") return counts.launches;
+    if (key == "graph_launches") return counts.graph_launches;
+    if (key == "copies_to_device") return counts.copies_to_device;
+    return -1;
+}
+
 // For the stand-ins of other libraries.
 EXPORT int stand_in_enqueue(void* handle, void (*op)(void*), void* argument) {
     Lock lock(mutex);
-    auto stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
+    ON_STREAM(stream, handle)
+    if (!stream->capture) counts.launches++;
     enqueue(*stream, [op, argument] { op(argument); });
     return SUCCESS;
 }
@@ -421,7 +483,7 @@ EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 
 EXPORT Result cuCtxSynchronize() {
     IN_CONTEXT
-    if (any_capture()) return STREAM_CAPTURE_UNSUPPORTED;
+    MAY_WAIT
     run_all(null_stream);
     for (auto& [handle, stream] : streams) run_all(*stream);
     return sticky;
@@ -436,7 +498,8 @@ EXPORT Result cuMemGetInfo_v2(size_t* free, size_t* total) {
 EXPORT Result cuMemAlloc_v2(uint64_t* out, size_t n_bytes) {
     IN_CONTEXT
     if (n_bytes == 0) return INVALID_VALUE;
-    if (any_capture()) return STREAM_CAPTURE_UNSUPPORTED;
+    MAY_WAIT
+    counts.device_allocations++;
     if (allocated_bytes + n_bytes > static_cast<size_t>(settings.total_bytes)) return OUT_OF_MEMORY;
     const size_t page = 4096, body = round_up(n_bytes, ALIGNMENT), map_bytes = round_up(body, page) + 2 * page;
     void* map = mmap(nullptr, map_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -455,6 +518,7 @@ EXPORT Result cuMemAlloc_v2(uint64_t* out, size_t n_bytes) {
 EXPORT Result cuMemFree_v2(uint64_t at) {
     Lock lock(mutex);
     if (at == 0) return SUCCESS;
+    MAY_WAIT
     auto found = device_memory.find(at);
     if (found == device_memory.end()) die("a device pointer is freed that was not allocated, or was freed before");
     if (found->second.fd >= 0) die("memory is freed that was named to other processes, which may have it mapped");
@@ -549,6 +613,8 @@ EXPORT Result cuIpcCloseMemHandle(uint64_t at) {
 
 EXPORT Result cuMemHostAlloc(void** out, size_t n_bytes, unsigned) {
     IN_CONTEXT
+    MAY_WAIT
+    counts.pinned_allocations++;
     *out = std::aligned_alloc(4096, round_up(n_bytes, 4096));
     if (!*out) return OUT_OF_MEMORY;
     std::memset(*out, 0xff, n_bytes);
@@ -557,6 +623,7 @@ EXPORT Result cuMemHostAlloc(void** out, size_t n_bytes, unsigned) {
 }
 EXPORT Result cuMemFreeHost(void* p) {
     Lock lock(mutex);
+    MAY_WAIT
     if (pinned_memory.erase(reinterpret_cast<uintptr_t>(p)) == 0) die("host memory is freed that was not allocated here");
     for (auto& [handle, stream] : streams) run_all(*stream);
     std::free(p);
@@ -567,7 +634,9 @@ EXPORT Result cuMemFreeHost(void* p) {
 // staged, which is before they are there.
 EXPORT Result cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
     IN_CONTEXT
+    MAY_WAIT
     if (!is_device(to, n)) return INVALID_VALUE;
+    counts.copies_to_device++;
     run_all(null_stream);
     if (is_pinned(from, n)) {
         std::memcpy(reinterpret_cast<void*>(to), from, n);
@@ -582,6 +651,7 @@ EXPORT Result cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t n) {
 }
 EXPORT Result cuMemcpyDtoH_v2(void* to, uint64_t from, size_t n) {
     IN_CONTEXT
+    MAY_WAIT
     if (!is_device(from, n)) return INVALID_VALUE;
     run_all(null_stream);
     std::memcpy(to, reinterpret_cast<void*>(from), n);
@@ -589,17 +659,18 @@ EXPORT Result cuMemcpyDtoH_v2(void* to, uint64_t from, size_t n) {
 }
 EXPORT Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void* handle) {
     IN_CONTEXT
-    auto stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
+    ON_STREAM(stream, handle)
     if (!is_device(to, n)) return INVALID_VALUE;
+    if (!stream->capture) counts.copies_to_device++;
     if (is_pinned(from, n)) {
         enqueue(*stream, [=] {
             if (!is_device(to, n)) return fail(ILLEGAL_ADDRESS);
+            if (!is_pinned(from, n)) die("host memory is freed before the copy from it");
             std::memcpy(reinterpret_cast<void*>(to), from, n);
         });
     } else {
         // Ordinary memory is staged before the call returns.
-        if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+        if (stream->capture) return break_capture(*stream);
         auto bytes = std::make_shared<std::vector<char>>(static_cast<const char*>(from), static_cast<const char*>(from) + n);
         enqueue(*stream, [=] {
             if (!is_device(to, n)) return fail(ILLEGAL_ADDRESS);
@@ -610,11 +681,10 @@ EXPORT Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void
 }
 EXPORT Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void* handle) {
     IN_CONTEXT
-    auto stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
+    ON_STREAM(stream, handle)
     if (!is_device(from, n)) return INVALID_VALUE;
     bool pinned = is_pinned(to, n);
-    if (!pinned && stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    if (!pinned && stream->capture) return break_capture(*stream);
     enqueue(*stream, [=] {
         if (!is_device(from, n)) return fail(ILLEGAL_ADDRESS);
         std::memcpy(to, reinterpret_cast<void*>(from), n);
@@ -625,8 +695,7 @@ EXPORT Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void* hand
 }
 EXPORT Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void* handle) {
     IN_CONTEXT
-    auto stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
+    ON_STREAM(stream, handle)
     if (!is_device(from, n) || !is_device(to, n)) return INVALID_VALUE;
     enqueue(*stream, [=] {
         if (!is_device(from, n) || !is_device(to, n)) return fail(ILLEGAL_ADDRESS);
@@ -636,8 +705,7 @@ EXPORT Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void* h
 }
 EXPORT Result cuMemsetD8Async(uint64_t to, unsigned char value, size_t n, void* handle) {
     IN_CONTEXT
-    auto stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
+    ON_STREAM(stream, handle)
     if (!is_device(to, n)) return INVALID_VALUE;
     enqueue(*stream, [=] {
         if (!is_device(to, n)) return fail(ILLEGAL_ADDRESS);
@@ -727,7 +795,8 @@ EXPORT Result cuStreamSynchronize(void* handle) {
     }
     auto stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
-    if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    if (stream->capture) return break_capture(*stream);
+    MAY_WAIT
     run_all(*stream);
     return sticky;
 }
@@ -735,6 +804,7 @@ EXPORT Result cuStreamQuery(void* handle) {
     IN_CONTEXT
     auto stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
+    if (stream->capture) return break_capture(*stream);
     if (stream->queue.empty()) return SUCCESS;
     run_one(*stream);
     return NOT_READY;
@@ -744,7 +814,7 @@ EXPORT Result cuStreamWaitEvent(void* handle, void* event_handle, unsigned) {
     auto stream = stream_of(handle);
     auto event = events.find(event_handle);
     if (!stream || event == events.end()) return INVALID_HANDLE;
-    if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    if (stream->capture) return break_capture(*stream);
     enqueue(*stream, [of = event->second, ticket = event->second->recorded] { wait_for(of, ticket); });
     return SUCCESS;
 }
@@ -765,7 +835,7 @@ EXPORT Result cuEventRecord(void* handle, void* stream_handle) {
     auto stream = stream_of(stream_handle);
     auto event = events.find(handle);
     if (!stream || event == events.end()) return INVALID_HANDLE;
-    if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    if (stream->capture) return break_capture(*stream);
     auto of = event->second;
     // What an event said of another stream is lost with a new record; until then it is waited for there.
     if (of->stream && of->stream != stream) wait_for(of, of->recorded);
@@ -777,6 +847,7 @@ EXPORT Result cuEventSynchronize(void* handle) {
     IN_CONTEXT
     auto event = events.find(handle);
     if (event == events.end()) return INVALID_HANDLE;
+    MAY_WAIT
     auto of = event->second;
     wait_for(of, of->recorded);
     check_all_slack();
@@ -786,6 +857,7 @@ EXPORT Result cuEventQuery(void* handle) {
     IN_CONTEXT
     auto event = events.find(handle);
     if (event == events.end()) return INVALID_HANDLE;
+    MAY_WAIT
     auto of = event->second;
     if (of->completed >= of->recorded) return SUCCESS;
     run_one(*of->stream);
@@ -801,6 +873,7 @@ EXPORT Result cuEventElapsedTime(float* ms, void* a, void* b) { return cuEventEl
 
 EXPORT Result cuModuleLoadData(void** out, const void* image) {
     IN_CONTEXT
+    MAY_WAIT
     if (std::memcmp(image, ELFMAG, SELFMAG) != 0) return INVALID_IMAGE;
     Elf64_Ehdr header;
     std::memcpy(&header, image, sizeof header);
@@ -826,6 +899,7 @@ EXPORT Result cuModuleUnload(void* handle) {
     Lock lock(mutex);
     auto* module = static_cast<Module*>(handle);
     if (module->n_queued != 0) die("a module is unloaded while its kernels are queued");
+    for (auto& [name, function] : module->functions) ::functions.erase(function.get());
     dlclose(module->library);
     delete module;
     return SUCCESS;
@@ -844,6 +918,7 @@ EXPORT Result cuModuleGetFunction(void** out, void* handle, const char* name) {
         function->launch = reinterpret_cast<decltype(function->launch)>(launch);
         function->n_params = reinterpret_cast<unsigned (*)()>(n_params)();
         function->name = symbol;
+        ::functions.insert(function.get());
     }
     *out = function.get();
     return SUCCESS;
@@ -877,8 +952,7 @@ EXPORT Result cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, uns
                              void** extra) {
     IN_CONTEXT
     auto* function = static_cast<Function*>(handle);
-    auto stream = stream_of(stream_handle);
-    if (!stream) return INVALID_HANDLE;
+    ON_STREAM(stream, stream_handle)
     uint64_t n_threads = uint64_t{block_x} * block_y * block_z;
     if (extra || !grid_x || !grid_y || !grid_z || grid_y > 65535 || grid_z > 65535 || grid_x > 0x7fffffffu || !n_threads ||
         n_threads > 1024 || block_z > 64 || shared_bytes > function->max_dynamic_shared) {
@@ -887,13 +961,17 @@ EXPORT Result cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, uns
         return INVALID_VALUE;
     }
     last_launch = {stream->priority, static_cast<int>(stream->n_multiprocessors)};
+    if (stream->capture && settings.captured_launch_result != SUCCESS)
+        return static_cast<Result>(settings.captured_launch_result);
     // Our host code gives each parameter eight bytes. They are copied now, as a driver does.
     std::vector<uint64_t> values(function->n_params);
     for (unsigned i = 0; i < function->n_params; i++) std::memcpy(&values[i], params[i], 8);
     // What is captured is not queued; it may run often or never.
     const int n_queued = stream->capture ? 0 : 1;
+    if (!stream->capture) counts.launches++;
     function->module->n_queued += n_queued;
     enqueue(*stream, [=]() mutable {
+        if (!::functions.count(function)) die("a graph launches a kernel whose module is unloaded");
         function->module->n_queued -= n_queued;
         std::vector<void*> arguments;
         for (auto& value : values) arguments.push_back(&value);
@@ -904,45 +982,73 @@ EXPORT Result cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, uns
 
 // ---- capture ------------------------------------------------------------------------------------------------------
 
-EXPORT Result cuStreamBeginCapture_v2(void* handle, int) {
+EXPORT Result cuStreamBeginCapture_v2(void* handle, int mode) {
     IN_CONTEXT
     auto stream = stream_of(handle);
-    if (!stream || stream->capture) return INVALID_HANDLE;
-    stream->capture = std::make_unique<Graph>();
+    if (!stream || stream->capture || mode < CAPTURE_GLOBAL || mode > CAPTURE_RELAXED) return INVALID_VALUE;
+    stream->capture = std::make_unique<Capture>();
+    stream->capture->mode = mode;
+    stream->capture->owner = std::this_thread::get_id();
     return SUCCESS;
 }
 EXPORT Result cuStreamEndCapture(void* handle, void** graph) {
     IN_CONTEXT
     auto stream = stream_of(handle);
-    if (!stream || !stream->capture) return INVALID_HANDLE;
-    *graph = stream->capture.release();
+    *graph = nullptr;
+    if (!stream || !stream->capture) return INVALID_VALUE;
+    if (stream->capture->mode != CAPTURE_RELAXED && stream->capture->owner != std::this_thread::get_id())
+        return STREAM_CAPTURE_WRONG_THREAD;
+    auto capture = std::move(stream->capture);
+    if (capture->is_invalid) return STREAM_CAPTURE_INVALIDATED;
+    if (settings.end_capture_result != SUCCESS) return static_cast<Result>(settings.end_capture_result);
+    *graph = new Graph(std::move(capture->graph));
     return SUCCESS;
 }
 EXPORT Result cuStreamIsCapturing(void* handle, int* status) {
     CHECKED
     auto stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
-    *status = stream->capture ? 1 : 0;
+    *status = !stream->capture ? 0 : stream->capture->is_invalid ? 2 : 1;
     return SUCCESS;
 }
 EXPORT Result cuGraphInstantiateWithFlags(void** out, void* graph, uint64_t) {
-    CHECKED
-    *out = new Graph(*static_cast<Graph*>(graph));
+    IN_CONTEXT
+    MAY_WAIT
+    if (allocated_bytes + static_cast<size_t>(settings.graph_bytes) > static_cast<size_t>(settings.total_bytes))
+        return OUT_OF_MEMORY;
+    auto* executable = new Graph(*static_cast<Graph*>(graph));
+    executables.insert(executable);
+    allocated_bytes += static_cast<size_t>(settings.graph_bytes);
+    *out = executable;
     return SUCCESS;
 }
 EXPORT Result cuGraphLaunch(void* exec, void* handle) {
     IN_CONTEXT
     auto stream = stream_of(handle);
-    if (!stream) return INVALID_HANDLE;
-    for (auto& op : static_cast<Graph*>(exec)->ops) enqueue(*stream, op);
+    auto* executable = static_cast<Graph*>(exec);
+    if (!stream || !executables.count(executable)) return INVALID_HANDLE;
+    if (stream->capture) return break_capture(*stream);
+    counts.graph_launches++;
+    executable->launched_on = stream;
+    for (auto& op : executable->ops) enqueue(*stream, op);
     return SUCCESS;
 }
-EXPORT Result cuGraphUpload(void*, void*) { return SUCCESS; }
+EXPORT Result cuGraphUpload(void* exec, void* handle) {
+    CHECKED
+    return stream_of(handle) && executables.count(static_cast<Graph*>(exec)) ? SUCCESS : INVALID_HANDLE;
+}
 EXPORT Result cuGraphExecDestroy(void* exec) {
-    delete static_cast<Graph*>(exec);
+    Lock lock(mutex);
+    auto* executable = static_cast<Graph*>(exec);
+    if (!executables.erase(executable)) return INVALID_HANDLE;
+    auto stream = executable->launched_on.lock();
+    if (stream && !stream->queue.empty()) die("a graph is destroyed while work is queued that may be its own");
+    allocated_bytes -= static_cast<size_t>(settings.graph_bytes);
+    delete executable;
     return SUCCESS;
 }
 EXPORT Result cuGraphDestroy(void* graph) {
+    Lock lock(mutex);
     delete static_cast<Graph*>(graph);
     return SUCCESS;
 }
