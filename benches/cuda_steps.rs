@@ -2,8 +2,8 @@
 //! limits, measured in the same run; and what the host adds between steps. No front door, no transfers.
 //!
 //! `cuda_steps --model FOLDER [--batches 1,64,256] [--context N] [--prefill 4096] [--steps N] [--deterministic]
-//! [--libraries FOLDERS] [--kernels FOLDER] [--images FOLDER] [--packed FOLDER] [--output FILE]`. Of the folder config.json is
-//! enough. Each line of the output is a case.
+//! [--max-graph-seqs N] [--libraries FOLDERS] [--kernels FOLDER] [--images FOLDER] [--packed FOLDER] [--output FILE]`. Of the
+//! folder config.json is enough. Each line of the output is a case.
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -38,6 +38,8 @@ struct Options {
     prefills: Vec<usize>,
     n_steps: usize,
     mode: CudaMode,
+    /// Sequences of the largest decode step that is recorded; 0 records none.
+    max_graph_seqs: usize,
     libraries: Vec<PathBuf>,
     images: ImageFolders,
     packed: Option<PathBuf>,
@@ -54,6 +56,7 @@ impl Options {
             prefills: vec![4096],
             n_steps: 48,
             mode: CudaMode::Fast,
+            max_graph_seqs: 256,
             libraries: Vec::new(),
             images: ImageFolders::default(),
             packed: None,
@@ -70,6 +73,7 @@ impl Options {
                 "--prefill" => options.prefills = numbers(&name, &value()?)?,
                 "--steps" => options.n_steps = number(value()?)?,
                 "--deterministic" => options.mode = CudaMode::Deterministic,
+                "--max-graph-seqs" => options.max_graph_seqs = number(value()?)?,
                 "--libraries" => options.libraries = std::env::split_paths(&value()?).collect(),
                 "--kernels" => options.images.packaged = Some(value()?.into()),
                 "--images" => options.images.cache = Some(value()?.into()),
@@ -160,10 +164,12 @@ fn load(options: &Options, folder: &ModelFolder) -> anyhow::Result<EngineHandle>
                 load_format: LoadFormat::Dummy { seed: 0 },
             },
             ordinal: 0,
+            max_num_seqs: options.max_num_seqs(),
             mode: options.mode,
             libraries: options.libraries.clone(),
             images: options.images.clone(),
             kv: CudaKvSize::PercentOfFree(80),
+            max_graph_seqs: options.max_graph_seqs,
         },
         &mut |_, _| {},
     )?;

@@ -88,6 +88,10 @@ pub enum DeviceConfig {
 pub struct CudaConfig {
     /// Whether a row's bits must not depend on what else is in the batch.
     pub deterministic: Switch,
+    /// Whether decode steps are recorded as CUDA graphs.
+    pub graphs: Switch,
+    /// Sequences of the largest of them.
+    pub graph_max_seqs: NonZeroU32,
     /// Folders with CUDA's libraries, looked through before the system's own.
     pub libraries: Folders,
     /// Folder of compiled kernels that came with the installation.
@@ -98,27 +102,55 @@ pub struct CudaConfig {
     pub prefill_sm_share: Percent,
 }
 
+/// What flags say of a card.
+#[derive(Clone, Debug, Default)]
+pub struct CudaFlagValues {
+    /// [`CudaConfig::deterministic`].
+    pub deterministic: Option<Switch>,
+    /// [`CudaConfig::graphs`].
+    pub graphs: Option<Switch>,
+    /// [`CudaConfig::graph_max_seqs`].
+    pub graph_max_seqs: Option<NonZeroU32>,
+    /// [`CudaConfig::libraries`].
+    pub libraries: Option<Folders>,
+    /// [`CudaConfig::kernels`].
+    pub kernels: Option<PathBuf>,
+    /// [`CudaConfig::prefill_sm_share`].
+    pub prefill_sm_share: Option<Percent>,
+}
+
 impl CudaConfig {
+    /// As many sequences as a step gives logits of at once.
+    pub const DEFAULT_GRAPH_MAX_SEQS: NonZeroU32 = NonZeroU32::new(256).expect("256 is not zero");
+
+    /// Sequences of the largest decode step that is recorded; 0 if none is.
+    pub fn max_graph_seqs(&self) -> usize {
+        match self.graphs {
+            Switch::On => self.graph_max_seqs.get() as usize,
+            Switch::Off => 0,
+        }
+    }
+
     /// From the flags given, and the places below them.
     ///
     /// # Errors
     /// A value of a variable or file that cannot be read.
-    pub fn resolve(
-        layers: &Layers,
-        deterministic: Option<Switch>,
-        libraries: Option<Folders>,
-        kernels: Option<PathBuf>,
-        prefill_sm_share: Option<Percent>,
-    ) -> Result<CudaConfig, ConfigError> {
+    pub fn resolve(layers: &Layers, flags: CudaFlagValues) -> Result<CudaConfig, ConfigError> {
         Ok(CudaConfig {
-            deterministic: layers.pick("deterministic", deterministic)?.unwrap_or(Switch::Off),
-            libraries: layers.pick("cuda_libraries", libraries)?.unwrap_or_default(),
+            deterministic: layers
+                .pick("deterministic", flags.deterministic)?
+                .unwrap_or(Switch::Off),
+            graphs: layers.pick("cuda_graphs", flags.graphs)?.unwrap_or(Switch::On),
+            graph_max_seqs: layers
+                .pick("cuda_graph_max_seqs", flags.graph_max_seqs)?
+                .unwrap_or(CudaConfig::DEFAULT_GRAPH_MAX_SEQS),
+            libraries: layers.pick("cuda_libraries", flags.libraries)?.unwrap_or_default(),
             kernels: layers
-                .pick("cuda_kernels", kernels)?
+                .pick("cuda_kernels", flags.kernels)?
                 .or_else(crate::device::packaged_kernels),
             image_cache: layers.environment.image_cache_dir(),
             prefill_sm_share: layers
-                .pick("prefill_sm_share", prefill_sm_share)?
+                .pick("prefill_sm_share", flags.prefill_sm_share)?
                 .unwrap_or(Percent(100)),
         })
     }

@@ -54,6 +54,7 @@ pub fn load_on_card(
     let options = CudaLoadOptions {
         model: load_options(folder, selection, limits, n_kv_blocks)?,
         ordinal: CARD_ORDINAL,
+        max_num_seqs: max_num_seqs(limits),
         mode: match cuda.deterministic {
             Switch::On => CudaMode::Deterministic,
             Switch::Off => CudaMode::Fast,
@@ -64,6 +65,7 @@ pub fn load_on_card(
             cache: Some(cuda.image_cache.clone()),
         },
         kv,
+        max_graph_seqs: cuda.max_graph_seqs(),
     };
     let decoder = load(selection, limits, |progress| {
         load_cuda_at(folder, &options, place, progress)
@@ -162,12 +164,16 @@ fn load<B: Backend>(
     Ok(decoder)
 }
 
+/// Sequences of one step.
+fn max_num_seqs(limits: &Limits) -> usize {
+    (limits.max_num_seqs as usize).min(limits.max_batch_tokens as usize)
+}
+
 /// What an instance of the loaded model schedules by.
 pub fn batch_config<B: Backend>(limits: &Limits, decoder: &mut Decoder<B>) -> BatchConfig {
     let n_blocks = decoder.kv_cache().n_blocks();
-    let max_num_seqs = (limits.max_num_seqs as usize).min(limits.max_batch_tokens as usize);
     BatchConfig {
-        max_num_seqs,
+        max_num_seqs: max_num_seqs(limits),
         max_batch_tokens: limits.max_batch_tokens as usize,
         max_model_len: decoder.limits().max_model_len,
         short_context: decoder

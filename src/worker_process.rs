@@ -88,6 +88,8 @@ impl WorkerConfig {
             DeviceConfig::Cuda(cuda) => {
                 flag("--device", "cuda".into());
                 flag("--deterministic", cuda.deterministic.as_str().into());
+                flag("--cuda-graphs", cuda.graphs.as_str().into());
+                flag("--cuda-graph-max-seqs", cuda.graph_max_seqs.to_string().into());
                 if !cuda.libraries.0.is_empty() {
                     flag("--cuda-libraries", cuda.libraries.to_argument());
                 }

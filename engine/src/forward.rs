@@ -64,6 +64,11 @@ pub trait ForwardPass: Send + 'static {
     /// The KV memory, for pins and writes between steps.
     fn kv_cache(&mut self) -> &mut KvCache;
 
+    /// Steps so far that were queued as one, as they had been recorded.
+    fn n_replayed_steps(&self) -> u64 {
+        0
+    }
+
     /// Computes one step. `on_layer(layer, kv)`, with the number of the model's layer, is called as soon as that layer's K and V of every new token are in memory,
     /// so that their transfer can start; it must return quickly and must not write the cache.
     fn step(

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 
 use crate::config::{ByteSize, Environment, Folders, Layers, Switch, flag};
 use crate::doctor::transfer::TransferConfig;
-use crate::engine_config::CudaConfig;
+use crate::engine_config::{CudaConfig, CudaFlagValues};
 
 const TRANSFER_EXAMPLES: &str = "\
 Examples:
@@ -53,10 +53,12 @@ impl CudaFlags {
         let layers = Layers::open(Environment::from_process()?, None)?;
         crate::doctor::cuda::run(&CudaConfig::resolve(
             &layers,
-            self.deterministic,
-            self.cuda_libraries,
-            self.cuda_kernels,
-            None,
+            CudaFlagValues {
+                deterministic: self.deterministic,
+                libraries: self.cuda_libraries,
+                kernels: self.cuda_kernels,
+                ..CudaFlagValues::default()
+            },
         )?)
     }
 }

@@ -14,7 +14,9 @@ use crate::config::{
     LoadFormat, LogFormat, Machine, MetricsAliases, ModelSource, Percent, PolicyKind, ReasoningParserKind,
     RebalanceMode, Secret, Span, Switch, ToolCallParserKind, flag,
 };
-use crate::engine_config::{CudaConfig, DeviceConfig, EngineConfig, LinkConfig, ModelSelection, ParserSelection};
+use crate::engine_config::{
+    CudaConfig, CudaFlagValues, DeviceConfig, EngineConfig, LinkConfig, ModelSelection, ParserSelection,
+};
 use crate::logging::LogConfig;
 use crate::scheduler_process::SchedulerConfig;
 
@@ -101,6 +103,12 @@ pub struct EngineFlags {
     /// Give a request the same bits whatever else is in the batch, at some cost; on the CPU it always does [default: off]
     #[arg(long, value_enum)]
     pub deterministic: Option<Switch>,
+    /// Record decode steps as CUDA graphs when the model is loaded, each launched as one [default: on]
+    #[arg(long, value_enum)]
+    pub cuda_graphs: Option<Switch>,
+    /// Sequences of the largest decode step that is recorded; larger ones are launched kernel by kernel [default: 256]
+    #[arg(long, value_name = "N", value_parser = flag::<NonZeroU32>)]
+    pub cuda_graph_max_seqs: Option<NonZeroU32>,
     /// Folders with the libraries of CUDA, with ':' between them, looked through before the system's own
     #[arg(long, value_name = "FOLDERS", value_parser = flag::<Folders>)]
     pub cuda_libraries: Option<Folders>,
@@ -149,13 +157,15 @@ impl EngineFlags {
         max_model_len: Option<u32>,
     ) -> Result<EngineConfig, ConfigError> {
         let asked = layers.pick("device", self.device)?.unwrap_or(Device::Auto);
-        let cuda = CudaConfig::resolve(
-            layers,
-            self.deterministic,
-            self.cuda_libraries,
-            self.cuda_kernels,
-            self.prefill_sm_share,
-        )?;
+        let cuda = CudaFlagValues {
+            deterministic: self.deterministic,
+            graphs: self.cuda_graphs,
+            graph_max_seqs: self.cuda_graph_max_seqs,
+            libraries: self.cuda_libraries,
+            kernels: self.cuda_kernels,
+            prefill_sm_share: self.prefill_sm_share,
+        };
+        let cuda = CudaConfig::resolve(layers, cuda)?;
         let device = crate::device::choose(asked, cuda)?;
         let dtype = layers.pick("dtype", self.dtype)?.unwrap_or(ComputeDtype::Bf16);
         if (&device, dtype) == (&DeviceConfig::Cpu, ComputeDtype::F16) {

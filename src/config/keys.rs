@@ -31,6 +31,8 @@ pub const KEYS: &[Key] = &[
     open("load_format"),
     open("device"),
     open("deterministic"),
+    open("cuda_graphs"),
+    open("cuda_graph_max_seqs"),
     open("cuda_libraries"),
     open("cuda_kernels"),
     open("prefill_sm_share"),

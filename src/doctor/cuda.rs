@@ -3,7 +3,7 @@
 use std::io::Write as _;
 
 use baton_engine::DType;
-use baton_engine::cuda::{Cuda, CudaMeasure, CudaMode, CudaOptions, ImageFolders};
+use baton_engine::cuda::{Cuda, CudaMeasure, CudaMode, CudaOptions, ImageFolders, LaunchTimes};
 
 use crate::config::Switch;
 use crate::device::CARD_ORDINAL;
@@ -63,6 +63,14 @@ pub fn run(config: &CudaConfig) -> anyhow::Result<()> {
     if let Some(peak) = limits.product_tflop_per_s {
         writeln!(out, "products   {peak:.0} TFLOP/s in bf16")?;
     }
+    let launches = cuda.launch_times()?;
+    writeln!(
+        out,
+        "launches   {} kernels in {:.0} us one by one, in {:.0} us as a graph",
+        LaunchTimes::N_LAUNCHES,
+        launches.one_by_one_us,
+        launches.graph_us
+    )?;
     Ok(())
 }
 

@@ -37,6 +37,8 @@ async fn serve(flags: &[&str]) -> Option<(Process, Cluster)> {
     let model = repository(MODEL);
     let mut arguments = vec!["serve", "--port", "0", "--device", "cuda", "--kv-memory", "4MiB"];
     arguments.extend(["--model", model.to_str().expect("UTF-8")]);
+    // Recorded steps are computed once each before they are recorded.
+    arguments.extend(["--cuda-graph-max-seqs", "2"]);
     arguments.extend(flags);
     let mut variables = Vec::new();
     let (cache, libraries);
@@ -92,6 +94,9 @@ async fn two_processes_on_one_card_give_the_goldens() {
     }
     cluster
         .until_counter("decode-0", "kv_bytes_received_by_cuda_ipc_total", |n| n > 0)
+        .await;
+    cluster
+        .until_counter("decode-0", "steps_replayed_total", |n| n > 0)
         .await;
     cluster.until_idle_and_whole().await;
 }

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 pub struct EngineCounters {
     /// Steps computed.
     pub n_steps: u64,
+    /// Of these, steps that the device had recorded and replayed.
+    pub n_replayed_steps: u64,
     /// Rows computed in them.
     pub n_step_tokens: u64,
     /// Tokens attended to by them, summed over rows.

@@ -100,6 +100,7 @@ impl<F: ForwardPass> StepLoop<F> {
     }
 
     fn finish_step(&mut self, batch: &Batch, outcomes: Vec<(Member, Result<Vec<Token>, NoToken>)>) {
+        self.counters.n_replayed_steps = self.forward.n_replayed_steps();
         let block_size = self.scheduler.config().block_size;
         for (item, (member, _)) in batch.items.iter().zip(&outcomes) {
             let open = self.open.get_mut(&member.group).expect("a computed request is open");

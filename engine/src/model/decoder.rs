@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use baton_kernels::{
     Activation, AttentionParams, Backend, DType, KernelError, KvCache, KvLayout, MoeParams, PackedWeights, QkNorm,
-    RaggedBatch, RaggedSequence, RopeAppendParams,
+    RaggedBatch, RaggedSequence, RecordingRun, RopeAppendParams,
 };
 use baton_scheduler::ids::{Fingerprint, TokenId};
 use baton_scheduler::layer_groups::{LayerGroups, LayerPlace};
@@ -16,9 +16,9 @@ use super::rope::RopeConfig;
 use super::weights::{EMBED, FINAL_NORM, LM_HEAD, LayerWeightNames};
 use crate::forward::{ForwardPass, LogitsWanted, StepOutput, StepSequence};
 
-/// Rows whose logits are computed at once: `[256, vocab_size]` of f32 is 131 MB for a vocabulary of 128 Ki. Only prompt
-/// log-probabilities ever need more, and read the output matrix again for each further slab.
-const MAX_LOGIT_ROWS: usize = 256;
+/// Rows whose logits, or hidden states, are computed at once: `[256, vocab_size]` of f32 is 131 MB for a vocabulary of 128 Ki.
+/// Only prompt log-probabilities ever need more, and read the output matrix again for each further slab.
+pub(super) const MAX_FETCHED_ROWS: usize = 256;
 
 /// What a decoder is limited to; memory is set aside for it once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,7 @@ pub struct Decoder<B: Backend> {
     layer_groups: LayerGroups,
     kv: KvCache,
     activations: Activations<B>,
+    n_replayed_steps: u64,
     token_ids: Vec<TokenId>,
     wanted_rows: Vec<usize>,
     hidden_rows: Vec<usize>,
@@ -236,12 +237,71 @@ impl<B: Backend> Decoder<B> {
             ropes,
             kv,
             activations,
+            n_replayed_steps: 0,
             token_ids: Vec::new(),
             wanted_rows: Vec::new(),
             hidden_rows: Vec::new(),
             host_logits: Vec::new(),
             host_hidden: Vec::new(),
         })
+    }
+
+    /// What it computes on.
+    pub(super) fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// Has the device record the decode steps that it can, from few rows to many. The rows of those that it has recorded, and
+    /// what kept it from the next, if anything did: steps of more rows are then queued operator by operator.
+    pub(super) fn record_steps(&mut self) -> (Vec<usize>, Option<KernelError>) {
+        let mut recorded = Vec::new();
+        for n_rows in self.backend.recordable_rows() {
+            match self.record_step(n_rows) {
+                Ok(()) => recorded.push(n_rows),
+                Err(error) => return (recorded, Some(error)),
+            }
+        }
+        (recorded, None)
+    }
+
+    fn record_step(&mut self, n_rows: usize) -> Result<(), KernelError> {
+        // One for each layer group, told apart by where they lie.
+        let block_tables = vec![[0]; self.layer_groups.n_groups()];
+        let of_group = |block_table| {
+            let nobody = RaggedSequence {
+                start_pos: 0,
+                n_tokens: 1,
+                block_table,
+                rope_variant: 0,
+            };
+            vec![nobody; n_rows]
+        };
+        let ragged: Vec<Vec<RaggedSequence<'_>>> = block_tables.iter().map(|table| of_group(table)).collect();
+        let batches: Vec<RaggedBatch<'_>> = ragged.iter().map(|sequences| RaggedBatch { sequences }).collect();
+        self.token_ids = vec![0; n_rows];
+        self.wanted_rows = (0..n_rows).collect();
+        self.hidden_rows.clear();
+        for run in [RecordingRun::WarmUp, RecordingRun::Capture] {
+            self.backend.begin_recording(&batches, run)?;
+            self.all_rows(&batches, &mut |_, _| {});
+            self.wanted_logits(0..n_rows);
+            self.backend.end_recording(&self.activations.logits, run)?;
+        }
+        Ok(())
+    }
+
+    /// Queues a recorded step, if every sequence has one new token and wants its logits, which are then left in
+    /// `activations.logits`.
+    fn replay(&mut self, batches: &[RaggedBatch<'_>], on_layer: &mut dyn FnMut(usize, &mut KvCache)) -> bool {
+        let n_rows = self.token_ids.len();
+        let is_decode = self.wanted_rows.len() == n_rows && batches.iter().all(|batch| batch.sequences.len() == n_rows);
+        let logits = &mut self.activations.logits;
+        if !is_decode || !self.backend.replay(logits, &self.token_ids, batches, &mut self.kv) {
+            return false;
+        }
+        self.n_replayed_steps += 1;
+        (0..self.config.n_layers).for_each(|layer| on_layer(layer, &mut self.kv));
+        true
     }
 
     /// The model's configuration.
@@ -419,7 +479,7 @@ impl<B: Backend> Decoder<B> {
             ..
         } = self;
         host_hidden.clear();
-        for rows in hidden_rows.chunks(MAX_LOGIT_ROWS) {
+        for rows in hidden_rows.chunks(MAX_FETCHED_ROWS) {
             final_norm(backend, config, weights, a, rows);
             host_hidden.extend_from_slice(&backend.to_host(&a.block.normed));
         }
@@ -510,7 +570,7 @@ impl<B: Backend> Activations<B> {
     fn new(backend: &B, config: &ModelConfig, max_rows: usize) -> Result<Activations<B>, KernelError> {
         let hidden = config.hidden_size;
         let query_width = config.n_heads * config.head_dim;
-        let max_wanted = max_rows.min(MAX_LOGIT_ROWS);
+        let max_wanted = max_rows.min(MAX_FETCHED_ROWS);
         Ok(Activations {
             residual: backend.tensor(max_rows, hidden)?,
             qkv: backend.tensor(max_rows, query_width + 2 * config.n_kv_heads * config.head_dim)?,
@@ -569,6 +629,10 @@ impl<B: Backend> ForwardPass for Decoder<B> {
         &mut self.kv
     }
 
+    fn n_replayed_steps(&self) -> u64 {
+        self.n_replayed_steps
+    }
+
     /// # Panics
     /// If the step is larger than the decoder's limits, a block table is too short, or a token id is past the vocabulary.
     fn step(
@@ -596,7 +660,10 @@ impl<B: Backend> ForwardPass for Decoder<B> {
         };
         let ragged: Vec<Vec<RaggedSequence<'_>>> = (0..self.layer_groups.n_groups()).map(of_group).collect();
         let batches: Vec<RaggedBatch<'_>> = ragged.iter().map(|sequences| RaggedBatch { sequences }).collect();
-        self.all_rows(&batches, on_layer);
+        let is_replayed = self.replay(&batches, on_layer);
+        if !is_replayed {
+            self.all_rows(&batches, on_layer);
+        }
 
         self.fetch_hidden();
         let n_wanted = self.wanted_rows.len();
@@ -606,8 +673,10 @@ impl<B: Backend> ForwardPass for Decoder<B> {
                 hidden: &self.host_hidden,
             });
         }
-        if n_wanted <= MAX_LOGIT_ROWS {
-            self.wanted_logits(0..n_wanted);
+        if n_wanted <= MAX_FETCHED_ROWS {
+            if !is_replayed {
+                self.wanted_logits(0..n_wanted);
+            }
             let logits = match self.backend.to_host(&self.activations.logits) {
                 Cow::Borrowed(logits) => logits,
                 Cow::Owned(logits) => {
@@ -621,8 +690,8 @@ impl<B: Backend> ForwardPass for Decoder<B> {
             });
         }
         self.host_logits.clear();
-        for first in (0..n_wanted).step_by(MAX_LOGIT_ROWS) {
-            self.wanted_logits(first..n_wanted.min(first + MAX_LOGIT_ROWS));
+        for first in (0..n_wanted).step_by(MAX_FETCHED_ROWS) {
+            self.wanted_logits(first..n_wanted.min(first + MAX_FETCHED_ROWS));
             let logits = self.backend.to_host(&self.activations.logits);
             self.host_logits.extend_from_slice(&logits);
         }

@@ -1,8 +1,9 @@
 //! A model folder -> a decoder on a device: check the tensors, pack them or map what another process packed, set the cache up.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
-use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, CudaPlace, ImageFolders};
+use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, CudaPlace, ExpertLimits, ImageFolders, StepLimits};
 use baton_kernels::{
     Backend, Cpu, CpuOptions, DType, Isa, KernelError, KvCache, KvLayout, PackedWeights, Packing, WINDOW_GRAIN,
     WeightSource, WeightSpec,
@@ -11,7 +12,7 @@ use baton_scheduler::batch::{BatchConfig, SlidingWindow};
 use baton_scheduler::ids::Fingerprint;
 
 use super::config::ModelConfig;
-use super::decoder::{Decoder, DecoderLimits};
+use super::decoder::{Decoder, DecoderLimits, MAX_FETCHED_ROWS};
 use super::derived::DerivedWeights;
 use super::error::ModelError;
 use super::fingerprint::ModelFingerprint;
@@ -53,6 +54,8 @@ pub struct CudaLoadOptions {
     pub model: LoadOptions,
     /// The driver's number of the card.
     pub ordinal: usize,
+    /// Sequences of one step.
+    pub max_num_seqs: usize,
     /// Whether a row's bits may depend on what else is in the batch.
     pub mode: CudaMode,
     /// Folders with CUDA's libraries, looked through before the system's own.
@@ -61,6 +64,8 @@ pub struct CudaLoadOptions {
     pub images: ImageFolders,
     /// Size of the KV cache.
     pub kv: CudaKvSize,
+    /// Sequences of the largest decode step that is recorded as a CUDA graph; 0 records none.
+    pub max_graph_seqs: usize,
 }
 
 /// How large a KV cache in a card's memory is.
@@ -169,13 +174,67 @@ pub fn load_cuda_at(
         };
         Cuda::at(options, place)
     };
-    load(folder, &options.model, Packing::Rows, progress, open, |cuda, layout| {
+    let decoder = load(folder, &options.model, Packing::Rows, progress, open, |cuda, layout| {
+        cuda.reserve(&step_limits(&folder.config, layout, options))?;
         cuda.kv_cache_within(layout, |free_bytes| match options.kv {
             CudaKvSize::Blocks(n_blocks) => n_blocks,
             CudaKvSize::Bytes(n_bytes) => n_bytes as usize / layout.block_bytes(),
             CudaKvSize::PercentOfFree(percent) => free_bytes / 100 * usize::from(percent) / layout.block_bytes(),
         })
-    })
+    });
+    let mut decoder = decoder?;
+    record_steps(&mut decoder);
+    Ok(decoder)
+}
+
+/// Has the decode steps recorded, and says what that took. A step that cannot be recorded is none that cannot be computed.
+fn record_steps(decoder: &mut Decoder<Cuda>) {
+    let free_bytes = |decoder: &Decoder<Cuda>| decoder.backend().free_bytes().unwrap_or(0);
+    let (began, free_before) = (Instant::now(), free_bytes(decoder));
+    let (recorded, failure) = decoder.record_steps();
+    if let Some(error) = failure {
+        let from = recorded.last().unwrap_or(&0) + 1;
+        tracing::warn!(%error, "decode steps of {from} sequences and more are launched kernel by kernel");
+    }
+    if let Some(largest) = recorded.last() {
+        let n_bytes = free_before.saturating_sub(free_bytes(decoder));
+        tracing::info!(
+            n_graphs = recorded.len(),
+            max_seqs = largest,
+            n_bytes,
+            seconds = began.elapsed().as_secs_f32(),
+            "decode steps recorded"
+        );
+    }
+}
+
+/// What a step of the model may hold.
+fn step_limits(config: &ModelConfig, layout: KvLayout, options: &CudaLoadOptions) -> StepLimits {
+    let DecoderLimits {
+        max_batch_tokens,
+        max_model_len,
+    } = options.model.limits;
+    StepLimits {
+        n_rows: max_batch_tokens,
+        n_sequences: options.max_num_seqs,
+        n_recorded_sequences: options
+            .max_graph_seqs
+            .min(options.max_num_seqs)
+            .min(max_batch_tokens.min(MAX_FETCHED_ROWS)),
+        n_context: max_model_len,
+        block_size: layout.block_size,
+        n_heads: config.n_heads,
+        n_kv_heads: config.n_kv_heads,
+        head_dim: config.head_dim,
+        windows: config.layer_groups().windows().to_vec(),
+        n_fetched: max_batch_tokens.min(MAX_FETCHED_ROWS) * config.hidden_size,
+        experts: config.experts.as_ref().map(|experts| ExpertLimits {
+            n_experts: experts.n_experts,
+            top_k: experts.top_k,
+            hidden: config.hidden_size,
+            ffn: experts.ffn_size,
+        }),
+    }
 }
 
 /// A decoder on the device that `open` opens, with the cache that `kv` makes once everything else is there.

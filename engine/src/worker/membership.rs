@@ -320,6 +320,7 @@ fn counters(report: &LoadReport, service: &WorkerService) -> HashMap<String, u64
     });
     [
         ("steps_total", engine.n_steps),
+        ("steps_replayed_total", engine.n_replayed_steps),
         ("prefill_tokens_total", scheduler.n_prefill_tokens),
         ("decode_tokens_total", scheduler.n_decode_tokens),
         ("prefix_hit_tokens_total", scheduler.n_prefix_hit_tokens),

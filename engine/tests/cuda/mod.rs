@@ -13,12 +13,15 @@ use crate::golden_model::{Golden, models, models_folder};
 /// One with a window, one with experts, one with two rotary tables: beyond what a short prompt shows of them.
 const LONG_ON_THE_STAND_IN: [&str; 3] = ["mistral-swa32", "gpt-oss-bf16", "gemma3-two-ropes"];
 
+const MAX_NUM_SEQS: usize = 8;
+
 fn load(model: &str, dtype: DType, mode: CudaMode) -> Option<Decoder<Cuda>> {
     let driver = stand_in::driver()?;
     let folder = ModelFolder::open(models_folder().join(model)).unwrap();
     let options = CudaLoadOptions {
         model: options(dtype, None).model,
         ordinal: 0,
+        max_num_seqs: MAX_NUM_SEQS,
         mode,
         libraries: driver.libraries(),
         images: ImageFolders {
@@ -26,6 +29,7 @@ fn load(model: &str, dtype: DType, mode: CudaMode) -> Option<Decoder<Cuda>> {
             cache: Some(stand_in::image_cache()),
         },
         kv: CudaKvSize::Blocks(N_KV_BLOCKS),
+        max_graph_seqs: 0,
     };
     Some(load_cuda(&folder, &options, &mut |_, _| {}).unwrap())
 }
@@ -88,6 +92,7 @@ fn a_cache_is_sized_by_what_is_left_and_bounds_the_longest_sequence() {
         let options = CudaLoadOptions {
             model: options(DType::F32, None).model,
             ordinal: 0,
+            max_num_seqs: MAX_NUM_SEQS,
             mode: CudaMode::Fast,
             libraries: driver.libraries(),
             images: ImageFolders {
@@ -95,6 +100,7 @@ fn a_cache_is_sized_by_what_is_left_and_bounds_the_longest_sequence() {
                 cache: Some(stand_in::image_cache()),
             },
             kv,
+            max_graph_seqs: 0,
         };
         load_cuda(&folder, &options, &mut |_, _| {})
     };
