@@ -19,6 +19,8 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
+use super::beside_others;
+
 /// Raised when the words of the handover change; instances that differ in it use gRPC.
 const VERSION: u32 = 1;
 /// Both ends of a handover are on one host.
@@ -455,7 +457,11 @@ async fn receive(
         None => ForeignKv::map(&file, layout, memory.n_blocks)?,
         Some(card) => {
             let near = near.ok_or(HandoverError::NoCard)?;
-            ForeignKv::map_on_card(&file, layout, memory.n_blocks, &card.handle()?, near)?
+            let handle = card.handle()?;
+            // The driver takes its time.
+            beside_others(true, || {
+                ForeignKv::map_on_card(&file, layout, memory.n_blocks, &handle, near)
+            })?
         }
     };
     Ok(Received { kv, connection: stream })
