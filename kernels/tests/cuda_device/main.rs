@@ -4,6 +4,8 @@
 #![allow(unsafe_code)]
 
 mod attention;
+#[path = "../bodies/mod.rs"]
+mod bodies;
 #[allow(dead_code, reason = "shared with tests that ask for more")]
 mod controls;
 mod ipc;

@@ -1,136 +1,73 @@
-//! Operators over rows and products: close to the reference on odd sizes.
+//! Operators over rows and products, by the bodies that every device shares; and what only a card has.
 
 use baton_kernels::cuda::{CudaMeasure, CudaMode};
-use baton_kernels::{Activation, Backend, DType, reference};
+use baton_kernels::{Backend, DType};
 
-use crate::support::{DTYPES, MODES, Values, Weights, assert_close, bits, device, tensor, unit};
+use crate::bodies::{products, rows};
+use crate::support::{DTYPES, MODES, Weights, device};
 
 #[test]
 fn products_are_close_to_the_reference_on_odd_sizes() {
-    let mut values = Values(1);
-    for (rows, n_in, n_out) in [
-        (1, 1, 1),
-        (1, 2, 3),
-        (3, 7, 65),
-        (2, 64, 64),
-        (5, 129, 63),
-        (17, 300, 67),
-    ] {
-        let (x, w) = (values.vec(rows * n_in), values.vec(n_out * n_in));
-        for (dtype, mode) in DTYPES.into_iter().flat_map(|dtype| MODES.map(|mode| (dtype, mode))) {
-            let Some(cuda) = device(dtype, mode, 64) else { return };
-            let expected = reference::linear(&reference::round(dtype, &x), &reference::round(dtype, &w), n_in);
-            let packed = Weights::default().matrix("w", n_out, n_in, &w).pack(dtype);
-            let w = cuda.matrix(&packed, "w").unwrap();
-            let x = tensor(&cuda, n_in, &x);
-            let sums = 3e-7 * n_in as f32;
-            let mut out = cuda.tensor(rows, n_out).unwrap();
-            cuda.linear(&mut out, &x, &w);
-            assert_close(&cuda, &cuda.to_host(&out), &expected, sums + unit(dtype));
-            // Logits keep what the sums have.
-            let mut logits = cuda.logits(rows, n_out).unwrap();
-            cuda.linear(&mut logits, &x, &w);
-            assert_close(&cuda, &cuda.to_host(&logits), &expected, sums);
+    for (dtype, mode) in DTYPES.into_iter().flat_map(|dtype| MODES.map(|mode| (dtype, mode))) {
+        let Some(cuda) = device(dtype, mode, 64) else { return };
+        for size in products::ODD_SIZES {
+            products::are_close(&cuda, size);
+        }
+    }
+}
+
+/// In both tilings, whole 16-byte chunks or not.
+#[test]
+fn deterministic_products_have_the_same_bits_in_any_batch() {
+    for dtype in DTYPES {
+        let Some(cuda) = device(dtype, CudaMode::Deterministic, 64) else {
+            return;
+        };
+        for (n_in, n_out) in [(96, 70), (39, 20)] {
+            products::rows_are_independent(&cuda, &cuda, (35, n_in, n_out), &[2, 16, 17, 35]);
         }
     }
 }
 
 #[test]
-fn row_operators_are_close_to_the_reference() {
-    let mut values = Values(3);
-    for (rows, cols) in [(1, 1), (3, 17), (5, 64), (33, 523), (2, 2048)] {
-        for dtype in DTYPES {
-            let round = |values: Vec<f32>| reference::round(dtype, &values);
-            let (x, y) = (round(values.vec(rows * cols)), round(values.vec(rows * cols)));
-            let weight = values.vec(cols);
-            let gate_up = round(values.vec(rows * 2 * cols).iter().map(|x| 12.0 * x).collect());
-            let sums: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
-            let Some(cuda) = device(dtype, CudaMode::Fast, 64) else {
-                return;
-            };
-            let tolerance = 2e-5_f32.max(unit(dtype));
-            let vector = cuda
-                .vector(&Weights::default().vector("v", &weight).pack(dtype), "v")
-                .unwrap();
-
-            let mut out = cuda.tensor(rows, cols).unwrap();
-            cuda.rms_norm(&mut out, &tensor(&cuda, cols, &x), &vector, 1e-5);
-            let expected = reference::rms_norm(&x, &weight, 1e-5);
-            assert_close(&cuda, &cuda.to_host(&out), &expected, tolerance);
-
-            let mut residual = tensor(&cuda, cols, &x);
-            cuda.add_rms_norm(&mut out, &mut residual, &tensor(&cuda, cols, &y), &vector, 1e-5);
-            let rounded = round(sums.clone());
-            assert_eq!(bits(&cuda.to_host(&residual)), bits(&rounded));
-            let expected = reference::rms_norm(&rounded, &weight, 1e-5);
-            assert_close(&cuda, &cuda.to_host(&out), &expected, tolerance);
-
-            for activation in [
-                Activation::Silu,
-                Activation::GeluTanh,
-                Activation::ClampedSwish {
-                    alpha: 1.702,
-                    limit: 7.0,
-                },
-            ] {
-                cuda.gated(&mut out, &tensor(&cuda, 2 * cols, &gate_up), activation);
-                let expected = reference::gated(&gate_up, cols, activation);
-                assert_close(&cuda, &cuda.to_host(&out), &expected, tolerance);
-            }
-
-            let mut capped = tensor(&cuda, 2 * cols, &gate_up);
-            cuda.soft_cap(&mut capped, 8.0);
-            let expected: Vec<f32> = gate_up
-                .iter()
-                .map(|x| (8.0 * (f64::from(*x) / 8.0).tanh()) as f32)
-                .collect();
-            assert_close(&cuda, &cuda.to_host(&capped), &expected, tolerance);
-
-            let mut sum = tensor(&cuda, cols, &x);
-            cuda.add(&mut sum, &tensor(&cuda, cols, &y));
-            assert_eq!(bits(&cuda.to_host(&sum)), bits(&rounded));
-            // What was fetched is not what stands there after the next operator.
-            cuda.add_bias(&mut sum, &vector);
-            let biased: Vec<f32> = rounded.iter().zip(weight.iter().cycle()).map(|(x, b)| x + b).collect();
-            assert_eq!(bits(&cuda.to_host(&sum)), bits(&round(biased)));
+fn row_operators_are_close_to_the_reference_and_row_independent() {
+    for dtype in DTYPES {
+        let Some(cuda) = device(dtype, CudaMode::Fast, 64) else {
+            return;
+        };
+        for size in rows::ODD_SIZES {
+            rows::are_close(&cuda, size);
         }
     }
 }
 
 #[test]
 fn embed_and_gather_return_the_rows_asked_for() {
-    let mut values = Values(4);
-    let (vocab, hidden) = (131, 37);
-    let table = values.vec(vocab * hidden);
-    let ids = [0, 130, 64, 63, 64, 7];
     for dtype in DTYPES {
         let Some(cuda) = device(dtype, CudaMode::Fast, 64) else {
             return;
         };
-        let packed = Weights::default().matrix("w", vocab, hidden, &table).pack(dtype);
-        let rounded = reference::round(dtype, &table);
-        let matrix = cuda.matrix(&packed, "w").unwrap();
-        let row = |id: usize| rounded[id * hidden..][..hidden].to_vec();
-        let expected: Vec<f32> = ids.iter().flat_map(|id| row(*id as usize)).collect();
-        let mut out = cuda.tensor(6, hidden).unwrap();
-        cuda.embed(&mut out, &matrix, &ids, 1.0);
-        let mut twice = cuda.tensor(6, hidden).unwrap();
-        // Two steps later the ids' memory is used again; the first steps must be through with it.
-        for scale in [3.0, 5.0, 2.0] {
-            cuda.begin_step();
-            cuda.embed(&mut twice, &matrix, &ids, scale);
-        }
-        let mut some = cuda.tensor(3, hidden).unwrap();
-        cuda.gather_rows(&mut some, &out, &[5, 0]);
-        assert_eq!(cuda.to_host(&out)[..], expected);
-        let doubled: Vec<f32> = expected.iter().map(|x| 2.0 * x).collect();
-        assert_eq!(cuda.to_host(&twice)[..], doubled);
-        assert_eq!(some.rows(), 2);
-        assert_eq!(cuda.to_host(&some)[..], [row(7), row(0)].concat());
-        let mut none = cuda.tensor(3, hidden).unwrap();
-        cuda.gather_rows(&mut none, &out, &[]);
-        assert!(cuda.to_host(&none).is_empty());
+        rows::are_found_again(&cuda);
     }
+}
+
+/// Instances of equal classes may give each other's blocks to their prefix caches, so whatever changes bits is in the name.
+#[test]
+fn a_class_names_card_dtype_and_mode() {
+    let mut classes = Vec::new();
+    for (dtype, mode) in DTYPES.into_iter().flat_map(|dtype| MODES.map(|mode| (dtype, mode))) {
+        let Some(cuda) = device(dtype, mode, 64) else { return };
+        let suffix = match mode {
+            CudaMode::Fast => "",
+            CudaMode::Deterministic => "-deterministic",
+        };
+        let capability = cuda.card().capability;
+        assert_eq!(cuda.numerics_class(), format!("cuda-sm{capability}-{dtype}{suffix}"));
+        classes.push(cuda.numerics_class());
+    }
+    classes.sort();
+    classes.dedup();
+    assert_eq!(classes.len(), DTYPES.len() * MODES.len());
 }
 
 #[test]

@@ -1,16 +1,13 @@
-//! A device to test on, values to test with, and comparison.
+//! A device to test on, as the shared bodies want it.
 
-use std::borrow::Cow;
-use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, CudaPlace, CudaTensor, ImageFolders};
-use baton_kernels::{
-    Backend, DType, KernelError, PackedWeights, Packing, SourceTensor, WeightKind, WeightSource, WeightSpec,
-};
-
+use baton_kernels::{Backend, DType, KernelError, KvCache, KvLayout, Packing};
 use cudarc::driver::CudaContext;
 
+use crate::bodies::TestDevice;
+pub use crate::bodies::{Values, Weights, bits};
 use crate::stand_in::{self, Driver};
 
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
@@ -53,101 +50,26 @@ pub fn try_device_at(
     Some(Cuda::at(options, place))
 }
 
-/// A small generator of our own: the tests need values, not quality.
-pub struct Values(pub u64);
-
-impl Values {
-    pub fn next(&mut self) -> f32 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 40) as f32 / (1_u64 << 23) as f32) - 1.0
-    }
-
-    pub fn vec(&mut self, len: usize) -> Vec<f32> {
-        (0..len).map(|_| self.next()).collect()
-    }
-}
-
-/// Named matrices and vectors, from the host's values.
-#[derive(Default)]
-pub struct Weights {
-    tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
-    specs: Vec<WeightSpec>,
-}
-
-impl Weights {
-    pub fn matrix(mut self, name: &str, n_out: usize, n_in: usize, values: &[f32]) -> Weights {
-        self.add(name, WeightKind::Matrix { n_out, n_in }, vec![n_out, n_in], values);
-        self
-    }
-
-    pub fn vector(mut self, name: &str, values: &[f32]) -> Weights {
-        let len = values.len();
-        self.add(name, WeightKind::Vector { len }, vec![len], values);
-        self
-    }
-
-    fn add(&mut self, name: &str, kind: WeightKind, shape: Vec<usize>, values: &[f32]) {
-        self.tensors.insert(name.to_owned(), (shape, values.to_vec()));
-        self.specs.push(WeightSpec {
-            name: name.to_owned(),
-            kind,
-            parts: vec![name.to_owned()],
-        });
-    }
-
-    pub fn pack(&self, dtype: DType) -> Arc<PackedWeights> {
-        PackedWeights::in_memory(Packing::Rows, dtype, &self.specs, self).unwrap()
-    }
-
-    /// As a model's are, in a file of this folder.
-    pub fn pack_into(&self, folder: &std::path::Path, key: &str, dtype: DType) -> Arc<PackedWeights> {
-        PackedWeights::open_or_build(folder, key, Packing::Rows, dtype, &self.specs, self, &mut |_, _| {}).unwrap()
-    }
-}
-
-impl WeightSource for Weights {
-    fn tensor(&self, name: &str) -> Result<SourceTensor<'_>, String> {
-        let (shape, values) = self.tensors.get(name).ok_or("no such tensor")?;
-        Ok(SourceTensor {
-            dtype: DType::F32,
-            shape: shape.clone(),
-            data: Cow::Borrowed(bytemuck::cast_slice(values)),
-        })
-    }
-}
-
 pub fn tensor(cuda: &Cuda, cols: usize, values: &[f32]) -> CudaTensor {
     let mut tensor = cuda.tensor(values.len() / cols, cols).unwrap();
     cuda.set(&mut tensor, values);
     tensor
 }
 
-/// How far one rounding to the type may be from what was rounded.
-pub fn unit(dtype: DType) -> f32 {
-    match dtype {
-        DType::F32 => 6e-8,
-        DType::F16 => 4.9e-4,
-        DType::Bf16 => 3.91e-3,
-    }
-}
+impl TestDevice for Cuda {
+    const PACKING: Packing = Packing::Rows;
 
-#[track_caller]
-pub fn assert_close(cuda: &Cuda, found: &[f32], expected: &[f32], tolerance: f32) {
-    assert_eq!(found.len(), expected.len());
-    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
-        assert!(
-            (found - expected).abs() <= tolerance * expected.abs().max(1.0),
-            "{}: element {i} is {found}, expected {expected}",
-            cuda.numerics_class()
-        );
+    fn stored(&self) -> DType {
+        self.compute_dtype()
     }
-}
 
-pub fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|value| value.to_bits()).collect()
+    fn filled(&self, cols: usize, values: &[f32]) -> CudaTensor {
+        tensor(self, cols, values)
+    }
+
+    fn cache(&self, layout: KvLayout, n_blocks: usize) -> KvCache {
+        self.kv_cache(layout, n_blocks).unwrap()
+    }
 }
 
 /// Whether a test that asks the stand-in for counts runs in a process of its own; else it is run there.
