@@ -138,7 +138,7 @@ def served(card):
     if is_smoke(card):
         folder = ROOT / "tests/data/models" / SERVED_MODELS[0]
         flags = ["--model", folder, "--kv-memory", "4MiB", "--dtype", "f32"]
-        return serving.measure(card, ["mixed"], flags, serving.SMOKE_LOADS)
+        return serving.measure(card, serving.MODES, flags, serving.SMOKE_LOADS)
     loads = dict(serving.LOADS)
     trace = card.bundle / "trace.csv"
     if trace.exists():

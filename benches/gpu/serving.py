@@ -110,6 +110,7 @@ MODES = {
 def measure(card, modes, model_flags, loads):
     """Each load on each mode; 0 when every mode answered every request."""
     n_failed = 0
+    (card.results / "serving.jsonl").unlink(missing_ok=True)
     for mode in modes:
         with server(card, [*model_flags, *MODES[mode]]) as url:
             for load, flags in loads.items():

@@ -173,6 +173,22 @@ async fn deterministic_bits_are_the_same_handed_over_or_not() {
     assert_eq!(answers[0], answers[1]);
 }
 
+/// Needs the compiler alone; where other tests have compiled already, little is left to do.
+#[tokio::test]
+async fn kernels_are_compiled_beforehand() {
+    let Some(Driver::StandIn(libraries)) = stand_in::driver() else {
+        return;
+    };
+    let images = stand_in::image_cache();
+    let [libraries, images] = [&libraries, &images].map(|path| path.to_str().expect("UTF-8"));
+    let kernels = ["kernels", "--output", images, "--cuda-libraries", libraries];
+    let (code, stdout, stderr) = run(&[&kernels[..], &["--architectures", "90a"]].concat()).await;
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains(&format!("kernels for 90a in {images}")), "{stdout}");
+    let (code, _, stderr) = run(&[&kernels[..], &["--architectures", "90a,hopper"]].concat()).await;
+    assert!(code == Some(2) && stderr.contains("hopper"), "{stderr}");
+}
+
 #[tokio::test]
 async fn without_a_card_the_doctor_says_so_in_one_line() {
     if baton_kernels::cuda::probe(0, &[]).is_ok() {
