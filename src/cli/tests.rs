@@ -126,6 +126,14 @@ fn bad_values_name_the_flag_the_value_and_what_was_expected() {
     for (arguments, parts) in [
         ("--port 70000", ["--port", "70000", "0 to 65535"]),
         ("--kv-memory 2", ["--kv-memory", "'2'", "such as 2GiB"]),
+        (
+            "--prefill-sm-share 60",
+            ["--prefill-sm-share", "'60'", "from 1% to 100%"],
+        ),
+        (
+            "--prefill-sm-share 0%",
+            ["--prefill-sm-share", "'0%'", "from 1% to 100%"],
+        ),
         ("--keepalive 5", ["--keepalive", "'5'", "such as 5s"]),
         ("--policy random", ["--policy", "random", "prefix-aware"]),
         ("--model /no/such/folder", ["--model", "/no/such/folder", "ORG/NAME"]),
