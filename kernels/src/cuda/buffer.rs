@@ -80,11 +80,6 @@ impl DeviceBuffer {
         }
     }
 
-    /// Queues zeros.
-    pub(super) fn zero(&mut self, stream: &CudaStream) -> Result<(), CudaError> {
-        self.zero_part(0, self.n_bytes, stream)
-    }
-
     /// Queues zeros for a part that the caller alone uses.
     pub(super) fn zero_part(&self, offset: usize, n_bytes: usize, stream: &CudaStream) -> Result<(), CudaError> {
         self.assert_within(offset, n_bytes);

@@ -58,6 +58,10 @@ fn row_class(rows: usize) -> usize {
 pub(super) struct Gemm {
     handle: sys::cublasLtHandle_t,
     workspace: DeviceBuffer,
+    /// What is written before each timed run: twice the card's cache. The product then finds its weights in memory, as in a
+    /// step, and has been queued before the device comes to it, so that the host's share is not timed. `None` where there was
+    /// no memory for it. Kept, as a shape may come for the first time when there is none left.
+    lead: Option<DeviceBuffer>,
     chosen: RefCell<HashMap<Shape, sys::cublasLtMatmulAlgo_t>>,
     device: Arc<Device>,
 }
@@ -83,6 +87,7 @@ impl Gemm {
         Ok(Gemm {
             handle: result::create_handle().during(|| "start cuBLASLt".to_owned())?,
             workspace: DeviceBuffer::new(device, "products", WORKSPACE_BYTES)?,
+            lead: lead(device),
             chosen: RefCell::default(),
             device: Arc::clone(device),
         })
@@ -140,12 +145,11 @@ impl Gemm {
             self.device.context.new_event(flags).or_stop(timing)
         };
         let (before, after) = (timed_event(), timed_event());
-        let mut lead = self.lead();
         let mut best = (f32::INFINITY, *first);
         for algorithm in &candidates {
             for run in 0..=N_RUNS {
-                if let Some(lead) = &mut lead {
-                    lead.zero(&self.device.compute)
+                if let Some(lead) = &self.lead {
+                    lead.zero_part(0, lead.n_bytes(), &self.device.compute)
                         .unwrap_or_else(|error| panic!("CUDA: {error}"));
                 }
                 before.record(&self.device.compute).or_stop(timing);
@@ -162,16 +166,6 @@ impl Gemm {
             }
         }
         Ok(best.1)
-    }
-
-    /// What is written before each timed run: twice the card's cache. The product then finds its weights in memory, as in a
-    /// step, and has been queued before the device comes to it, so that the host's share is not timed. `None` where there is
-    /// no memory left for it.
-    fn lead(&self) -> Option<DeviceBuffer> {
-        let cache = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
-        let cache_bytes = usize::try_from(self.device.context.attribute(cache).ok()?).ok()?;
-        let lead = DeviceBuffer::new(&self.device, "timing products", 2 * cache_bytes).ok()?;
-        (lead.n_bytes() > 0).then_some(lead)
     }
 
     unsafe fn queue(
@@ -203,6 +197,14 @@ impl Gemm {
             )
         }
     }
+}
+
+/// [`Gemm::lead`].
+fn lead(device: &Device) -> Option<DeviceBuffer> {
+    let cache = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
+    let cache_bytes = usize::try_from(device.context.attribute(cache).ok()?).ok()?;
+    let lead = DeviceBuffer::new(device, "timing products", 2 * cache_bytes).ok()?;
+    (lead.n_bytes() > 0).then_some(lead)
 }
 
 impl Drop for Gemm {
