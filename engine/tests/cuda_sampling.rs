@@ -216,3 +216,34 @@ fn broken_rows_have_a_status() {
         assert_eq!(ids, [u32::MAX, u32::MAX, u32::MAX, 12]);
     }
 }
+
+/// A row that gave no token is nobody's, but what follows it must not read past the table.
+#[test]
+fn a_steps_ids_are_given_or_just_sampled() {
+    if !library::has_compiler() {
+        return;
+    }
+    const NONE: u32 = u32::MAX;
+    let vocab = 700_u32;
+    let n_rows = 523;
+    let sampled = vec![5_u32, 699, NONE, 0];
+    let ids: Vec<u32> = (0..n_rows).map(|row| row % vocab).collect();
+    let sources: Vec<u32> = (0..n_rows)
+        .map(|row| if row % 3 == 0 { row % 4 } else { NONE })
+        .collect();
+    let mut out = vec![7777_u32; n_rows as usize];
+    let args = [
+        (&mut out).into(),
+        (&ids).into(),
+        (&sources).into(),
+        (&sampled).into(),
+        n_rows.into(),
+        vocab.into(),
+    ];
+    library::launch("token_ids", launch::token_ids(n_rows), Order::Forward, &args);
+    let expected = |row: u32| match row % 3 {
+        0 => [5, 699, 0, 0][(row % 4) as usize],
+        _ => row % vocab,
+    };
+    assert_eq!(out, (0..n_rows).map(expected).collect::<Vec<u32>>());
+}

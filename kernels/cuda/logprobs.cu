@@ -12,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) logprobs(
     u32* top_ids,         // [rows, n_top]
     f32* top_logprobs,    // [rows, n_top]
     const f32* logits,    // [rows, vocab]
-    const u32* ids,       // [rows], each below vocab
+    const u32* ids,       // [rows]; NONE, of a row that is left to the host, counts as the last
     u32 vocab, u32 n_top) {
     BATON_DYNAMIC_SHARED(double, chunk_sums);    // [vocab / CHUNK rounded up]
     __shared__ RowScratch scratch;
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(N_THREADS, 2) logprobs(
         return;
     }
     const double log_sum = __dadd_rn(static_cast<double>(row.maximum), log(sum_weights(row, scratch, chunk_sums)));
-    const u32 id = ids[blockIdx.x];
+    const u32 id = min(ids[blockIdx.x], vocab - 1);
     const f32 logit = row.logits[id];
     if (threadIdx.x == 0) scratch.wanted = 0;
     __syncthreads();

@@ -150,6 +150,8 @@ pub trait Backend: Sized + Send + 'static {
     type Rope: Send + Sync;
     /// All experts of one layer.
     type Experts: Send + Sync;
+    /// What samples on the device.
+    type Sampler: RowSampler<Self> + Send;
 
     /// What this device computes in.
     fn compute_dtype(&self) -> DType;
@@ -285,6 +287,116 @@ pub trait Backend: Sized + Send + 'static {
         false
     }
 
+    /// A sampler for steps of up to `max_rows` rows over a vocabulary; `None` of a device that leaves that to the host.
+    fn sampler(&self, max_rows: usize, vocab: usize) -> Result<Option<Self::Sampler>, KernelError>;
+
     /// The activation's elements on the host, `[rows, cols]` row major; waits for the device.
     fn to_host<'a>(&self, x: &'a Self::Tensor) -> std::borrow::Cow<'a, [f32]>;
+}
+
+/// How one row of logits is sampled: as by the host's sampler from logits that nothing changes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowSampling {
+    /// Key of the counter-based generator.
+    pub seed: u64,
+    /// Position of the token among its choice's.
+    pub index: u32,
+    /// Which of the request's choices.
+    pub choice: u32,
+    /// 0 takes the largest logit.
+    pub temperature: f32,
+    /// 0 is off.
+    pub min_p: f32,
+    /// 1 and more are off.
+    pub top_p: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// Log-probabilities, with so many of the most likely tokens.
+    pub n_top: Option<usize>,
+}
+
+/// What came of a row.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SampledRow {
+    /// A token.
+    Chosen {
+        /// Its id.
+        id: u32,
+        /// If they were asked for.
+        logprobs: Option<RowLogprobs>,
+    },
+    /// The logits are broken, or more would have to be put in order than the device does. The next step's token is then of no
+    /// meaning.
+    LeftToHost,
+}
+
+/// Of the raw distribution.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RowLogprobs {
+    /// Of the chosen token.
+    pub logprob: f32,
+    /// Its place, 1 for the most likely.
+    pub rank: u32,
+    /// The most likely tokens, in order.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Samples on a device, and keeps what it sampled there for the step that follows. Up to two steps are in flight: finished and
+/// not collected.
+pub trait RowSampler<B: Backend> {
+    /// Whether the device can do what a row asks for.
+    fn can_sample(&self, row: &RowSampling) -> bool;
+
+    /// As [`Backend::embed`]; where a row has a source, its id is what the step before sampled in that row of its own.
+    fn embed(
+        &mut self,
+        backend: &B,
+        out: &mut B::Tensor,
+        table: &B::Matrix,
+        ids: &[u32],
+        sources: &[Option<usize>],
+        scale: f32,
+    );
+
+    /// Samples the next rows of the step from the rows of `logits` from `first_row` on. Waits for nothing.
+    fn sample(&mut self, backend: &B, logits: &B::Tensor, first_row: usize, rows: &[RowSampling]);
+
+    /// The step has no more rows. Waits for nothing.
+    fn finish_step(&mut self);
+
+    /// Returns once the oldest step in flight is over.
+    fn wait(&mut self);
+
+    /// What came of the rows of the oldest step in flight, in the order in which they were sampled; waits for it.
+    fn collect(&mut self) -> &[SampledRow];
+}
+
+/// The sampler of a device that has none.
+#[derive(Clone, Copy, Debug)]
+pub enum NoSampler {}
+
+impl<B: Backend> RowSampler<B> for NoSampler {
+    fn can_sample(&self, _: &RowSampling) -> bool {
+        match *self {}
+    }
+
+    fn embed(&mut self, _: &B, _: &mut B::Tensor, _: &B::Matrix, _: &[u32], _: &[Option<usize>], _: f32) {
+        match *self {}
+    }
+
+    fn sample(&mut self, _: &B, _: &B::Tensor, _: usize, _: &[RowSampling]) {
+        match *self {}
+    }
+
+    fn finish_step(&mut self) {
+        match *self {}
+    }
+
+    fn wait(&mut self) {
+        match *self {}
+    }
+
+    fn collect(&mut self) -> &[SampledRow] {
+        match *self {}
+    }
 }

@@ -26,7 +26,7 @@ pub use tensor::{CpuMatrix, CpuRope, CpuTensor, CpuVector};
 
 use crate::aligned::AlignedBuf;
 use crate::backend::{
-    Activation, AttentionParams, Backend, ExpertNames, MoeParams, RaggedBatch, RopeAppendParams, RopeParams,
+    Activation, AttentionParams, Backend, ExpertNames, MoeParams, NoSampler, RaggedBatch, RopeAppendParams, RopeParams,
 };
 use crate::error::KernelError;
 use crate::kv::KvCache;
@@ -150,6 +150,7 @@ impl Backend for Cpu {
     type Vector = CpuVector;
     type Rope = CpuRope;
     type Experts = CpuExperts;
+    type Sampler = NoSampler;
 
     fn compute_dtype(&self) -> DType {
         self.dtype
@@ -445,6 +446,10 @@ impl Backend for Cpu {
             assert!(*row_idx < x.rows(), "gather_rows: row {row_idx} of {}", x.rows());
             out.copy_from_slice(&x.as_slice()[row_idx * cols..][..cols]);
         }
+    }
+
+    fn sampler(&self, _: usize, _: usize) -> Result<Option<NoSampler>, KernelError> {
+        Ok(None)
     }
 
     fn to_host<'a>(&self, x: &'a CpuTensor) -> Cow<'a, [f32]> {

@@ -8,6 +8,7 @@ use super::gemm::Product;
 use super::graphs::DecodeGraphs;
 use super::launch;
 use super::opened::{Cuda, CudaMode};
+use super::sampler::CudaSampler;
 use super::tensor::{CudaExperts, CudaMatrix, CudaRope, CudaTensor, CudaVector, Expert};
 use super::weights::upload;
 use crate::backend::{
@@ -26,6 +27,7 @@ impl Backend for Cuda {
     type Vector = CudaVector;
     type Rope = CudaRope;
     type Experts = CudaExperts;
+    type Sampler = CudaSampler;
 
     fn compute_dtype(&self) -> DType {
         self.dtype
@@ -128,7 +130,6 @@ impl Backend for Cuda {
             "embed: an id past the table of {}",
             table.n_out
         );
-        let to = out.resize("embed", ids.len(), table.n_in);
         let ids_at = match &*self.recording.borrow() {
             Some(recording) => {
                 recording.assert_rows("embed", ids.len());
@@ -136,18 +137,7 @@ impl Backend for Cuda {
             }
             None => self.uploads.borrow_mut().put(ids),
         };
-        let args = Args::new()
-            .address(to)
-            .address(table.buffer.address())
-            .address(ids_at)
-            .f32(scale)
-            .u32(table.n_in as u32);
-        // SAFETY: `[ids.len(), n_in]` of out, `[n_out, n_in]` of the table, and ids below n_out.
-        unsafe {
-            self.kernels
-                .embed
-                .launch(&self.device.compute, launch::rows(ids.len() as u32), &args)
-        };
+        self.embed_from(out, table, ids_at, ids.len(), scale);
     }
 
     fn rms_norm(&self, out: &mut CudaTensor, x: &CudaTensor, weight: &CudaVector, eps: f32) {
@@ -393,6 +383,10 @@ impl Backend for Cuda {
         self.replay_step(out, ids, batches, kv)
     }
 
+    fn sampler(&self, max_rows: usize, vocab: usize) -> Result<Option<CudaSampler>, KernelError> {
+        CudaSampler::new(self, max_rows, vocab).map(Some)
+    }
+
     fn to_host<'a>(&self, x: &'a CudaTensor) -> Cow<'a, [f32]> {
         let n = x.n_elements();
         if let Some(mut host) = x.spare.take() {
@@ -403,5 +397,25 @@ impl Backend for Cuda {
             Some(host) => Cow::Borrowed(&bytemuck::cast_slice(host.as_slice())[..n]),
             None => Cow::Owned(self.fetch_copy(x)),
         }
+    }
+}
+
+impl Cuda {
+    /// The embedding of the `n_rows` ids at an address of the device, all below the table's rows.
+    pub(super) fn embed_from(&self, out: &mut CudaTensor, table: &CudaMatrix, ids_at: u64, n_rows: usize, scale: f32) {
+        self.assert_typed("embed", &[out]);
+        let to = out.resize("embed", n_rows, table.n_in);
+        let args = Args::new()
+            .address(to)
+            .address(table.buffer.address())
+            .address(ids_at)
+            .f32(scale)
+            .u32(table.n_in as u32);
+        // SAFETY: `[n_rows, n_in]` of out, `[n_out, n_in]` of the table, and ids below n_out.
+        unsafe {
+            self.kernels
+                .embed
+                .launch(&self.device.compute, launch::rows(n_rows as u32), &args)
+        };
     }
 }

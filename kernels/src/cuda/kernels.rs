@@ -71,6 +71,13 @@ pub(super) struct KvKernels {
     pub(super) take: Function,
 }
 
+/// What a sampler needs.
+pub(super) struct SamplingKernels {
+    pub(super) token_ids: Function,
+    pub(super) sample: Function,
+    pub(super) logprobs: Function,
+}
+
 /// What runs the items of a plan.
 pub(super) enum AttentionKernels {
     /// f16 and bf16, for the head sizes that they are built for.
@@ -264,6 +271,17 @@ impl Kernels {
             let _ = self.moe.set(moe);
         }
         Ok(())
+    }
+
+    /// Those of a sampler over a vocabulary.
+    pub(super) fn sampling(&self, vocab: usize) -> Result<SamplingKernels, KernelError> {
+        let mut loader = self.loader.borrow_mut();
+        let shared_bytes = launch::sample(1, vocab as u32).shared_bytes;
+        Ok(SamplingKernels {
+            token_ids: loader.function("token_ids", None, 6)?,
+            sample: loader.function("sample", None, 5)?.with_shared(shared_bytes)?,
+            logprobs: loader.function("logprobs", None, 8)?.with_shared(shared_bytes)?,
+        })
     }
 
     /// The kernel that measures read bandwidth.

@@ -169,6 +169,11 @@ pub const fn kv_copy(n_listed: u32, n_layers: u32) -> Launch {
     }
 }
 
+/// `token_ids`: a thread a row.
+pub const fn token_ids(n_rows: u32) -> Launch {
+    ctas(n_rows.div_ceil(ROW_THREADS), ROW_THREADS)
+}
+
 /// `sample`, `logprobs`: a CTA a row, with a sum for each 256 tokens of the vocabulary.
 pub const fn sample(n_rows: u32, vocab: u32) -> Launch {
     Launch {

@@ -157,6 +157,7 @@ pub const SOURCES: &[Source] = &[
         &["rope_append_f32", "rope_append_f16", "rope_append_bf16"],
     ),
     source("sample", include_str!("../../cuda/sample.cu"), &["sample"]),
+    source("token_ids", include_str!("../../cuda/token_ids.cu"), &["token_ids"]),
 ];
 
 /// The source that has an entry point, given without `_d128`.
