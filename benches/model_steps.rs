@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
-use baton_engine::forward::{ForwardPass, LogitsWanted, StepSequence};
+use baton_engine::forward::{ForwardPass, LogitsWanted, NewTokens, StepSequence};
 use baton_engine::model::{
     CpuLoadOptions, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelConfig, ModelFolder, load_cpu,
 };
@@ -183,7 +183,7 @@ impl Bench {
                 for start_pos in (0..n_tokens).step_by(CHUNK_TOKENS) {
                     let end = n_tokens.min(start_pos + CHUNK_TOKENS);
                     let chunk = StepSequence {
-                        tokens: &self.prompt[start_pos..end],
+                        tokens: NewTokens::Known(&self.prompt[start_pos..end]),
                         start_pos,
                         block_tables: &tables.long,
                         rope_variant: 0,
@@ -204,7 +204,7 @@ impl Bench {
                 for step in 0..n_steps {
                     let sequences: Vec<StepSequence<'_>> = (0..batch)
                         .map(|i| StepSequence {
-                            tokens: &self.prompt[i..=i],
+                            tokens: NewTokens::Known(&self.prompt[i..=i]),
                             start_pos: context + step,
                             block_tables: &tables.short[i],
                             rope_variant: 0,

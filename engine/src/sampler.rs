@@ -63,6 +63,11 @@ pub struct Sampler {
     penalties: Penalties,
 }
 
+/// Whether nothing that a request asks for changes the logits of its token number `index`, a constraint aside.
+pub fn is_plain(params: &SamplingParams, index: usize) -> bool {
+    !masks::are_on(params, index) && !penalties::are_on(params)
+}
+
 /// The tokens before the one to be chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct History<'a> {
@@ -109,7 +114,7 @@ impl Sampler {
         allowed: Option<&TokenSet>,
     ) -> Result<Token, SampleError> {
         let index = history.output.len() as u32;
-        let is_masked = allowed.is_some() || masks::are_on(params, history);
+        let is_masked = allowed.is_some() || masks::are_on(params, history.output.len());
         if !is_masked && !penalties::are_on(params) {
             return self.sample(logits, params, choice, index);
         }

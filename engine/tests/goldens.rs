@@ -6,7 +6,7 @@ mod golden_model;
 #[path = "../../kernels/tests/cuda_device/stand_in/mod.rs"]
 mod stand_in;
 
-use baton_engine::forward::{ForwardPass, LogitsWanted, StepSequence};
+use baton_engine::forward::{ForwardPass, LogitsWanted, NewTokens, StepSequence};
 use baton_engine::model::{CpuLoadOptions, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelFolder, load_cpu};
 use baton_engine::sampler::Sampler;
 use baton_kernels::{Backend, Cpu, DType, Isa};
@@ -72,7 +72,7 @@ fn logits_of<B: Backend>(decoder: &mut Decoder<B>, tokens: &[u32], chunk: usize)
             table[..first_seen / BLOCK_SIZE].fill(RELEASED_BLOCK);
         }
         let sequence = StepSequence {
-            tokens: chunk_tokens,
+            tokens: NewTokens::Known(chunk_tokens),
             start_pos: chunk_idx * chunk,
             block_tables: &block_tables,
             rope_variant,
@@ -245,7 +245,7 @@ fn a_mixed_batch_does_not_change_a_bit() {
         let table_c = [vec![50]];
         let (before_last, last) = b.split_at(b.len() - 1);
         let sequence = |tokens, start_pos, block_tables, logits| StepSequence {
-            tokens,
+            tokens: NewTokens::Known(tokens),
             start_pos,
             block_tables,
             rope_variant: 0,

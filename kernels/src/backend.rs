@@ -281,9 +281,17 @@ pub trait Backend: Sized + Send + 'static {
     }
 
     /// Queues a recorded decode step of at least as many rows as there are ids, with the batches of each layer group, and leaves
-    /// their rows in `out`. `false`, and nothing is done, where there is none that would serve.
-    fn replay(&self, out: &mut Self::Tensor, ids: &[u32], batches: &[RaggedBatch<'_>], kv: &mut KvCache) -> bool {
-        let _ = (out, ids, batches, kv);
+    /// their rows in `out`. `sampled` says which ids only the device knows. `false`, and nothing is done, where there is no step
+    /// that would serve.
+    fn replay(
+        &self,
+        out: &mut Self::Tensor,
+        ids: &[u32],
+        sampled: Option<SampledIds<'_, Self>>,
+        batches: &[RaggedBatch<'_>],
+        kv: &mut KvCache,
+    ) -> bool {
+        let _ = (out, ids, sampled, batches, kv);
         false
     }
 
@@ -369,6 +377,15 @@ pub trait RowSampler<B: Backend> {
 
     /// What came of the rows of the oldest step in flight, in the order in which they were sampled; waits for it.
     fn collect(&mut self) -> &[SampledRow];
+}
+
+/// The ids of a step that only the device knows.
+#[derive(Debug)]
+pub struct SampledIds<'a, B: Backend> {
+    /// It has them.
+    pub sampler: &'a B::Sampler,
+    /// Of each row, as [`RowSampler::embed`] takes them.
+    pub sources: &'a [Option<usize>],
 }
 
 /// The sampler of a device that has none.

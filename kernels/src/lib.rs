@@ -21,7 +21,7 @@ pub mod reference;
 pub use allocator::keep_freed_memory;
 pub use backend::{
     Activation, AttentionParams, Backend, ExpertNames, MoeParams, QkNorm, RaggedBatch, RaggedSequence, RecordingRun,
-    RopeAppendParams, RopeParams, RowLogprobs, RowSampler, RowSampling, SampledRow, WINDOW_GRAIN,
+    RopeAppendParams, RopeParams, RowLogprobs, RowSampler, RowSampling, SampledIds, SampledRow, WINDOW_GRAIN,
 };
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::KernelError;

@@ -6,6 +6,7 @@ mod admission;
 mod block_table;
 mod config;
 mod counters;
+mod flight;
 mod group;
 mod moving;
 mod reservation;
@@ -13,7 +14,7 @@ mod sequence;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::block_events::BlockEvent;
 use crate::block_pool::{BlockPool, IsPinned, Ledger};
@@ -29,6 +30,7 @@ pub use moving::{MoveRoom, Resumed};
 pub use reservation::{Grant, LayerGroupGrant, Numerics, ReserveOutcome};
 pub use sequence::{Phase, SequenceKind};
 
+use flight::{Flight, Preemption};
 use sequence::Sequence;
 
 /// One sequence's share of a step.
@@ -129,6 +131,8 @@ pub struct BatchScheduler {
     deferred_reservations: BTreeSet<SequenceId>,
     reserved: BTreeSet<SequenceId>,
     handing_over: BTreeSet<SequenceId>,
+    /// Batches made and not committed, the oldest first; two at most.
+    flights: VecDeque<Flight>,
     next_id: u64,
     /// The first in line, when the last batch had no blocks or no place for it.
     left_out: Option<SequenceId>,
@@ -152,6 +156,7 @@ impl BatchScheduler {
             deferred_reservations: BTreeSet::new(),
             reserved: BTreeSet::new(),
             handing_over: BTreeSet::new(),
+            flights: VecDeque::new(),
             next_id: 0,
             left_out: None,
             stalled_since: None,
@@ -188,31 +193,53 @@ impl BatchScheduler {
         Ok(group)
     }
 
-    /// Chooses the next step's work. `is_pinned` says which blocks a transfer still uses.
+    /// Chooses the next step's work, when no batch is in flight. `is_pinned` says which blocks a transfer still uses. The
+    /// batch is in flight until it is committed or abandoned, unless it has no items.
     pub fn schedule(&mut self, now: Nanos, is_pinned: IsPinned<'_>) -> Batch {
+        assert!(
+            self.flights.is_empty(),
+            "a batch is made ahead of one that is in flight"
+        );
+        let mut batch = self.make_batch(now, Preemption::OfTheYoungest, is_pinned);
+        self.give_up_when_stalled(now, is_pinned, &mut batch);
+        self.launch(&batch);
+        batch
+    }
+
+    fn make_batch(&mut self, now: Nanos, preemption: Preemption, is_pinned: IsPinned<'_>) -> Batch {
         self.pool.sweep(is_pinned);
         let mut batch = Batch::default();
         self.retry_reservations(now, is_pinned, &mut batch);
         let mut budget = self.config.max_batch_tokens;
         let mut n_logit_rows = self.config.max_prompt_logprob_rows;
-        self.schedule_decodes(&mut budget, is_pinned, &mut batch);
+        if !self.schedule_decodes(&mut budget, preemption, is_pinned, &mut batch) {
+            batch.items.clear();
+            return batch;
+        }
         self.left_out = None;
-        self.schedule_chunks(&mut budget, &mut n_logit_rows, is_pinned, &mut batch);
+        if !self.schedule_chunks(&mut budget, &mut n_logit_rows, preemption, is_pinned, &mut batch) {
+            batch.items.clear();
+            return batch;
+        }
         // Whoever began has a right to go on before others begin.
         if self.left_out.is_none() {
             self.admit_waiting(now, &mut budget, &mut n_logit_rows, is_pinned, &mut batch);
         }
-        self.give_up_when_stalled(now, is_pinned, &mut batch);
         batch
     }
 
-    /// Records a computed step. `sampled` has an entry for each item of the batch: as many tokens as it samples. Sequences
-    /// removed since the batch was made are skipped.
+    /// Records a computed step, the oldest in flight. `sampled` has an entry for each item of the batch: as many tokens as it
+    /// samples. Sequences removed since the batch was made, and items taken back ([`BatchScheduler::take_back`]), are skipped.
     pub fn commit(&mut self, batch: &Batch, sampled: &[Vec<TokenId>], is_pinned: IsPinned<'_>) -> Committed {
         assert_eq!(batch.items.len(), sampled.len(), "one entry for each item of the batch");
         let mut committed = Committed::default();
+        let due = self.land(batch);
         for (item, tokens) in batch.items.iter().zip(sampled) {
-            let Some(sequence) = self.sequences.get_mut(&item.sequence) else {
+            let Some(sequence) = self
+                .sequences
+                .get_mut(&item.sequence)
+                .filter(|_| due.contains(&item.sequence))
+            else {
                 continue;
             };
             assert_eq!(
@@ -416,16 +443,29 @@ impl BatchScheduler {
     }
 
     /// Every running sequence with one token left gets it: all of them fit, because a batch has room for
-    /// `max_num_seqs` tokens.
-    fn schedule_decodes(&mut self, budget: &mut usize, is_pinned: IsPinned<'_>, batch: &mut Batch) {
+    /// `max_num_seqs` tokens. False when one of them finds no block and may not take another's.
+    fn schedule_decodes(
+        &mut self,
+        budget: &mut usize,
+        preemption: Preemption,
+        is_pinned: IsPinned<'_>,
+        batch: &mut Batch,
+    ) -> bool {
         for id in Vec::from_iter(self.running.iter().copied()) {
             let Some(sequence) = self.sequences.get(&id).filter(|_| self.running.contains(&id)) else {
                 continue;
             };
-            if sequence.n_left() != 1 || !self.grow(id, is_pinned, batch) {
+            if sequence.n_to_launch() != 1 {
                 continue;
             }
-            let start_pos = self.sequences[&id].n_computed;
+            match preemption {
+                Preemption::OfTheYoungest if !self.grow(id, is_pinned, batch) => continue,
+                Preemption::Never if !self.extend_tables(id, self.sequences[&id].n_tokens(), is_pinned) => {
+                    return false;
+                }
+                Preemption::OfTheYoungest | Preemption::Never => {}
+            }
+            let start_pos = self.sequences[&id].n_launched();
             batch.items.push(BatchItem {
                 sequence: id,
                 start_pos,
@@ -434,12 +474,13 @@ impl BatchScheduler {
             });
             *budget -= 1;
         }
+        true
     }
 
     /// Makes the tables cover all tokens, preempting the youngest as long as no block is left. False when `id` itself was
     /// preempted.
     fn grow(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) -> bool {
-        while !self.extend_tables(id, self.sequences[&id].tokens.len(), is_pinned) {
+        while !self.extend_tables(id, self.sequences[&id].n_tokens(), is_pinned) {
             // Ids grow with age and items are made in their order, so the victim has no item in this batch.
             let victim = *self.running.last().expect("the growing sequence runs");
             self.preempt(victim, is_pinned, batch);
@@ -467,28 +508,34 @@ impl BatchScheduler {
 
     /// Chunks of the running sequences that have more than one token left, the oldest first. One whose windowed layers find no
     /// blocks takes those of younger ones that have no item yet; when there are none left, nobody else begins before it has them.
+    /// False when it may not take them.
     fn schedule_chunks(
         &mut self,
         budget: &mut usize,
         n_logit_rows: &mut usize,
+        preemption: Preemption,
         is_pinned: IsPinned<'_>,
         batch: &mut Batch,
-    ) {
-        let has_more = |id: &&SequenceId| self.sequences[id].n_left() > 1;
+    ) -> bool {
+        let has_more = |id: &&SequenceId| self.sequences[id].n_to_launch() > 1;
         let mut computing = Vec::from_iter(self.running.iter().filter(has_more).copied());
         computing.reverse();
         while let Some(id) = computing.pop() {
             let sequence = &self.sequences[&id];
-            let end = sequence.n_computed + sequence.n_left().min(*budget);
+            let end = sequence.n_launched() + sequence.n_to_launch().min(*budget);
             while !self.extend_tables(id, end, is_pinned) {
                 if computing.is_empty() {
                     self.left_out.get_or_insert(id);
                     break;
                 }
-                self.preempt(computing.remove(0), is_pinned, batch);
+                match preemption {
+                    Preemption::OfTheYoungest => self.preempt(computing.remove(0), is_pinned, batch),
+                    Preemption::Never => return false,
+                }
             }
             self.schedule_chunk(id, budget, n_logit_rows, batch);
         }
+        true
     }
 
     fn preempt(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) {
@@ -510,9 +557,9 @@ impl BatchScheduler {
     /// A chunk of a running sequence that has no item yet, as far as its tables and the budget allow.
     fn schedule_chunk(&mut self, id: SequenceId, budget: &mut usize, n_logit_rows: &mut usize, batch: &mut Batch) {
         let sequence = &self.sequences[&id];
-        let n_left = sequence.n_left();
+        let n_left = sequence.n_to_launch();
         let n_covered = sequence.tables.n_covered() * self.config.block_size;
-        let n_room = n_covered - sequence.n_computed;
+        let n_room = n_covered - sequence.n_launched();
         let mut n_tokens = n_left.min(*budget).min(n_room);
         if sequence.wants_prompt_logits() {
             n_tokens = n_tokens.min(*n_logit_rows);
@@ -529,7 +576,7 @@ impl BatchScheduler {
         };
         batch.items.push(BatchItem {
             sequence: id,
-            start_pos: sequence.n_computed,
+            start_pos: sequence.n_launched(),
             n_tokens,
             samples,
         });
@@ -566,6 +613,10 @@ impl BatchScheduler {
                     Registered::Duplicate(other) => {
                         let other = self.pool.hold(other);
                         let own = sequence.tables.replace(layer_group, block_idx, other);
+                        if let Some(ahead) = self.flights.back_mut().filter(|_| sequence.n_in_flight > 0) {
+                            // It was launched with the block in its table.
+                            ahead.uses(&mut self.pool, &own);
+                        }
                         self.pool.release(own, is_pinned);
                     }
                 }

@@ -41,7 +41,7 @@ pub struct Ledger {
     pub cached: usize,
     /// Held by at least one sequence.
     pub held: usize,
-    /// Given back while a transfer still read or wrote them.
+    /// Given back while a transfer, or a batch in flight, still read or wrote them.
     pub quarantined: usize,
     /// Held by a reservation whose KV has not arrived.
     pub reserved: usize,
@@ -76,6 +76,8 @@ struct Slot {
     is_cached: bool,
     /// In the list of blocks given out since it was last taken.
     is_listed: bool,
+    /// Batches in flight that use it: until they land it is nobody else's.
+    n_in_flight: u32,
 }
 
 /// The pool. Every operation but [`BlockPool::sweep`] and [`BlockPool::check`] is at most logarithmic in its size.
@@ -104,6 +106,7 @@ impl BlockPool {
                     state: SlotState::Free,
                     is_cached: false,
                     is_listed: false,
+                    n_in_flight: 0,
                 };
                 n_blocks
             ],
@@ -153,7 +156,8 @@ impl BlockPool {
 
     /// Frees the cached block that has been unused longest and is not pinned. The caller forgets what it contained.
     pub fn evict(&mut self, is_pinned: IsPinned<'_>) -> Option<BlockId> {
-        let (&stamp, &id) = self.lru.iter().find(|(_, id)| !is_pinned(**id))?;
+        let is_used = |id: BlockId| is_pinned(id) || self.slots[id.0 as usize].n_in_flight > 0;
+        let (&stamp, &id) = self.lru.iter().find(|(_, id)| !is_used(**id))?;
         self.lru.remove(&stamp);
         let slot = &mut self.slots[id.0 as usize];
         slot.state = SlotState::Free;
@@ -208,6 +212,21 @@ impl BlockPool {
         self.n_held += 1;
     }
 
+    /// A batch that uses a held block is in flight: given back before it lands, the block goes to quarantine.
+    pub fn launch(&mut self, block: &HeldBlock) {
+        self.slot_of(block).n_in_flight += 1;
+    }
+
+    /// A batch that used the block is in flight no more.
+    ///
+    /// # Panics
+    /// If none was.
+    pub fn land(&mut self, id: BlockId) {
+        let n_in_flight = &mut self.slots[id.0 as usize].n_in_flight;
+        let left = n_in_flight.checked_sub(1);
+        *n_in_flight = left.unwrap_or_else(|| panic!("no batch in flight uses block {}", id.0));
+    }
+
     /// Keeps the block's contents after its last holder gives it back.
     pub fn keep_cached(&mut self, block: &HeldBlock) {
         let slot = self.slot_of(block);
@@ -229,7 +248,7 @@ impl BlockPool {
                 return;
             }
             SlotState::Held { .. } if slot.is_cached => slot.state = SlotState::Cached { stamp },
-            SlotState::Held { .. } | SlotState::Reserved { .. } if is_pinned(block.id) => {
+            SlotState::Held { .. } | SlotState::Reserved { .. } if slot.n_in_flight > 0 || is_pinned(block.id) => {
                 let was_reserved = matches!(slot.state, SlotState::Reserved { .. });
                 slot.state = SlotState::Quarantined;
                 self.count_release(was_reserved);
@@ -250,12 +269,12 @@ impl BlockPool {
         self.n_held -= 1;
     }
 
-    /// Frees the quarantined blocks whose transfer has ended; says how many.
+    /// Frees the quarantined blocks that no transfer and no batch in flight uses any more; says how many.
     pub fn sweep(&mut self, is_pinned: IsPinned<'_>) -> usize {
         let n_before = self.quarantined.len();
         let (slots, free) = (&mut self.slots, &mut self.free);
         self.quarantined.retain(|&id| {
-            let stays = is_pinned(id);
+            let stays = slots[id.0 as usize].n_in_flight > 0 || is_pinned(id);
             if !stays {
                 slots[id.0 as usize].state = SlotState::Free;
                 free.push_back(id);
@@ -412,6 +431,12 @@ mod tests {
         assert_eq!(pool.take_allocated(), [(again.id(), again.generation())]);
     }
 
+    #[test]
+    #[should_panic(expected = "no batch in flight uses block 0")]
+    fn what_was_not_launched_does_not_land() {
+        BlockPool::new(1).land(BlockId(0));
+    }
+
     #[derive(Clone, Debug)]
     enum Op {
         Allocate,
@@ -423,6 +448,8 @@ mod tests {
         Evict,
         Pin(u32),
         Unpin(u32),
+        Launch(usize),
+        Land(usize),
         Sweep,
     }
 
@@ -437,6 +464,8 @@ mod tests {
             1 => Just(Op::Evict),
             1 => (0..6u32).prop_map(Op::Pin),
             1 => (0..6u32).prop_map(Op::Unpin),
+            1 => (0..8usize).prop_map(Op::Launch),
+            1 => (0..8usize).prop_map(Op::Land),
             1 => Just(Op::Sweep),
         ]
     }
@@ -453,9 +482,11 @@ mod tests {
             let mut unused: Vec<u32> = Vec::new();
             let mut quarantined: BTreeSet<u32> = BTreeSet::new();
             let mut pins: BTreeSet<u32> = BTreeSet::new();
+            let mut in_flight: Vec<u32> = Vec::new();
             for op in ops {
                 let pinned = pins.clone();
                 let is_pinned = move |id: BlockId| pinned.contains(&id.0);
+                let in_use: BTreeSet<u32> = pins.iter().chain(&in_flight).copied().collect();
                 let n_refs = |held: &[HeldBlock], id| held.iter().filter(|block| block.id() == id).count();
                 match op {
                     Op::Allocate => {
@@ -492,7 +523,7 @@ mod tests {
                             reserved.remove(&id.0);
                             if cached.contains(&id.0) {
                                 unused.push(id.0);
-                            } else if is_pinned(id) {
+                            } else if in_use.contains(&id.0) {
                                 quarantined.insert(id.0);
                             }
                         }
@@ -501,15 +532,20 @@ mod tests {
                         held.push(pool.hold(BlockId(unused.remove(i))));
                     }
                     Op::Evict => {
-                        let expected = unused.iter().position(|&id| !pins.contains(&id)).map(|i| unused.remove(i));
+                        let expected = unused.iter().position(|id| !in_use.contains(id)).map(|i| unused.remove(i));
                         prop_assert_eq!(pool.evict(&is_pinned).map(|id| id.0), expected);
                         expected.inspect(|id| { cached.remove(id); });
                     }
                     Op::Pin(id) => { pins.insert(id); }
                     Op::Unpin(id) => { pins.remove(&id); }
+                    Op::Launch(i) if i < held.len() => {
+                        pool.launch(&held[i]);
+                        in_flight.push(held[i].id().0);
+                    }
+                    Op::Land(i) if i < in_flight.len() => pool.land(BlockId(in_flight.swap_remove(i))),
                     Op::Sweep => {
                         let n_before = quarantined.len();
-                        quarantined.retain(|id| pins.contains(id));
+                        quarantined.retain(|id| in_use.contains(id));
                         prop_assert_eq!(pool.sweep(&is_pinned), n_before - quarantined.len());
                     }
                     _ => {}
@@ -521,6 +557,7 @@ mod tests {
                 prop_assert_eq!(ledger.reserved, reserved.len());
             }
             held.into_iter().for_each(|block| pool.release(block, &unpinned));
+            in_flight.into_iter().for_each(|id| pool.land(BlockId(id)));
             pool.sweep(&unpinned);
             prop_assert!(pool.ledger().is_whole());
         }

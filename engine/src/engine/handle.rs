@@ -38,10 +38,22 @@ pub struct EngineConfig {
     pub batch: BatchConfig,
     /// Commands that may be waiting for the step loop.
     pub max_commands: usize,
+    /// Whether the step loop may work ahead of the device.
+    pub async_scheduling: AsyncScheduling,
     /// How often an idle step loop looks around.
     pub tick: Duration,
     /// How long pending work may see no progress before [`EngineHandle::health`] says stuck.
     pub stuck_after: Duration,
+}
+
+/// Whether the next step is scheduled and launched while one is in flight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AsyncScheduling {
+    /// Where the device samples and can take it.
+    #[default]
+    On,
+    /// Never: one step after the other.
+    Off,
 }
 
 impl EngineConfig {
@@ -50,6 +62,7 @@ impl EngineConfig {
         EngineConfig {
             batch,
             max_commands: 1024,
+            async_scheduling: AsyncScheduling::On,
             tick: Duration::from_millis(100),
             stuck_after: Duration::from_secs(30),
         }
@@ -163,7 +176,14 @@ pub fn start<F: ForwardPass>(mut forward: F, config: EngineConfig) -> Result<Eng
         .name("baton-step".to_owned())
         .spawn(move || {
             let _stopping = stopping;
-            step_loop::run(forward, scheduler, receiver, loop_shared, config.tick);
+            step_loop::run(
+                forward,
+                scheduler,
+                receiver,
+                loop_shared,
+                config.async_scheduling,
+                config.tick,
+            );
         })?;
     *shared.thread.lock() = Some(thread);
     Ok(EngineHandle {

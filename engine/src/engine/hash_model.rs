@@ -1,15 +1,16 @@
 //! A model for tests: its logits are a hash of the context as read back from the KV memory, so that a wrong block, a wrong
 //! position or a byte not moved gives another token. It computes nothing else, so thousands of requests take a second.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_kernels::{DType, KernelError, KvCache, KvLayout};
 use baton_scheduler::ids::TokenId;
-use baton_scheduler::request::{Finish, PortableState, Token, TokenLogprobs};
+use baton_scheduler::request::{Finish, PortableState, SamplingParams, Token, TokenLogprobs};
 use crossbeam::channel::Receiver;
 use parking_lot::Mutex;
 
-use crate::forward::{ForwardPass, LogitsWanted, StepOutput, StepSequence};
+use crate::forward::{ForwardPass, LogitsWanted, NewTokens, SampledToken, StepOutput, StepSequence, TokenWanted};
 use crate::sampler::{History, Sampler, TokenSet};
 
 pub(crate) const N_VOCAB: usize = 48;
@@ -28,15 +29,66 @@ const TOKEN_BYTES: usize = 8;
 /// One sequence's share of a step, as the model saw it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SeenItem {
-    pub(crate) first_token: TokenId,
+    /// `None` where only the model knows it.
+    pub(crate) first_token: Option<TokenId>,
     pub(crate) start_pos: usize,
     pub(crate) n_tokens: usize,
 }
 
-pub(crate) struct HashModel {
-    kv: KvCache,
+/// When it computes what it was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// At once, and the host samples.
+    InTurn,
+    /// It samples, and a token that only it knows is computed as late as can be: when it is collected, or the next step is launched.
+    Ahead,
+}
+
+/// Of so many rows that it samples, the model in [`Pace::Ahead`] gives one back.
+const GIVES_BACK_ONE_OF: u64 = 23;
+
+/// A step in flight.
+struct Launched {
+    sequences: Vec<Copied>,
+    output: Result<Output, KernelError>,
+}
+
+#[derive(Default)]
+struct Output {
+    tokens: Vec<Option<SampledToken>>,
     logits: Vec<f32>,
     hidden: Vec<f32>,
+}
+
+/// A sequence's share of a step that has not been computed yet.
+struct Copied {
+    tokens: Vec<TokenId>,
+    /// In place of them.
+    carried: Option<usize>,
+    start_pos: usize,
+    block_table: Vec<u32>,
+    wanted: Wanted,
+}
+
+enum Wanted {
+    Nothing,
+    Last,
+    All,
+    Hidden,
+    Token {
+        params: SamplingParams,
+        choice: u32,
+        index: u32,
+    },
+}
+
+pub(crate) struct HashModel {
+    kv: KvCache,
+    pace: Pace,
+    in_flight: VecDeque<Launched>,
+    /// Of the step that was computed last, the ids that it sampled.
+    sampled: Vec<TokenId>,
+    output: Output,
     /// Each step takes one permit; without a sender steps run freely.
     gate: Option<Receiver<()>>,
     pub(crate) seen: Arc<Mutex<Vec<Vec<SeenItem>>>>,
@@ -53,8 +105,10 @@ impl HashModel {
         };
         HashModel {
             kv: KvCache::shared(layout, n_blocks).unwrap(),
-            logits: Vec::new(),
-            hidden: Vec::new(),
+            pace: Pace::InTurn,
+            in_flight: VecDeque::new(),
+            sampled: Vec::new(),
+            output: Output::default(),
             gate: None,
             seen: Arc::new(Mutex::new(Vec::new())),
         }
@@ -71,12 +125,16 @@ impl HashModel {
         }
     }
 
-    fn append(&mut self, sequence: &StepSequence<'_>) -> Result<(), KernelError> {
+    pub(crate) fn at(self, pace: Pace) -> HashModel {
+        HashModel { pace, ..self }
+    }
+
+    fn append(&mut self, sequence: &Copied) -> Result<(), KernelError> {
         let block_size = self.kv.layout().block_size;
         let part_bytes = self.kv.layout().part_bytes();
         for (i, &token) in sequence.tokens.iter().enumerate() {
             let pos = sequence.start_pos + i;
-            let block = sequence.block_tables[0][pos / block_size];
+            let block = sequence.block_table[pos / block_size];
             let slot = pos % block_size * TOKEN_BYTES;
             for layer in 0..N_LAYERS {
                 let mut bytes = vec![0; 2 * part_bytes];
@@ -140,60 +198,159 @@ impl ForwardPass for HashModel {
         &mut self.kv
     }
 
-    fn step(
+    fn can_sample(&self, params: &SamplingParams) -> bool {
+        // As a device may have a limit.
+        self.pace == Pace::Ahead && params.top_k != 5
+    }
+
+    fn can_run_ahead_of(&self, _: &[StepSequence<'_>]) -> bool {
+        self.pace == Pace::Ahead
+    }
+
+    fn launch(
         &mut self,
         sequences: &[StepSequence<'_>],
         on_layer: &mut dyn FnMut(usize, &mut KvCache),
-    ) -> Result<StepOutput<'_>, KernelError> {
-        if let Some(gate) = &self.gate {
-            // A dropped sender opens the gate for good.
-            let _ = gate.recv();
+    ) -> Result<(), KernelError> {
+        if self.pace == Pace::InTurn {
+            self.wait_at_gate();
         }
         let seen = |sequence: &StepSequence<'_>| SeenItem {
-            first_token: sequence.tokens[0],
+            first_token: sequence.tokens.known().first().copied(),
             start_pos: sequence.start_pos,
             n_tokens: sequence.tokens.len(),
         };
         self.seen.lock().push(sequences.iter().map(seen).collect());
-        for sequence in sequences {
+        self.compute_what_is_carried();
+        let mut launched = Launched {
+            sequences: sequences.iter().map(Copied::of).collect(),
+            output: Ok(Output::default()),
+        };
+        for sequence in &launched.sequences {
             assert!(!sequence.tokens.contains(&PANIC), "asked to panic");
             if sequence.tokens.contains(&BROKEN) {
                 let n_blocks = self.kv.n_blocks();
-                return Err(KernelError::BlockOutOfRange {
+                let error = KernelError::BlockOutOfRange {
                     block: u32::MAX,
                     n_blocks,
-                });
+                };
+                match self.pace {
+                    Pace::InTurn => return Err(error),
+                    Pace::Ahead => launched.output = Err(error),
+                }
+                break;
             }
             self.append(sequence)?;
         }
         for layer in 0..N_LAYERS {
             on_layer(layer, &mut self.kv);
         }
-        self.logits.clear();
-        self.hidden.clear();
-        for sequence in sequences {
+        let is_all_known = launched.sequences.iter().all(|sequence| sequence.carried.is_none());
+        self.in_flight.push_back(launched);
+        if is_all_known {
+            self.compute_what_is_carried();
+        }
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput<'_>, KernelError> {
+        if self.pace == Pace::Ahead {
+            self.wait_at_gate();
+        }
+        self.compute_what_is_carried();
+        let launched = self.in_flight.pop_front().expect("a step is in flight");
+        self.output = launched.output?;
+        Ok(StepOutput {
+            tokens: &self.output.tokens,
+            logits: &self.output.logits,
+            hidden: &self.output.hidden,
+        })
+    }
+}
+
+impl HashModel {
+    fn wait_at_gate(&self) {
+        if let Some(gate) = &self.gate {
+            // A dropped sender opens the gate for good.
+            let _ = gate.recv();
+        }
+    }
+
+    /// Computes the rest of the step launched last, which began with what was known.
+    fn compute_what_is_carried(&mut self) {
+        let Some(mut launched) = self.in_flight.pop_back() else {
+            return;
+        };
+        let sequences = std::mem::take(&mut launched.sequences);
+        if let Ok(output) = &mut launched.output
+            && !sequences.is_empty()
+        {
+            *output = self.compute(sequences);
+        }
+        self.in_flight.push_back(launched);
+    }
+
+    fn compute(&mut self, mut sequences: Vec<Copied>) -> Output {
+        for sequence in &mut sequences {
+            if let Some(place) = sequence.carried {
+                // After a step that failed there is nothing.
+                sequence.tokens = vec![self.sampled.get(place).copied().unwrap_or(0)];
+                self.append(sequence).expect("the block is nobody else's");
+            }
+        }
+        let mut output = Output::default();
+        self.sampled.clear();
+        for sequence in &sequences {
             let end = sequence.start_pos + sequence.tokens.len();
-            let positions = match sequence.logits {
-                LogitsWanted::None => continue,
-                LogitsWanted::Last => end - 1..end,
-                LogitsWanted::All | LogitsWanted::Hidden => sequence.start_pos..end,
+            let positions = match sequence.wanted {
+                Wanted::Nothing => continue,
+                Wanted::Last | Wanted::Token { .. } => end - 1..end,
+                Wanted::All | Wanted::Hidden => sequence.start_pos..end,
             };
-            for (i, hash) in self
-                .hash_from_memory(&sequence.block_tables[0], positions.clone())
-                .into_iter()
-                .enumerate()
-            {
-                let token = sequence.tokens[positions.start + i - sequence.start_pos];
-                match sequence.logits {
-                    LogitsWanted::Hidden => self.hidden.extend(hidden(hash, token)),
-                    _ => self.logits.extend(logits(hash, token)),
+            let hashes = self.hash_from_memory(&sequence.block_table, positions.clone());
+            for (position, hash) in positions.zip(hashes) {
+                let token = sequence.tokens[position - sequence.start_pos];
+                match &sequence.wanted {
+                    Wanted::Hidden => output.hidden.extend(hidden(hash, token)),
+                    Wanted::Token { params, choice, index } => {
+                        let row: Vec<f32> = logits(hash, token).collect();
+                        let sampled = Sampler::new().sample(&row, params, *choice, *index).ok();
+                        let sampled = sampled.filter(|_| !(hash >> 20).is_multiple_of(GIVES_BACK_ONE_OF));
+                        self.sampled.push(sampled.as_ref().map_or(0, |token| token.id));
+                        output
+                            .tokens
+                            .push(sampled.map(|Token { id, logprobs, .. }| SampledToken { id, logprobs }));
+                    }
+                    Wanted::Nothing | Wanted::Last | Wanted::All => output.logits.extend(logits(hash, token)),
                 }
             }
         }
-        Ok(StepOutput {
-            logits: &self.logits,
-            hidden: &self.hidden,
-        })
+        output
+    }
+}
+
+impl Copied {
+    fn of(sequence: &StepSequence<'_>) -> Copied {
+        Copied {
+            tokens: sequence.tokens.known().to_vec(),
+            carried: match sequence.tokens {
+                NewTokens::Known(_) => None,
+                NewTokens::Sampled(place) => Some(place),
+            },
+            start_pos: sequence.start_pos,
+            block_table: sequence.block_tables[0].clone(),
+            wanted: match sequence.logits {
+                LogitsWanted::None => Wanted::Nothing,
+                LogitsWanted::Last => Wanted::Last,
+                LogitsWanted::All => Wanted::All,
+                LogitsWanted::Hidden => Wanted::Hidden,
+                LogitsWanted::Token(TokenWanted { params, choice, index }) => Wanted::Token {
+                    params: params.clone(),
+                    choice,
+                    index,
+                },
+            },
+        }
     }
 }
 

@@ -18,9 +18,11 @@ pub struct EngineCounters {
     pub n_step_tokens: u64,
     /// Tokens attended to by them, summed over rows.
     pub n_context_tokens: u64,
-    /// Time spent in forward passes.
+    /// Steps that were launched while the one before them was in flight.
+    pub n_steps_ahead: u64,
+    /// Time with a step in flight.
     pub forward_ns: u64,
-    /// Time spent between them while there was work: scheduling, sampling, events.
+    /// Time without one while there was work: scheduling, sampling, events.
     pub overhead_ns: u64,
     /// Requests that finished well, first tokens handed over included.
     pub n_finished: u64,

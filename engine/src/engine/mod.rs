@@ -3,11 +3,12 @@
 //!
 //! An [`EngineHandle`] sends commands through a bounded channel. What comes back goes through one bounded channel for each
 //! request, large enough for all it can ever say, so that the step loop never waits for a reader. Dropping the reading end
-//! (a [`Generation`], [`Reservation`] or [`PrefillJob`]) cancels the request before the step after the next. Dropping a
+//! (a [`Generation`], [`Reservation`] or [`PrefillJob`]) cancels the request before the next step is launched. Dropping a
 //! [`RunningMove`] cancels nothing: a paused request goes on.
 
 mod block_watch;
 mod command;
+mod device_clock;
 mod events;
 mod handle;
 mod handoff;
@@ -24,11 +25,15 @@ mod step_masks;
 mod step_moves;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+#[path = "tests/mod.rs"]
+#[allow(clippy::duplicate_mod, reason = "all of it again, over a model that runs ahead")]
+mod tests_ahead;
 mod watchdog;
 
 pub use block_watch::BlockWatch;
 pub use events::{EngineEvent, Generation, Timed};
-pub use handle::{EngineConfig, EngineError, EngineHandle, start};
+pub use handle::{AsyncScheduling, EngineConfig, EngineError, EngineHandle, start};
 pub use handoff::{PrefillEvent, PrefillJob, Reservation, ReservedBlocks, ReservedChoice};
 pub use load::{EngineCounters, LoadReport};
 pub use moving::{GroupBlocks, MoveStage, PausedMove, RunningMove, StageBlocks};

@@ -65,6 +65,8 @@ pub(super) struct OpenGroup {
     /// Whoever moves it; dead once that has gone.
     pub(super) mover: Option<Weak<()>>,
     has_started: bool,
+    /// The device gave one of its rows back: the host samples all that follow.
+    pub(super) is_left_to_host: bool,
     _permit: OpenPermit,
 }
 
@@ -142,6 +144,7 @@ impl OpenGroup {
             is_fresh: state.is_fresh(),
             mover: None,
             has_started: false,
+            is_left_to_host: false,
             _permit: permit,
         };
         (state, open)

@@ -1,7 +1,7 @@
-//! One step: the scheduler's batch computed, its KV made known layer by layer, tokens sampled, committed and told.
+//! One step: the scheduler's batch launched, its KV made known layer by layer; and, once it is over, tokens sampled where the
+//! device has not done it, committed and told.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
 
 use baton_kernels::{KernelError, KvCache};
 use baton_scheduler::batch::{Batch, BatchItem, BatchScheduler, Continued, GroupId, Member, Samples};
@@ -13,14 +13,88 @@ use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told};
 use super::step_loop::{StepLoop, is_pinned};
 use super::step_masks::StepMasks;
 use crate::constraint::ConstraintError;
-use crate::forward::{ForwardPass, LogitsWanted, StepOutput, StepSequence};
-use crate::sampler::{History, SampleError, Sampler};
+use crate::forward::{ForwardPass, LogitsWanted, NewTokens, SampledToken, StepOutput, StepSequence, TokenWanted};
+use crate::sampler::{self, History, SampleError, Sampler};
+
+/// A step that was launched and not collected.
+pub(super) struct Flight {
+    batch: Batch,
+    /// One for each item.
+    comes_back: Vec<ComesBack>,
+    /// Of the sequences for which the device samples, the places of their tokens in what the step gives.
+    tokens: BTreeMap<SequenceId, usize>,
+    /// Whether the next step may be launched before this one is collected.
+    pub(super) can_run_ahead: bool,
+    n_step_tokens: u64,
+    n_context_tokens: u64,
+}
+
+/// What comes back for an item.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ComesBack {
+    Nothing,
+    /// The last row's logits.
+    Logits,
+    /// Those of every row: the prompt's log-probabilities are wanted too.
+    PromptLogits {
+        n_rows: usize,
+    },
+    Hidden {
+        n_rows: usize,
+    },
+    /// The token that the device sampled.
+    Token,
+}
+
+impl ComesBack {
+    fn of(sequence: &StepSequence<'_>) -> ComesBack {
+        let n_tokens = sequence.tokens.len();
+        match sequence.logits {
+            LogitsWanted::None => ComesBack::Nothing,
+            LogitsWanted::Last => ComesBack::Logits,
+            LogitsWanted::All => ComesBack::PromptLogits { n_rows: n_tokens },
+            LogitsWanted::Hidden => ComesBack::Hidden { n_rows: n_tokens },
+            LogitsWanted::Token(_) => ComesBack::Token,
+        }
+    }
+
+    fn n_logit_rows(self) -> usize {
+        match self {
+            ComesBack::Logits => 1,
+            ComesBack::PromptLogits { n_rows } => n_rows,
+            ComesBack::Nothing | ComesBack::Hidden { .. } | ComesBack::Token => 0,
+        }
+    }
+
+    fn n_hidden_rows(self) -> usize {
+        match self {
+            ComesBack::Hidden { n_rows } => n_rows,
+            ComesBack::Nothing | ComesBack::Logits | ComesBack::PromptLogits { .. } | ComesBack::Token => 0,
+        }
+    }
+}
+
+impl Flight {
+    /// Whether a sequence's next token will be on the device when the step is over.
+    pub(super) fn carries(&self, id: SequenceId) -> bool {
+        self.tokens.contains_key(&id)
+    }
+}
 
 impl<F: ForwardPass> StepLoop<F> {
-    pub(super) fn step(&mut self, batch: &Batch) {
-        let began = Instant::now();
-        let mut masks = StepMasks::take(batch, &self.scheduler, &mut self.open);
-        let sequences: Vec<StepSequence<'_>> = batch.items.iter().map(|item| view(&self.scheduler, item)).collect();
+    /// Launches a batch, perhaps behind one that is in flight. Says whether it is in flight now: not if there is nothing to
+    /// compute, and not if the device refuses it, which ends its requests.
+    pub(super) fn launch(&mut self, batch: Batch) -> bool {
+        if batch.items.is_empty() {
+            return false;
+        }
+        self.clock.launch();
+        let before = self.in_flight.back();
+        let mut masks = StepMasks::take(&batch, &self.scheduler, &mut self.open);
+        let items = batch.items.iter();
+        let sequences: Vec<StepSequence<'_>> = items
+            .map(|item| view(item, &self.scheduler, &self.open, &self.forward, before))
+            .collect();
         let block_size = self.scheduler.config().block_size;
         let ready: Vec<ReadyBlocks<'_>> = batch
             .items
@@ -32,7 +106,6 @@ impl<F: ForwardPass> StepLoop<F> {
                 ReadyBlocks::until(end, &self.open[&group].outlet, &self.layer_groups, block_tables)
             })
             .collect();
-        let (vocab_size, hidden_size) = (self.forward.vocab_size(), self.forward.hidden_size());
         let mut n_layers_told = 0;
         let mut on_layer = |layer: usize, kv: &mut KvCache| {
             assert_eq!(
@@ -42,76 +115,136 @@ impl<F: ForwardPass> StepLoop<F> {
             n_layers_told += 1;
             ready.iter().for_each(|ready| ready.tell(layer, kv));
         };
-        let computed = masks.beside(|| self.forward.step(&sequences, &mut on_layer));
+        let can_run_ahead = self.runs_ahead && self.forward.can_run_ahead_of(&sequences);
+        let launched = masks.beside(|| {
+            self.forward.launch(&sequences, &mut on_layer)?;
+            if !can_run_ahead {
+                self.forward.wait();
+            }
+            Ok(())
+        });
+        let comes_back: Vec<ComesBack> = sequences.iter().map(ComesBack::of).collect();
+        let n_step_tokens = sequences.iter().map(|sequence| sequence.tokens.len() as u64).sum();
+        let n_context_tokens = sequences.iter().map(|sequence| {
+            let n_new = sequence.tokens.len() as u64;
+            n_new * sequence.start_pos as u64 + n_new * (n_new + 1) / 2
+        });
+        let n_context_tokens = n_context_tokens.sum();
         masks.put_back(&mut self.open);
-        let StepOutput { logits, hidden } = match computed {
-            Ok(output) => output,
-            Err(error) => return self.fail_batch(batch, &error),
+        if let Err(error) = launched {
+            self.clock.collect(self.in_flight.len());
+            self.fail_batch(&batch, &error);
+            return false;
+        }
+        for item in &batch.items {
+            let group = self.scheduler.member(item.sequence).group;
+            let open = self.open.get_mut(&group).expect("a computed request is open");
+            let end = n_complete_blocks(item, block_size);
+            self.counters.n_layer_blocks_ready += open.outlet.note_ready(end, &self.layer_groups);
+        }
+        self.counters.n_steps_ahead += u64::from(!self.in_flight.is_empty());
+        let items = batch.items.iter().zip(&comes_back);
+        let sampled = items.filter(|(_, comes_back)| **comes_back == ComesBack::Token);
+        self.in_flight.push_back(Flight {
+            tokens: sampled.map(|(item, _)| item.sequence).zip(0..).collect(),
+            batch,
+            comes_back,
+            can_run_ahead,
+            n_step_tokens,
+            n_context_tokens,
+        });
+        true
+    }
+
+    /// Waits for the oldest step in flight, and takes what came of it.
+    pub(super) fn finish_oldest(&mut self) {
+        let Some(flight) = self.in_flight.pop_front() else {
+            return;
         };
-        self.counters.forward_ns += began.elapsed().as_nanos() as u64;
+        let Flight { batch, comes_back, .. } = flight;
+        let (vocab_size, hidden_size) = (self.forward.vocab_size(), self.forward.hidden_size());
+        self.counters.n_replayed_steps = self.forward.n_replayed_steps();
+        let collected = self.forward.collect();
+        self.counters.forward_ns = self.clock.collect(self.in_flight.len());
+        let StepOutput { tokens, logits, hidden } = match collected {
+            Ok(output) => output,
+            Err(error) => return self.fail_batch(&batch, &error),
+        };
         self.counters.n_steps += 1;
-        self.counters.n_step_tokens += sequences
-            .iter()
-            .map(|sequence| sequence.tokens.len() as u64)
-            .sum::<u64>();
-        self.counters.n_context_tokens += sequences
-            .iter()
-            .map(|sequence| {
-                let n_new = sequence.tokens.len() as u64;
-                n_new * sequence.start_pos as u64 + n_new * (n_new + 1) / 2
-            })
-            .sum::<u64>();
-        let n_rows: usize = sequences.iter().map(n_logit_rows).sum();
+        self.counters.n_step_tokens += flight.n_step_tokens;
+        self.counters.n_context_tokens += flight.n_context_tokens;
+        let n_rows: usize = comes_back.iter().map(|item| item.n_logit_rows()).sum();
         assert_eq!(
             logits.len(),
             n_rows * vocab_size,
             "a forward pass returns {n_rows} rows of {vocab_size} logits"
         );
-        let n_hidden_rows: usize = sequences.iter().map(n_hidden_rows_of).sum();
+        let n_hidden_rows: usize = comes_back.iter().map(|item| item.n_hidden_rows()).sum();
         assert_eq!(
             hidden.len(),
             n_hidden_rows * hidden_size,
             "a forward pass returns {n_hidden_rows} hidden states of {hidden_size}"
         );
+        let n_tokens = flight.tokens.len();
+        assert_eq!(tokens.len(), n_tokens, "a forward pass samples {n_tokens} tokens");
 
-        let mut rows = logits.chunks_exact(vocab_size);
-        let mut hidden = hidden;
+        let (mut tokens, mut logits, mut hidden) = (tokens.iter(), logits, hidden);
         let mut outcomes = Vec::with_capacity(batch.items.len());
-        for (item, sequence) in batch.items.iter().zip(&sequences) {
+        for (item, comes_back) in batch.items.iter().zip(comes_back) {
+            let (own_logits, own_hidden);
+            (own_logits, logits) = logits.split_at(comes_back.n_logit_rows() * vocab_size);
+            (own_hidden, hidden) = hidden.split_at(comes_back.n_hidden_rows() * hidden_size);
+            let own_token = match comes_back {
+                ComesBack::Token => tokens.next(),
+                _ => None,
+            };
+            // Its sequence ended, or gave the item up, while the step ran.
+            if !self.scheduler.is_due(item.sequence) {
+                outcomes.push(None);
+                continue;
+            }
             let member = self.scheduler.member(item.sequence);
             let open = self.open.get_mut(&member.group).expect("a computed request is open");
-            let own_rows = rows.by_ref().take(n_logit_rows(sequence));
-            let sampled = Sampled {
-                item,
-                first_choice: member.choice,
-                wanted: sequence.logits,
-                context: self.scheduler.tokens(item.sequence),
+            let context = self.scheduler.tokens(item.sequence);
+            let outcome = match (own_token, &mut open.outlet) {
+                (Some(Some(SampledToken { id, logprobs })), _) => Ok(vec![Token {
+                    index: (context.len() - open.n_prompt) as u32,
+                    id: *id,
+                    logprobs: logprobs.clone(),
+                }]),
+                (Some(None), _) => {
+                    // The row is computed again, and its logits come back.
+                    open.is_left_to_host = true;
+                    self.scheduler.take_back(item.sequence);
+                    outcomes.push(None);
+                    continue;
+                }
+                (None, Outlet::Embedding { sum, .. }) => {
+                    assert_eq!(sum.n_rows(), item.start_pos, "hidden states come once and in order");
+                    sum.add(own_hidden).map(|()| Vec::new()).map_err(NoToken::from)
+                }
+                (None, Outlet::Generation(_) | Outlet::Prefill { .. }) => {
+                    let sampled = Sampled {
+                        item,
+                        first_choice: member.choice,
+                        comes_back,
+                        context,
+                    };
+                    sampled.sample(&mut self.sampler, open, own_logits.chunks_exact(vocab_size))
+                }
             };
-            let mut outcome = sampled.sample(&mut self.sampler, open, own_rows);
-            if let Outlet::Embedding { sum, .. } = &mut open.outlet {
-                let (own_hidden, others) = hidden.split_at(n_hidden_rows_of(sequence) * hidden_size);
-                hidden = others;
-                assert_eq!(sum.n_rows(), item.start_pos, "hidden states come once and in order");
-                outcome = sum.add(own_hidden).map(|()| Vec::new()).map_err(NoToken::from);
-            }
-            outcomes.push((member, outcome));
+            outcomes.push(Some((member, outcome)));
         }
-        self.finish_step(batch, outcomes);
+        self.commit(&batch, outcomes);
     }
 
-    fn finish_step(&mut self, batch: &Batch, outcomes: Vec<(Member, Result<Vec<Token>, NoToken>)>) {
-        self.counters.n_replayed_steps = self.forward.n_replayed_steps();
-        let block_size = self.scheduler.config().block_size;
-        for (item, (member, _)) in batch.items.iter().zip(&outcomes) {
-            let open = self.open.get_mut(&member.group).expect("a computed request is open");
-            let end = n_complete_blocks(item, block_size);
-            self.counters.n_layer_blocks_ready += open.outlet.note_ready(end, &self.layer_groups);
-        }
+    /// `outcomes` has what came of each item, `None` of those that do not count any more.
+    fn commit(&mut self, batch: &Batch, outcomes: Vec<Option<(Member, Result<Vec<Token>, NoToken>)>>) {
         let mut tokens: BTreeMap<SequenceId, Token> = BTreeMap::new();
         let mut sampled: Vec<Vec<TokenId>> = Vec::with_capacity(outcomes.len());
-        for (member, outcome) in outcomes {
+        for outcome in outcomes {
             match outcome {
-                Ok(own) => {
+                Some((member, Ok(own))) => {
                     sampled.push(own.iter().map(|token| token.id).collect());
                     let choices = member.choice..;
                     tokens.extend(
@@ -120,11 +253,12 @@ impl<F: ForwardPass> StepLoop<F> {
                             .map(|(choice, token)| (member.group.sequence(choice), token)),
                     );
                 }
-                Err(error) => {
+                Some((member, Err(error))) => {
                     // Removed before the commit, so that nothing computed from it enters the prefix cache.
                     self.fail(member.group, error.into());
                     sampled.push(Vec::new());
                 }
+                None => sampled.push(Vec::new()),
             }
         }
         let committed = self
@@ -158,46 +292,63 @@ impl<F: ForwardPass> StepLoop<F> {
     }
 
     fn fail_batch(&mut self, batch: &Batch, error: &KernelError) {
-        let groups: BTreeSet<GroupId> = batch
-            .items
-            .iter()
-            .map(|item| self.scheduler.member(item.sequence).group)
-            .collect();
+        let here = batch.items.iter().map(|item| item.sequence);
+        let here = here.filter(|&id| self.scheduler.phase(id).is_some());
+        let groups: BTreeSet<GroupId> = here.map(|id| self.scheduler.member(id).group).collect();
         tracing::error!(%error, n_requests = groups.len(), "a step failed");
         for group in groups {
             self.fail(group, Failure::Internal(format!("a step failed: {error}")));
         }
+        self.scheduler.abandon(batch);
     }
 }
 
-fn view<'a>(scheduler: &'a BatchScheduler, item: &BatchItem) -> StepSequence<'a> {
+/// An item as the device is given it; `before` is the step in flight.
+fn view<'a>(
+    item: &BatchItem,
+    scheduler: &'a BatchScheduler,
+    open: &'a BTreeMap<GroupId, OpenGroup>,
+    forward: &impl ForwardPass,
+    before: Option<&Flight>,
+) -> StepSequence<'a> {
+    let id = item.sequence;
+    let tokens = match scheduler.tokens(id).get(item.start_pos..item.start_pos + item.n_tokens) {
+        Some(tokens) => NewTokens::Known(tokens),
+        None => {
+            let place = before.and_then(|flight| flight.tokens.get(&id));
+            NewTokens::Sampled(*place.expect("only what the step in flight samples is unknown"))
+        }
+    };
+    let Member { group, choice } = scheduler.member(id);
+    let open = &open[&group];
+    let params = &open.sampling;
+    let token_wanted = || {
+        let index = item.start_pos + item.n_tokens - open.n_prompt;
+        // What the device gives back is computed again, which blocks that are on their way to another instance cannot be.
+        let is_the_devices = matches!(open.outlet, Outlet::Generation(_))
+            && !open.is_left_to_host
+            && params.constraint.is_none()
+            && sampler::is_plain(params, index)
+            && forward.can_sample(params);
+        is_the_devices.then_some(TokenWanted {
+            params,
+            choice,
+            index: index as u32,
+        })
+    };
     let logits = match item.samples {
-        _ if scheduler.is_embedded(item.sequence) => LogitsWanted::Hidden,
-        _ if scheduler.wants_prompt_logits(item.sequence) => LogitsWanted::All,
-        Samples::Token | Samples::FirstTokens(_) => LogitsWanted::Last,
+        _ if scheduler.is_embedded(id) => LogitsWanted::Hidden,
+        _ if scheduler.wants_prompt_logits(id) => LogitsWanted::All,
+        Samples::Token => token_wanted().map_or(LogitsWanted::Last, LogitsWanted::Token),
+        Samples::FirstTokens(_) => LogitsWanted::Last,
         Samples::Nothing => LogitsWanted::None,
     };
     StepSequence {
-        tokens: &scheduler.tokens(item.sequence)[item.start_pos..item.start_pos + item.n_tokens],
+        tokens,
         start_pos: item.start_pos,
-        block_tables: scheduler.block_tables(item.sequence),
-        rope_variant: scheduler.rope_variant(item.sequence),
+        block_tables: scheduler.block_tables(id),
+        rope_variant: scheduler.rope_variant(id),
         logits,
-    }
-}
-
-fn n_logit_rows(sequence: &StepSequence<'_>) -> usize {
-    match sequence.logits {
-        LogitsWanted::None | LogitsWanted::Hidden => 0,
-        LogitsWanted::Last => 1,
-        LogitsWanted::All => sequence.tokens.len(),
-    }
-}
-
-fn n_hidden_rows_of(sequence: &StepSequence<'_>) -> usize {
-    match sequence.logits {
-        LogitsWanted::Hidden => sequence.tokens.len(),
-        LogitsWanted::None | LogitsWanted::Last | LogitsWanted::All => 0,
     }
 }
 
@@ -236,7 +387,7 @@ impl From<NoToken> for Failure {
 struct Sampled<'a> {
     item: &'a BatchItem,
     first_choice: u32,
-    wanted: LogitsWanted,
+    comes_back: ComesBack,
     /// Prompt and output.
     context: &'a [TokenId],
 }
@@ -252,7 +403,7 @@ impl Sampled<'_> {
         let mut last = None;
         for (row_idx, row) in rows.enumerate() {
             let next_pos = self.item.start_pos + row_idx + 1;
-            if let (LogitsWanted::All, Some(n_top)) = (self.wanted, open.sampling.prompt_logprobs)
+            if let (ComesBack::PromptLogits { .. }, Some(n_top)) = (self.comes_back, open.sampling.prompt_logprobs)
                 && next_pos < open.n_prompt
             {
                 let logprobs = sampler.logprobs(row, self.context[next_pos], usize::from(n_top))?;

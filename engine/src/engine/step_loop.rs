@@ -1,7 +1,8 @@
-//! The step loop: takes commands, asks the scheduler for a batch, computes it, samples, tells. One thread, which owns
-//! the device and waits for nothing but commands.
+//! The step loop: takes commands, asks the scheduler for a batch, launches it, collects it, samples, tells. Where the device
+//! samples, the next batch is made and launched before the last one is collected. One thread, which owns the device and
+//! waits for nothing but it and commands.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -21,11 +22,13 @@ use tokio::sync::mpsc;
 
 use super::block_watch::Changes;
 use super::command::{Arrived, Command, Granted, PrefixQuery, Purpose};
-use super::handle::Shared;
+use super::device_clock::DeviceClock;
+use super::handle::{AsyncScheduling, Shared};
 use super::handoff::{ReservedBlocks, ReservedChoice};
 use super::hidden_sum::HiddenSum;
 use super::load::{EngineCounters, LoadReport};
 use super::open_group::{OpenGroup, Outlet, ReadyBlocks, Told, Waiter};
+use super::step::Flight;
 use crate::forward::ForwardPass;
 use crate::sampler::Sampler;
 
@@ -38,6 +41,11 @@ pub(super) struct StepLoop<F> {
     pub(super) layer_groups: LayerGroups,
     pub(super) sampler: Sampler,
     pub(super) open: BTreeMap<GroupId, OpenGroup>,
+    /// Whether a step may be launched while another is in flight.
+    pub(super) runs_ahead: bool,
+    /// Steps launched and not collected, the oldest first: one between two rounds, two within one.
+    pub(super) in_flight: VecDeque<Flight>,
+    pub(super) clock: DeviceClock,
     pub(super) counters: EngineCounters,
     /// Who listens to changes of cached blocks.
     pub(super) watchers: Vec<mpsc::Sender<Changes>>,
@@ -51,6 +59,7 @@ pub(super) fn run<F: ForwardPass>(
     scheduler: BatchScheduler,
     commands: Receiver<Command>,
     shared: Arc<Shared>,
+    async_scheduling: AsyncScheduling,
     tick: Duration,
 ) {
     let mut step_loop = StepLoop {
@@ -59,6 +68,9 @@ pub(super) fn run<F: ForwardPass>(
         scheduler,
         sampler: Sampler::new(),
         open: BTreeMap::new(),
+        runs_ahead: async_scheduling == AsyncScheduling::On,
+        in_flight: VecDeque::new(),
+        clock: DeviceClock::default(),
         counters: EngineCounters::default(),
         watchers: Vec::new(),
         shared: Arc::clone(&shared),
@@ -105,6 +117,7 @@ impl<F: ForwardPass> StepLoop<F> {
         let mut has_stepped = false;
         loop {
             let round_began = Instant::now();
+            let busy_ns = self.clock.busy_ns();
             self.shared.heartbeat.beat(self.shared.now(), self.scheduler.has_work());
             if self.take_commands(commands, has_stepped).is_break() {
                 return;
@@ -113,17 +126,19 @@ impl<F: ForwardPass> StepLoop<F> {
             self.reap_abandoned();
             self.resume_abandoned();
             self.shared.heartbeat.beat(self.shared.now(), self.scheduler.has_work());
-            let batch = self
-                .scheduler
-                .schedule(self.shared.now(), &is_pinned(self.forward.kv_cache()));
+            let batch = self.schedule();
             self.publish_allocated();
             self.tell_changes(&batch);
-            has_stepped = !batch.items.is_empty();
+            has_stepped = !batch.items.is_empty() || !self.in_flight.is_empty();
+            let has_launched = self.launch(batch);
+            let stays = |flight: &Flight| has_launched && flight.can_run_ahead;
+            let n_left = usize::from(self.in_flight.back().is_some_and(stays));
+            while self.in_flight.len() > n_left {
+                self.finish_oldest();
+            }
             if has_stepped {
-                let forward_ns = self.counters.forward_ns;
-                self.step(&batch);
                 let began = if was_idle { woke } else { round_began };
-                let computed = self.counters.forward_ns - forward_ns;
+                let computed = self.clock.busy_ns() - busy_ns;
                 self.counters.overhead_ns += (began.elapsed().as_nanos() as u64).saturating_sub(computed);
             }
             let is_idle = self.open.is_empty();
@@ -133,6 +148,23 @@ impl<F: ForwardPass> StepLoop<F> {
             was_idle = is_idle;
             self.tell_watchers();
             self.publish();
+        }
+    }
+
+    /// The next batch; while a step is in flight, one that assumes its tokens.
+    fn schedule(&mut self) -> Batch {
+        let now = self.shared.now();
+        let is_pinned = is_pinned(self.forward.kv_cache());
+        match self.in_flight.back() {
+            None => self.scheduler.schedule(now, &is_pinned),
+            Some(flight) => self.scheduler.schedule_ahead(now, &|id| flight.carries(id), &is_pinned),
+        }
+    }
+
+    /// Collects what is in flight: what follows must see every sequence as it stands.
+    fn settle(&mut self) {
+        while !self.in_flight.is_empty() {
+            self.finish_oldest();
         }
     }
 
@@ -229,6 +261,7 @@ impl<F: ForwardPass> StepLoop<F> {
                 from,
                 reply,
             } => {
+                self.settle();
                 // An answer that is not taken unpins what it holds.
                 let _ = reply.send(self.pause(group, &mover, &from));
             }

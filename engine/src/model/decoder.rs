@@ -2,19 +2,22 @@
 //! One step's ragged batch in, logits or hidden states out. No sampling, no scheduling, no device code.
 
 use std::borrow::Cow;
+use std::collections::VecDeque;
 
 use baton_kernels::{
     Activation, AttentionParams, Backend, DType, KernelError, KvCache, KvLayout, MoeParams, PackedWeights, QkNorm,
-    RaggedBatch, RaggedSequence, RecordingRun, RopeAppendParams,
+    RaggedBatch, RaggedSequence, RecordingRun, RopeAppendParams, RowLogprobs, RowSampler as _, RowSampling, SampledIds,
+    SampledRow,
 };
 use baton_scheduler::ids::{Fingerprint, TokenId};
 use baton_scheduler::layer_groups::{LayerGroups, LayerPlace};
+use baton_scheduler::request::{SamplingParams, TokenLogprobs};
 
 use super::config::ModelConfig;
 use super::fingerprint::ModelFingerprint;
 use super::rope::RopeConfig;
 use super::weights::{EMBED, FINAL_NORM, LM_HEAD, LayerWeightNames};
-use crate::forward::{ForwardPass, LogitsWanted, StepOutput, StepSequence};
+use crate::forward::{ForwardPass, LogitsWanted, NewTokens, SampledToken, StepOutput, StepSequence, TokenWanted};
 
 /// Rows whose logits, or hidden states, are computed at once: `[256, vocab_size]` of f32 is 131 MB for a vocabulary of 128 Ki.
 /// Only prompt log-probabilities ever need more, and read the output matrix again for each further slab.
@@ -42,11 +45,28 @@ pub struct Decoder<B: Backend> {
     kv: KvCache,
     activations: Activations<B>,
     n_replayed_steps: u64,
+    /// Where the device samples.
+    sampler: Option<B::Sampler>,
     token_ids: Vec<TokenId>,
+    /// Of each token that only the device knows, its place among those that the step before samples.
+    token_sources: Vec<Option<usize>>,
+    /// Rows whose logits are computed: first those that the host has asked for, then those that the device samples.
     wanted_rows: Vec<usize>,
+    /// How each of the latter is sampled.
+    sampled_rows: Vec<RowSampling>,
     hidden_rows: Vec<usize>,
     host_logits: Vec<f32>,
     host_hidden: Vec<f32>,
+    sampled: Vec<Option<SampledToken>>,
+    in_flight: VecDeque<Launched>,
+}
+
+/// A step that was launched and not collected.
+struct Launched {
+    /// Rows of logits for the host; where there are any, no step is launched behind this one.
+    n_host_rows: usize,
+    n_wanted_rows: usize,
+    has_hidden: bool,
 }
 
 struct Weights<B: Backend> {
@@ -221,6 +241,7 @@ impl<B: Backend> Decoder<B> {
         let rope = |rope: &RopeConfig| backend.rope(&rope.variants(), limits.max_model_len);
         let ropes = config.ropes.iter().map(rope).collect::<Result<_, KernelError>>()?;
         let activations = Activations::new(&backend, &config, limits.max_batch_tokens)?;
+        let sampler = backend.sampler(limits.max_batch_tokens, config.vocab_size)?;
         let kv = kv(&backend)?;
         // A cache of what a card has left may hold less than the longest sequence.
         let limits = DecoderLimits {
@@ -238,11 +259,16 @@ impl<B: Backend> Decoder<B> {
             kv,
             activations,
             n_replayed_steps: 0,
+            sampler,
             token_ids: Vec::new(),
+            token_sources: Vec::new(),
             wanted_rows: Vec::new(),
+            sampled_rows: Vec::new(),
             hidden_rows: Vec::new(),
             host_logits: Vec::new(),
             host_hidden: Vec::new(),
+            sampled: Vec::new(),
+            in_flight: VecDeque::new(),
         })
     }
 
@@ -279,6 +305,7 @@ impl<B: Backend> Decoder<B> {
         let ragged: Vec<Vec<RaggedSequence<'_>>> = block_tables.iter().map(|table| of_group(table)).collect();
         let batches: Vec<RaggedBatch<'_>> = ragged.iter().map(|sequences| RaggedBatch { sequences }).collect();
         self.token_ids = vec![0; n_rows];
+        self.token_sources = vec![None; n_rows];
         self.wanted_rows = (0..n_rows).collect();
         self.hidden_rows.clear();
         for run in [RecordingRun::WarmUp, RecordingRun::Capture] {
@@ -290,13 +317,25 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    /// Queues a recorded step, if every sequence has one new token and wants its logits, which are then left in
-    /// `activations.logits`.
+    /// Queues a recorded step, if every sequence has one new token and something is made of its logits, in their order; they are
+    /// then left in `activations.logits`.
     fn replay(&mut self, batches: &[RaggedBatch<'_>], on_layer: &mut dyn FnMut(usize, &mut KvCache)) -> bool {
         let n_rows = self.token_ids.len();
-        let is_decode = self.wanted_rows.len() == n_rows && batches.iter().all(|batch| batch.sequences.len() == n_rows);
+        let is_decode = batches.iter().all(|batch| batch.sequences.len() == n_rows);
+        // Logits come in the order of rows.
+        let wants_all = self.wanted_rows.iter().copied().eq(0..n_rows);
+        if !is_decode || !wants_all {
+            return false;
+        }
+        let sampled = self.sampler.as_ref().map(|sampler| SampledIds {
+            sampler,
+            sources: &self.token_sources,
+        });
         let logits = &mut self.activations.logits;
-        if !is_decode || !self.backend.replay(logits, &self.token_ids, batches, &mut self.kv) {
+        if !self
+            .backend
+            .replay(logits, &self.token_ids, sampled, batches, &mut self.kv)
+        {
             return false;
         }
         self.n_replayed_steps += 1;
@@ -339,7 +378,7 @@ impl<B: Backend> Decoder<B> {
         for sequence in sequences {
             let end = sequence.start_pos + sequence.tokens.len();
             let n_blocks = self.kv.layout().blocks_for(end);
-            assert!(!sequence.tokens.is_empty(), "a sequence without new tokens");
+            assert!(sequence.tokens.len() > 0, "a sequence without new tokens");
             assert!(
                 end <= max_model_len,
                 "sequence of {end} tokens, expected at most {max_model_len}"
@@ -355,6 +394,7 @@ impl<B: Backend> Decoder<B> {
             }
             if let Some(id) = sequence
                 .tokens
+                .known()
                 .iter()
                 .find(|&&id| id as usize >= self.config.vocab_size)
             {
@@ -366,21 +406,38 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
-    /// Fills `wanted_rows` with the rows of the step whose logits come back, `hidden_rows` with those whose hidden states do.
-    fn list_wanted_rows(&mut self, sequences: &[StepSequence<'_>]) {
+    /// Fills `token_ids` and `token_sources`, and lists the rows of the step of which something comes back.
+    fn list_rows(&mut self, sequences: &[StepSequence<'_>]) {
+        self.token_ids.clear();
+        self.token_sources.clear();
         self.wanted_rows.clear();
+        self.sampled_rows.clear();
         self.hidden_rows.clear();
+        let mut sampled_rows = Vec::new();
         let mut first = 0;
         for sequence in sequences {
             let end = first + sequence.tokens.len();
+            match sequence.tokens {
+                NewTokens::Known(tokens) => self.token_ids.extend_from_slice(tokens),
+                NewTokens::Sampled(_) => self.token_ids.push(0),
+            }
+            self.token_sources.resize(end, None);
+            if let NewTokens::Sampled(place) = sequence.tokens {
+                self.token_sources[first] = Some(place);
+            }
             match sequence.logits {
                 LogitsWanted::None => {}
                 LogitsWanted::Last => self.wanted_rows.push(end - 1),
                 LogitsWanted::All => self.wanted_rows.extend(first..end),
                 LogitsWanted::Hidden => self.hidden_rows.extend(first..end),
+                LogitsWanted::Token(token) => {
+                    sampled_rows.push(end - 1);
+                    self.sampled_rows.push(row_sampling(token));
+                }
             }
             first = end;
         }
+        self.wanted_rows.extend(sampled_rows);
     }
 
     /// From the embedding to the last layer's attention. What follows is needed only where something comes back.
@@ -394,7 +451,9 @@ impl<B: Backend> Decoder<B> {
             layer_groups,
             kv,
             activations: a,
+            sampler,
             token_ids,
+            token_sources,
             wanted_rows,
             hidden_rows,
             ..
@@ -406,7 +465,11 @@ impl<B: Backend> Decoder<B> {
             DType::F16 => half::f16::from_f32(config.embedding_scale).to_f32(),
             DType::F32 => config.embedding_scale,
         };
-        backend.embed(&mut a.residual, &weights.embed, token_ids, embedding_scale);
+        let (residual, embed) = (&mut a.residual, &weights.embed);
+        match sampler {
+            Some(sampler) => sampler.embed(backend, residual, embed, token_ids, token_sources, embedding_scale),
+            None => backend.embed(residual, embed, token_ids, embedding_scale),
+        }
         for (layer_idx, layer) in weights.layers.iter().enumerate() {
             let LayerPlace { layer_group, slot } = layer_groups.place(layer_idx);
             let batch = batches[layer_group];
@@ -484,6 +547,33 @@ impl<B: Backend> Decoder<B> {
             host_hidden.extend_from_slice(&backend.to_host(&a.block.normed));
         }
     }
+}
+
+fn row_sampling(TokenWanted { params, choice, index }: TokenWanted<'_>) -> RowSampling {
+    RowSampling {
+        seed: params.seed,
+        index,
+        choice,
+        temperature: params.temperature,
+        min_p: params.min_p,
+        top_p: params.top_p,
+        top_k: params.top_k,
+        n_top: params.logprobs.map(usize::from),
+    }
+}
+
+fn sampled_token(row: &SampledRow) -> Option<SampledToken> {
+    let SampledRow::Chosen { id, logprobs } = row else {
+        return None;
+    };
+    let logprobs = logprobs
+        .as_ref()
+        .map(|RowLogprobs { logprob, rank, top }| TokenLogprobs {
+            logprob: *logprob,
+            rank: *rank,
+            top: top.clone(),
+        });
+    Some(SampledToken { id: *id, logprobs })
 }
 
 /// The last layer's remainder and the final norm of some rows, left in `block.normed`.
@@ -633,71 +723,116 @@ impl<B: Backend> ForwardPass for Decoder<B> {
         self.n_replayed_steps
     }
 
+    fn can_sample(&self, params: &SamplingParams) -> bool {
+        let token = TokenWanted {
+            params,
+            choice: 0,
+            index: 0,
+        };
+        let sampler = self.sampler.as_ref();
+        sampler.is_some_and(|sampler| sampler.can_sample(&row_sampling(token)))
+    }
+
+    /// Of what comes back, only tokens have memory that the next step leaves alone.
+    fn can_run_ahead_of(&self, sequences: &[StepSequence<'_>]) -> bool {
+        let is_left_alone = |sequence: &StepSequence<'_>| match sequence.logits {
+            LogitsWanted::None | LogitsWanted::Token(_) => true,
+            LogitsWanted::Last | LogitsWanted::All | LogitsWanted::Hidden => false,
+        };
+        self.sampler.is_some() && sequences.iter().all(is_left_alone)
+    }
+
     /// # Panics
     /// If the step is larger than the decoder's limits, a block table is too short, or a token id is past the vocabulary.
-    fn step(
+    fn launch(
         &mut self,
         sequences: &[StepSequence<'_>],
         on_layer: &mut dyn FnMut(usize, &mut KvCache),
-    ) -> Result<StepOutput<'_>, KernelError> {
-        if sequences.is_empty() {
-            return Ok(StepOutput::default());
-        }
+    ) -> Result<(), KernelError> {
         self.assert_valid(sequences);
-        self.backend.begin_step();
-        self.list_wanted_rows(sequences);
-        self.token_ids.clear();
-        self.token_ids
-            .extend(sequences.iter().flat_map(|sequence| sequence.tokens));
-        let of_group = |layer_group: usize| -> Vec<RaggedSequence<'_>> {
-            let ragged = sequences.iter().map(|sequence| RaggedSequence {
-                start_pos: sequence.start_pos,
-                n_tokens: sequence.tokens.len(),
-                block_table: &sequence.block_tables[layer_group],
-                rope_variant: sequence.rope_variant,
-            });
-            ragged.collect()
-        };
-        let ragged: Vec<Vec<RaggedSequence<'_>>> = (0..self.layer_groups.n_groups()).map(of_group).collect();
-        let batches: Vec<RaggedBatch<'_>> = ragged.iter().map(|sequences| RaggedBatch { sequences }).collect();
-        let is_replayed = self.replay(&batches, on_layer);
-        if !is_replayed {
-            self.all_rows(&batches, on_layer);
-        }
-
-        self.fetch_hidden();
-        let n_wanted = self.wanted_rows.len();
-        if n_wanted == 0 {
-            return Ok(StepOutput {
-                logits: &[],
-                hidden: &self.host_hidden,
-            });
-        }
-        if n_wanted <= MAX_FETCHED_ROWS {
-            if !is_replayed {
-                self.wanted_logits(0..n_wanted);
-            }
-            let logits = match self.backend.to_host(&self.activations.logits) {
-                Cow::Borrowed(logits) => logits,
-                Cow::Owned(logits) => {
-                    self.host_logits = logits;
-                    &self.host_logits
-                }
+        self.list_rows(sequences);
+        let n_wanted_rows = self.wanted_rows.len();
+        let n_host_rows = n_wanted_rows - self.sampled_rows.len();
+        let mut is_replayed = false;
+        if !sequences.is_empty() {
+            self.backend.begin_step();
+            let of_group = |layer_group: usize| -> Vec<RaggedSequence<'_>> {
+                let ragged = sequences.iter().map(|sequence| RaggedSequence {
+                    start_pos: sequence.start_pos,
+                    n_tokens: sequence.tokens.len(),
+                    block_table: &sequence.block_tables[layer_group],
+                    rope_variant: sequence.rope_variant,
+                });
+                ragged.collect()
             };
-            return Ok(StepOutput {
-                logits,
-                hidden: &self.host_hidden,
-            });
+            let ragged: Vec<Vec<RaggedSequence<'_>>> = (0..self.layer_groups.n_groups()).map(of_group).collect();
+            let batches: Vec<RaggedBatch<'_>> = ragged.iter().map(|sequences| RaggedBatch { sequences }).collect();
+            is_replayed = self.replay(&batches, on_layer);
+            if !is_replayed {
+                self.all_rows(&batches, on_layer);
+            }
+            self.fetch_hidden();
         }
         self.host_logits.clear();
-        for first in (0..n_wanted).step_by(MAX_FETCHED_ROWS) {
-            self.wanted_logits(first..n_wanted.min(first + MAX_FETCHED_ROWS));
-            let logits = self.backend.to_host(&self.activations.logits);
-            self.host_logits.extend_from_slice(&logits);
+        for first in (0..n_wanted_rows).step_by(MAX_FETCHED_ROWS) {
+            let end = n_wanted_rows.min(first + MAX_FETCHED_ROWS);
+            // A step that was recorded has as many rows as one slab at most, and their logits are there.
+            if !is_replayed {
+                self.wanted_logits(first..end);
+            }
+            // What fits one slab stays where it is until it is collected.
+            if n_wanted_rows > MAX_FETCHED_ROWS && first < n_host_rows {
+                let logits = self.backend.to_host(&self.activations.logits);
+                let n_values = (n_host_rows.min(end) - first) * self.config.vocab_size;
+                self.host_logits.extend_from_slice(&logits[..n_values]);
+            }
+            if let Some(sampler) = &mut self.sampler
+                && end > n_host_rows
+            {
+                let start = first.max(n_host_rows);
+                let rows = &self.sampled_rows[start - n_host_rows..end - n_host_rows];
+                sampler.sample(&self.backend, &self.activations.logits, start - first, rows);
+            }
         }
+        if let Some(sampler) = &mut self.sampler {
+            sampler.finish_step();
+        }
+        self.in_flight.push_back(Launched {
+            n_host_rows,
+            n_wanted_rows,
+            has_hidden: !self.hidden_rows.is_empty(),
+        });
+        Ok(())
+    }
+
+    fn wait(&mut self) {
+        if let Some(sampler) = &mut self.sampler {
+            sampler.wait();
+        }
+    }
+
+    fn collect(&mut self) -> Result<StepOutput<'_>, KernelError> {
+        let launched = self.in_flight.pop_front().expect("a step is in flight");
+        self.sampled.clear();
+        if let Some(sampler) = &mut self.sampler {
+            self.sampled.extend(sampler.collect().iter().map(sampled_token));
+        }
+        let n_values = launched.n_host_rows * self.config.vocab_size;
+        let logits = match launched.n_wanted_rows {
+            _ if launched.n_host_rows == 0 => &[],
+            ..=MAX_FETCHED_ROWS => match self.backend.to_host(&self.activations.logits) {
+                Cow::Borrowed(logits) => &logits[..n_values],
+                Cow::Owned(logits) => {
+                    self.host_logits = logits;
+                    &self.host_logits[..n_values]
+                }
+            },
+            _ => &*self.host_logits,
+        };
         Ok(StepOutput {
-            logits: &self.host_logits,
-            hidden: &self.host_hidden,
+            tokens: &self.sampled,
+            logits,
+            hidden: if launched.has_hidden { &self.host_hidden } else { &[] },
         })
     }
 }

@@ -66,16 +66,16 @@ impl TokenSet {
     }
 }
 
-/// Whether the request rules anything out or shifts anything at this position, the constraint aside.
-pub(super) fn are_on(params: &SamplingParams, history: History<'_>) -> bool {
+/// Whether the request rules anything out or shifts anything at token number `index`, the constraint aside.
+pub(super) fn are_on(params: &SamplingParams, index: usize) -> bool {
     !params.allowed_token_ids.is_empty()
         || !params.bad_words.is_empty()
         || !params.logit_bias.is_empty()
-        || is_too_early_to_stop(params, history)
+        || is_too_early_to_stop(params, index)
 }
 
-fn is_too_early_to_stop(params: &SamplingParams, history: History<'_>) -> bool {
-    history.output.len() < params.min_tokens as usize
+fn is_too_early_to_stop(params: &SamplingParams, index: usize) -> bool {
+    index < params.min_tokens as usize
 }
 
 /// Applies, in vLLM's order: the constraint's set, `allowed_token_ids`, `bad_words`, `min_tokens`, `logit_bias`.
@@ -101,7 +101,7 @@ pub(super) fn apply(
             *logit_of(row, last)? = f32::NEG_INFINITY;
         }
     }
-    if is_too_early_to_stop(params, history) && (constraint.is_none() || can_go_on(row, params)) {
+    if is_too_early_to_stop(params, history.output.len()) && (constraint.is_none() || can_go_on(row, params)) {
         for &id in &params.stop_token_ids {
             *logit_of(row, id)? = f32::NEG_INFINITY;
         }

@@ -1,7 +1,9 @@
 //! The same models on the CUDA device: on a card (REQUIRE_GPU=1), else through the stand-in for its driver, where a kernel
 //! takes a thousand times as long, so that each model computes its shortest prompt, and a few the longest.
 
-use baton_engine::forward::{ForwardPass as _, LogitsWanted, StepSequence};
+mod sampled;
+
+use baton_engine::forward::{ForwardPass as _, LogitsWanted, NewTokens, StepSequence};
 use baton_engine::model::{CudaKvSize, CudaLoadOptions, Decoder, ModelFolder, load_cuda};
 use baton_kernels::DType;
 use baton_kernels::cuda::{Cuda, CudaMode, ImageFolders};
@@ -70,7 +72,7 @@ fn deterministic_bits_do_not_depend_on_chunks_or_batch() {
     }
     assert!(logits_of(&mut decoder, tokens, 3) == whole, "in chunks of 3");
     let sequence = |tokens, block_tables| StepSequence {
-        tokens,
+        tokens: NewTokens::Known(tokens),
         start_pos: 0,
         block_tables,
         rope_variant: 0,

@@ -13,7 +13,7 @@ use super::tensor::{CudaExperts, CudaMatrix, CudaRope, CudaTensor, CudaVector, E
 use super::weights::upload;
 use crate::backend::{
     Activation, AttentionParams, Backend, ExpertNames, MoeParams, RaggedBatch, RecordingRun, RopeAppendParams,
-    RopeParams,
+    RopeParams, SampledIds,
 };
 use crate::cpu::rope_table;
 use crate::error::KernelError;
@@ -379,8 +379,15 @@ impl Backend for Cuda {
         Ok(self.stop_recording(out, run)?)
     }
 
-    fn replay(&self, out: &mut CudaTensor, ids: &[u32], batches: &[RaggedBatch<'_>], kv: &mut KvCache) -> bool {
-        self.replay_step(out, ids, batches, kv)
+    fn replay(
+        &self,
+        out: &mut CudaTensor,
+        ids: &[u32],
+        sampled: Option<SampledIds<'_, Cuda>>,
+        batches: &[RaggedBatch<'_>],
+        kv: &mut KvCache,
+    ) -> bool {
+        self.replay_step(out, ids, sampled, batches, kv)
     }
 
     fn sampler(&self, max_rows: usize, vocab: usize) -> Result<Option<CudaSampler>, KernelError> {

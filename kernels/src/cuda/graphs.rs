@@ -15,7 +15,7 @@ use super::limits::StepLimits;
 use super::opened::Cuda;
 use super::plan::{Kernels, Plan, PlanSize, Splits};
 use super::tensor::{CudaRope, CudaTensor};
-use crate::backend::{RaggedBatch, RecordingRun};
+use crate::backend::{RaggedBatch, RecordingRun, SampledIds};
 use crate::kv::KvCache;
 
 /// The steps that can be recorded, and those that have been.
@@ -222,6 +222,7 @@ impl Cuda {
         &self,
         out: &mut CudaTensor,
         ids: &[u32],
+        sampled: Option<SampledIds<'_, Cuda>>,
         batches: &[RaggedBatch<'_>],
         kv: &mut KvCache,
     ) -> bool {
@@ -246,6 +247,10 @@ impl Cuda {
         assert!(to == recorded.out, "replay: the step leaves its result elsewhere");
         self.claim_blocks(batches, tables, recorded.rope, kv);
         kv.queue_work();
+        if let Some(SampledIds { sampler, sources }) = sampled {
+            let ids_at = graphs.tables.address() + tables.ids as u64;
+            sampler.fill_in(self, ids_at, ids_at, ids.len(), sources);
+        }
         recorded.graph.graph.launch().or_stop("launch a recorded step");
         true
     }

@@ -16,7 +16,7 @@ use super::launch;
 use super::opened::Cuda;
 use super::sampling::{MAX_CANDIDATES, RowStatus, Sampling};
 use super::tensor::{CudaMatrix, CudaTensor};
-use crate::backend::{RowLogprobs, RowSampler, RowSampling, SampledRow};
+use crate::backend::{Backend as _, RowLogprobs, RowSampler, RowSampling, SampledRow};
 use crate::error::KernelError;
 use crate::layout::DType;
 
@@ -112,6 +112,33 @@ impl CudaSampler {
         self.words.address() + self.offset(section, row, width) as u64
     }
 
+    /// Queues `[n_rows]` ids to `to`: those at `ids_at`, which may be the same place, and what the step before sampled where a
+    /// row has a source.
+    pub(super) fn fill_in(&self, cuda: &Cuda, to: u64, ids_at: u64, n_rows: usize, sources: &[Option<usize>]) {
+        if sources.iter().all(Option::is_none) {
+            return;
+        }
+        let sources = sources.iter().map(|source| source.map_or(u32::MAX, |row| row as u32));
+        let sources: Vec<u32> = sources.collect();
+        assert!(
+            sources
+                .iter()
+                .all(|row| *row == u32::MAX || (*row as usize) < self.max_rows),
+            "token_ids: a row past those that are sampled"
+        );
+        let sources_at = cuda.uploads.borrow_mut().put(&sources);
+        let args = Args::new()
+            .address(to)
+            .address(ids_at)
+            .address(sources_at)
+            .address(self.address(Section::Ids, 0, 1))
+            .u32(n_rows as u32)
+            .u32(self.vocab as u32);
+        let grid = launch::token_ids(n_rows as u32);
+        // SAFETY: `[n_rows]` of the first three, and each source is one of `max_rows` sampled ids.
+        unsafe { self.kernels.token_ids.launch(&self.device.compute, grid, &args) };
+    }
+
     fn launch(&self, function: &Function, n_rows: usize, args: &Args) {
         let launch = launch::sample(n_rows as u32, self.vocab as u32);
         // SAFETY: the callers' arguments are of `n_rows` rows of `vocab` logits and of as many of the sections'.
@@ -143,28 +170,11 @@ impl RowSampler<Cuda> for CudaSampler {
             table.n_out,
             self.vocab
         );
-        let sources = sources.iter().map(|source| source.map_or(u32::MAX, |row| row as u32));
-        let sources: Vec<u32> = sources.collect();
-        assert!(
-            sources
-                .iter()
-                .all(|row| *row == u32::MAX || (*row as usize) < self.max_rows),
-            "embed: a row past those that are sampled"
-        );
-        let (ids_at, sources_at) = {
-            let mut uploads = cuda.uploads.borrow_mut();
-            (uploads.put(ids), uploads.put(&sources))
-        };
-        let args = Args::new()
-            .address(self.token_ids.address())
-            .address(ids_at)
-            .address(sources_at)
-            .address(self.address(Section::Ids, 0, 1))
-            .u32(n_rows as u32)
-            .u32(self.vocab as u32);
-        let grid = launch::token_ids(n_rows as u32);
-        // SAFETY: `[n_rows]` of the first three, and each source is one of `max_rows` sampled ids.
-        unsafe { self.kernels.token_ids.launch(&self.device.compute, grid, &args) };
+        if sources.iter().all(Option::is_none) {
+            return cuda.embed(out, table, ids, scale);
+        }
+        let ids_at = cuda.uploads.borrow_mut().put(ids);
+        self.fill_in(cuda, self.token_ids.address(), ids_at, n_rows, sources);
         cuda.embed_from(out, table, self.token_ids.address(), n_rows, scale);
     }
 

@@ -64,8 +64,16 @@ impl BatchScheduler {
     ///
     /// # Errors
     /// As [`BatchScheduler::check_movable`]; nothing is paused then.
+    ///
+    /// # Panics
+    /// If a batch in flight computes one of its choices: what stands still must know what it has.
     pub fn pause(&mut self, group: GroupId) -> Result<(), Failure> {
         self.check_movable(group)?;
+        let is_in_flight = |id: &SequenceId| self.sequences[id].n_in_flight > 0;
+        assert!(
+            !self.members(group).iter().any(is_in_flight),
+            "a group is paused while a batch computes it"
+        );
         for id in self.members(group) {
             self.running.remove(&id);
             self.paused.insert(id);

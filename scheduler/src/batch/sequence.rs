@@ -50,6 +50,10 @@ pub(super) struct Sequence {
     pub(super) n_prompt: usize,
     /// Leading tokens whose KV is in the tables' blocks.
     pub(super) n_computed: usize,
+    /// Tokens after them that batches in flight compute.
+    pub(super) n_in_flight: usize,
+    /// Tokens after the last that a batch in flight is assumed to sample, 0 or 1; only while a batch is made ahead.
+    pub(super) n_assumed: usize,
     pub(super) tables: BlockTables,
     /// Reserved for the choices that fork from it: one block of each layer group for each.
     pub(super) spare: Vec<HeldBlock>,
@@ -98,6 +102,8 @@ impl Sequence {
                 .collect(),
             n_prompt,
             n_computed: 0,
+            n_in_flight: 0,
+            n_assumed: 0,
             tables: BlockTables::new(config.n_groups()),
             spare: Vec::new(),
             keys: Vec::new(),
@@ -127,6 +133,8 @@ impl Sequence {
             tokens: self.tokens.clone(),
             n_prompt: self.n_prompt,
             n_computed: self.n_computed,
+            n_in_flight: 0,
+            n_assumed: 0,
             tables: BlockTables::new(self.n_held_blocks.len()),
             spare: Vec::new(),
             keys: self.keys.clone(),
@@ -160,6 +168,26 @@ impl Sequence {
     /// Tokens not computed yet.
     pub(super) fn n_left(&self) -> usize {
         self.tokens.len() - self.n_computed
+    }
+
+    /// Where the next batch begins: tokens computed or in flight.
+    pub(super) fn n_launched(&self) -> usize {
+        self.n_computed + self.n_in_flight
+    }
+
+    /// Tokens that the next batch may compute, one that is only assumed included.
+    pub(super) fn n_to_launch(&self) -> usize {
+        self.n_tokens() - self.n_launched()
+    }
+
+    /// Tokens, one that is only assumed included.
+    pub(super) fn n_tokens(&self) -> usize {
+        self.tokens.len() + self.n_assumed
+    }
+
+    /// Whether it goes on after a token that a batch in flight samples, unless that is a stop id.
+    pub(super) fn outlives_its_next_token(&self) -> bool {
+        self.kind == SequenceKind::Local && self.tokens.len() + 1 < self.max_len
     }
 
     /// Whether each row of the prompt gives logits, which no prefix hit could provide.
@@ -224,6 +252,7 @@ impl Sequence {
 
     /// Back to the state before any of it was computed; the tokens stay.
     pub(super) fn forget_computed(&mut self) {
+        assert_eq!(self.n_in_flight, 0, "a sequence in flight keeps its blocks");
         self.n_computed = 0;
         self.n_held_blocks.fill(0);
         self.n_registered = 0;

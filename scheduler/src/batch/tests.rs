@@ -1,5 +1,6 @@
 //! The batch scheduler against a world whose KV memory holds plain token ids: a wrong block gives a wrong token.
 
+mod flight;
 mod groups;
 mod layer_groups;
 mod property;

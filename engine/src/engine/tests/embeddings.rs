@@ -58,7 +58,7 @@ async fn a_preempted_one_begins_again() {
         ..batch_config(16)
     };
     let (gate, permits) = channel::bounded(0);
-    let model = HashModel::new(16, BLOCK_SIZE).gated(permits);
+    let model = model(16).gated(permits);
     let engine = start(model, EngineConfig::new(config)).unwrap();
     // Two that grow while the youngest still computes, and need its blocks: 9 of the 16, until the second grows again.
     let generations: Vec<Generation> = (0..2)
@@ -116,7 +116,7 @@ async fn a_broken_step_and_a_poisoned_row_fail_it_and_its_blocks_are_not_cached(
 #[tokio::test]
 async fn dropped_it_is_cancelled_and_shut_down_it_fails() {
     let (gate, permits) = channel::bounded(0);
-    let engine = engine_of(HashModel::new(40, BLOCK_SIZE).gated(permits), 40);
+    let engine = engine_of(model(40).gated(permits), 40);
     let long = prompt(60, 1);
     let mut dropped = Box::pin(engine.embed(to_embed(&long)));
     assert!(futures::poll!(&mut dropped).is_pending());

@@ -96,7 +96,7 @@ struct Stepped {
 impl Stepped {
     fn new(n_blocks: usize) -> Stepped {
         let (permits, gate) = channel::bounded(0);
-        let engine = engine_of(HashModel::new(n_blocks, BLOCK_SIZE).gated(gate), n_blocks);
+        let engine = engine_of(model(n_blocks).gated(gate), n_blocks);
         let engine = engine.with_constraints(constraints::compiler());
         Stepped { permits, engine }
     }

@@ -136,7 +136,7 @@ fn tiny(n_blocks: usize) -> EngineHandle {
         max_model_len: 64,
         ..batch_config(n_blocks)
     };
-    start(HashModel::new(n_blocks, BLOCK_SIZE), EngineConfig::new(batch)).unwrap()
+    start(model(n_blocks), EngineConfig::new(batch)).unwrap()
 }
 
 async fn serve_all(arrivals: &[Arrival], n_blocks: usize, n_at_once: usize) -> (EngineHandle, EngineHandle) {

@@ -113,7 +113,7 @@ fn stored_dtypes_give_the_same_numbers() {
         };
         let mut decoder = load_cpu(&folder, &options, &mut |_, _| {}).unwrap();
         let sequence = crate::forward::StepSequence {
-            tokens: &[1, 2, 3],
+            tokens: crate::forward::NewTokens::Known(&[1, 2, 3]),
             start_pos: 0,
             block_tables: &[vec![2]],
             rope_variant: 0,

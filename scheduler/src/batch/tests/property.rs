@@ -54,6 +54,10 @@ enum Fact {
     Release(usize, bool),
     Unpin,
     Steps(usize),
+    /// As many, each made while the one before it is in flight.
+    StepsAhead(usize),
+    /// The step in flight, if there is one, cannot be computed.
+    FailStep,
 }
 
 fn fact() -> impl Strategy<Value = Fact> {
@@ -85,7 +89,9 @@ fn fact() -> impl Strategy<Value = Fact> {
         1 => (0..16usize).prop_map(Fact::Cancel),
         2 => (0..8usize, any::<bool>()).prop_map(|(i, pinned)| Fact::Release(i, pinned)),
         1 => Just(Fact::Unpin),
-        6 => (1..12usize).prop_map(Fact::Steps),
+        3 => (1..12usize).prop_map(Fact::Steps),
+        5 => (1..12usize).prop_map(Fact::StepsAhead),
+        1 => Just(Fact::FailStep),
     ]
 }
 
@@ -118,6 +124,9 @@ proptest! {
         n_blocks in 6..24usize,
         budget in 4..16usize,
         is_cached in any::<bool>(),
+        gives_back_one_of in prop_oneof![Just(0), 3..20u64],
+        // Of so many sequences one needs its token before it goes on.
+        waits_one_of in prop_oneof![Just(u64::MAX), 2..5u64],
         windows in prop_oneof![
             prop::collection::vec(prop::option::of((1..12usize, 1..4usize, 0..3usize)), 1),
             prop::collection::vec(prop::option::of((1..12usize, 1..4usize, 0..3usize)), 2..4),
@@ -131,6 +140,7 @@ proptest! {
         // As long as fits, although not without giving blocks up.
         config.max_model_len = config.longest_sequence(4 * 24);
         let mut world = World::new(config);
+        world.gives_back_one_of = gives_back_one_of;
         let max_model_len = world.scheduler.config().max_model_len;
         let mut asked: BTreeMap<GroupId, (Vec<TokenId>, u32, u32)> = BTreeMap::new();
         let mut prefills: BTreeSet<GroupId> = BTreeSet::new();
@@ -213,6 +223,7 @@ proptest! {
                     }
                 }
                 Fact::Pause(i) => {
+                    world.settle();
                     if let Some(group) = any_of(&groups_in(&world, Phase::Running), i) {
                         let can = world.scheduler.check_movable(group).is_ok();
                         prop_assert_eq!(world.scheduler.pause(group).is_ok(), can);
@@ -260,10 +271,16 @@ proptest! {
                         world.step();
                     }
                 }
+                Fact::StepsAhead(n) => {
+                    for _ in 0..n {
+                        world.step_ahead(&|id| (id.0 + 1) % waits_one_of != 0);
+                    }
+                }
+                Fact::FailStep => cancelled.extend(world.fail_step()),
             }
         }
         world.pins.clear();
-        for _ in 0..10_000 {
+        for round in 0..10_000 {
             if world.scheduler.is_empty() {
                 break;
             }
@@ -276,8 +293,12 @@ proptest! {
             for group in groups_in(&world, Phase::Paused) {
                 world.resume(group);
             }
-            world.step();
+            match round % 3 {
+                0 => drop(world.step()),
+                _ => drop(world.step_ahead(&|_| true)),
+            }
         }
+        world.settle();
         prop_assert!(world.scheduler.is_empty(), "it does not come to an end: {:?}", world.scheduler.load());
         world.step();
         prop_assert!(world.scheduler.load().ledger.is_whole());

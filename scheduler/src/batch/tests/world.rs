@@ -127,6 +127,22 @@ pub(super) struct World {
     pub(super) n_computed: usize,
     /// Most blocks that a sequence had given up while it was computed.
     pub(super) n_released: usize,
+    /// What is computed when the next batch has been made, so as late as a device may be.
+    in_flight: Option<Launched>,
+    /// What the last computed batch sampled, by sequence.
+    carried: BTreeMap<SequenceId, TokenId>,
+    /// Of so many tokens that are sampled alone, the device gives one back; 0: none.
+    pub(super) gives_back_one_of: u64,
+    /// Items that were computed for nothing, because their sequence had ended.
+    pub(super) n_wasted: usize,
+    pub(super) n_ahead: usize,
+}
+
+/// A batch with its inputs as they were when it was launched.
+struct Launched {
+    batch: Batch,
+    /// Of each item: tables of ids, and the tokens of the context that are known.
+    inputs: Vec<(Vec<Vec<u32>>, Vec<TokenId>)>,
 }
 
 impl World {
@@ -144,6 +160,11 @@ impl World {
             embedded: BTreeMap::new(),
             n_computed: 0,
             n_released: 0,
+            in_flight: None,
+            carried: BTreeMap::new(),
+            gives_back_one_of: 0,
+            n_wasted: 0,
+            n_ahead: 0,
         }
     }
 
@@ -260,8 +281,10 @@ impl World {
 
     /// Reads the first `n` tokens of a sequence back from memory through its table.
     pub(super) fn read_back(&self, id: SequenceId, n: usize) -> Vec<TokenId> {
-        let tables = self.scheduler.block_tables(id);
-        let tokens = self.scheduler.tokens(id);
+        self.read_through(self.scheduler.block_tables(id), self.scheduler.tokens(id), n)
+    }
+
+    fn read_through(&self, tables: &[Vec<u32>], tokens: &[TokenId], n: usize) -> Vec<TokenId> {
         let read = |layer_group: usize, pos: usize| {
             let block = tables[layer_group][pos / BLOCK_SIZE];
             // Nobody sees it, so nobody has it: the tokens stand for what it was.
@@ -269,10 +292,10 @@ impl World {
                 return tokens[pos];
             }
             let slot = self.memory[block as usize][pos % BLOCK_SIZE];
-            let (written_for, token) = slot.unwrap_or_else(|| panic!("position {pos} of {id:?} was never written"));
+            let (written_for, token) = slot.unwrap_or_else(|| panic!("position {pos} of {tables:?} was never written"));
             assert_eq!(
                 written_for, layer_group,
-                "position {pos} of {id:?} is in a block of another group"
+                "position {pos} of {tables:?} is in a block of another group"
             );
             token
         };
@@ -282,7 +305,7 @@ impl World {
                 assert_eq!(
                     read(layer_group, pos),
                     token,
-                    "position {pos} of {id:?}, group {layer_group}"
+                    "position {pos} of {tables:?}, group {layer_group}"
                 );
             }
             token
@@ -322,18 +345,68 @@ impl World {
         self.scheduler.check();
     }
 
+    /// A batch made, computed and committed.
     pub(super) fn step(&mut self) -> Batch {
+        self.settle();
         self.now += 1;
         let pins = self.pins.clone();
-        let is_pinned = move |id: BlockId| pins.contains(&id);
-        let batch = self.scheduler.schedule(Nanos(self.now), &is_pinned);
+        let batch = self.scheduler.schedule(Nanos(self.now), &|id| pins.contains(&id));
+        self.look_at(&batch);
+        let in_batch: BTreeSet<SequenceId> = batch.items.iter().map(|item| item.sequence).collect();
+        for (id, sequence) in &self.scheduler.sequences {
+            if self.scheduler.phase(*id) == Some(Phase::Running) && sequence.n_left() == 1 && sequence.n_computed > 0 {
+                assert!(in_batch.contains(id), "a decode is in every step");
+            }
+        }
+        let launched = self.launch(batch.clone());
+        self.finish(launched);
+        batch
+    }
+
+    /// A batch made and launched while the one before it is in flight; then that one computed and committed.
+    pub(super) fn step_ahead(&mut self, goes_on: &dyn Fn(SequenceId) -> bool) -> Batch {
+        self.now += 1;
+        let pins = self.pins.clone();
+        let batch = self
+            .scheduler
+            .schedule_ahead(Nanos(self.now), goes_on, &|id| pins.contains(&id));
+        self.look_at(&batch);
+        self.n_ahead += usize::from(self.in_flight.is_some() && !batch.items.is_empty());
+        let launched = self.launch(batch.clone());
+        self.settle();
+        self.in_flight = (!batch.items.is_empty()).then_some(launched);
+        batch
+    }
+
+    /// Commits what is in flight.
+    pub(super) fn settle(&mut self) {
+        if let Some(launched) = self.in_flight.take() {
+            self.finish(launched);
+        }
+    }
+
+    /// The step in flight cannot be computed: its requests are given up.
+    pub(super) fn fail_step(&mut self) -> BTreeSet<GroupId> {
+        let Some(Launched { batch, .. }) = self.in_flight.take() else {
+            return BTreeSet::new();
+        };
+        let due = batch.items.iter().map(|item| item.sequence);
+        let due = due.filter(|id| self.scheduler.is_due(*id));
+        let groups: BTreeSet<GroupId> = due.map(|id| self.group(id)).collect();
+        groups.iter().for_each(|&group| self.remove_group(group));
+        self.scheduler.abandon(&batch);
+        self.scheduler.check();
+        groups
+    }
+
+    /// What holds of every batch.
+    fn look_at(&mut self, batch: &Batch) {
         self.scheduler.check();
         self.refused.extend(batch.refused.iter().map(|(group, _)| *group));
         for id in &batch.preempted {
             self.hidden.remove(id);
         }
         self.generations.extend(self.scheduler.take_allocated());
-
         let config = self.scheduler.config();
         let n_tokens: usize = batch.items.iter().map(|item| item.n_tokens).sum();
         assert!(n_tokens <= config.max_batch_tokens, "the step is over its budget");
@@ -341,27 +414,20 @@ impl World {
         assert_eq!(in_batch.len(), batch.items.len(), "a sequence is in the batch once");
         let load = self.scheduler.load();
         assert!(load.n_running + load.n_reserved <= config.max_num_seqs, "{load:?}");
-        for (id, sequence) in &self.scheduler.sequences {
-            if self.scheduler.phase(*id) == Some(Phase::Running) && sequence.n_left() == 1 && sequence.n_computed > 0 {
-                assert!(in_batch.contains(id), "a decode is in every step");
-            }
-        }
+    }
 
-        let mut sampled = Vec::new();
+    fn launch(&mut self, batch: Batch) -> Launched {
+        let mut inputs = Vec::new();
         for item in &batch.items {
+            let tables = self.scheduler.block_tables(item.sequence).to_vec();
             let tokens = self.scheduler.tokens(item.sequence).to_vec();
             let end = item.start_pos + item.n_tokens;
-            let windows = self.scheduler.config().windows.clone();
-            for (layer_group, window) in windows.iter().enumerate() {
-                let table = self.scheduler.block_tables(item.sequence)[layer_group].clone();
-                let n_released = table.iter().filter(|&&block| block == RELEASED_BLOCK).count();
-                let seen = window.map_or(usize::MAX, |window| window.n_tokens);
-                assert!(
-                    n_released * BLOCK_SIZE <= (item.start_pos + 1).saturating_sub(seen),
-                    "a query at {} sees a released block of group {layer_group}",
-                    item.start_pos
-                );
-                self.n_released = self.n_released.max(n_released);
+            assert!(
+                end <= tokens.len() || (end == tokens.len() + 1 && item.n_tokens == 1),
+                "only the token of a decode may be unknown"
+            );
+            self.check_released(&tables, item.start_pos);
+            for (layer_group, table) in tables.iter().enumerate() {
                 for (block, generation) in self.scheduler.computed_blocks(item.sequence, layer_group).blocks {
                     assert_eq!(self.generations.get(&block), Some(&generation), "told of {block:?}");
                 }
@@ -371,31 +437,89 @@ impl World {
                         !self.pins.contains(&BlockId(block)),
                         "block {block} is written while a transfer reads it"
                     );
-                    self.memory[block as usize][pos % BLOCK_SIZE] = Some((layer_group, tokens[pos]));
+                }
+            }
+            inputs.push((tables, tokens[..end.min(tokens.len())].to_vec()));
+        }
+        Launched { batch, inputs }
+    }
+
+    /// The queries from `start_pos` on see no released block.
+    fn check_released(&mut self, tables: &[Vec<u32>], start_pos: usize) {
+        let windows = &self.scheduler.config().windows;
+        for (layer_group, (table, window)) in tables.iter().zip(windows).enumerate() {
+            let n_released = table.iter().filter(|&&block| block == RELEASED_BLOCK).count();
+            let seen = window.map_or(usize::MAX, |window| window.n_tokens);
+            assert!(
+                n_released * BLOCK_SIZE <= (start_pos + 1).saturating_sub(seen),
+                "a query at {start_pos} sees a released block of group {layer_group}"
+            );
+            self.n_released = self.n_released.max(n_released);
+        }
+    }
+
+    /// Computes a batch and commits it.
+    fn finish(&mut self, launched: Launched) {
+        let Launched { batch, mut inputs } = launched;
+        for (item, (tables, tokens)) in batch.items.iter().zip(&mut inputs) {
+            let end = item.start_pos + item.n_tokens;
+            if tokens.len() < end {
+                tokens.push(self.carried[&item.sequence]);
+            }
+            for (layer_group, table) in tables.iter().enumerate() {
+                for pos in item.start_pos..end {
+                    self.memory[table[pos / BLOCK_SIZE] as usize][pos % BLOCK_SIZE] = Some((layer_group, tokens[pos]));
                 }
             }
             self.n_computed += item.n_tokens;
+        }
+        self.carried.clear();
+        let mut sampled = Vec::new();
+        for (item, (tables, tokens)) in batch.items.iter().zip(&mut inputs) {
+            let end = item.start_pos + item.n_tokens;
+            if !self.scheduler.is_due(item.sequence) {
+                // The device computes on with whatever is there.
+                self.n_wasted += 1;
+                self.carried.insert(item.sequence, 0);
+                sampled.push(Vec::new());
+                continue;
+            }
             if self.scheduler.is_embedded(item.sequence) {
                 let hidden = self.hidden.entry(item.sequence).or_default();
                 assert_eq!(hidden.len(), item.start_pos, "hidden states come once and in order");
                 hidden.extend(&tokens[item.start_pos..end]);
             }
-        }
-        for item in &batch.items {
-            let end = item.start_pos + item.n_tokens;
-            let context = self.read_back(item.sequence, end);
-            assert_eq!(
-                context,
-                self.scheduler.tokens(item.sequence)[..end],
-                "the blocks give the context"
-            );
+            // Of what it was launched with, some may have been given up that its queries do not see.
+            let now = self.scheduler.block_tables(item.sequence);
+            for (block, now) in tables
+                .iter_mut()
+                .zip(now)
+                .flat_map(|(table, now)| table.iter_mut().zip(now))
+            {
+                *block = if *now == RELEASED_BLOCK { RELEASED_BLOCK } else { *block };
+            }
+            self.check_released(tables, item.start_pos);
+            let context = self.read_through(tables, tokens, end);
+            assert_eq!(context, tokens[..end], "the blocks give the context");
             let first = self.scheduler.member(item.sequence).choice;
             let choices = first..first + item.samples.n_tokens();
-            sampled.push(choices.map(|choice| next_token_of(&context, choice)).collect());
+            let own: Vec<TokenId> = choices.map(|choice| next_token_of(&context, choice)).collect();
+            let draw = self.now.wrapping_mul(0x9e37_79b9).wrapping_add(item.sequence.0 * 7) >> 3;
+            if item.samples == Samples::Token
+                && self.gives_back_one_of > 0
+                && draw.is_multiple_of(self.gives_back_one_of)
+            {
+                self.scheduler.take_back(item.sequence);
+                self.carried.insert(item.sequence, 0);
+                sampled.push(Vec::new());
+                continue;
+            }
+            self.carried.extend(own.first().map(|&token| (item.sequence, token)));
+            sampled.push(own);
         }
-        let committed = self.scheduler.commit(&batch, &sampled, &is_pinned);
+        let pins = self.pins.clone();
+        let committed = self.scheduler.commit(&batch, &sampled, &|id| pins.contains(&id));
         self.take(committed);
-        batch
     }
 
     pub(super) fn run(&mut self) {
