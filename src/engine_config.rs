@@ -72,6 +72,8 @@ pub struct EngineConfig {
     pub max_batch_tokens: u32,
     /// Whether the KV of earlier prompts is used again.
     pub prefix_caching: Switch,
+    /// Whether the next step is scheduled and launched while one runs, where the device can take it.
+    pub async_scheduling: Switch,
 }
 
 /// The device of an instance.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use baton_engine::constraint::ConstraintCompiler;
 use baton_engine::cuda::{CudaKvArena, CudaPlace, CudaTurn};
-use baton_engine::engine::{EngineConfig, Health, start};
+use baton_engine::engine::{AsyncScheduling, EngineConfig, Health, start};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{Decoder, ModelFolder};
 use baton_engine::worker::{
@@ -115,6 +115,7 @@ impl WorkerConfig {
             Span(self.links.progress_deadline).to_string().into(),
         );
         flag("--prefix-caching", self.engine.prefix_caching.as_str().into());
+        flag("--async-scheduling", self.engine.async_scheduling.as_str().into());
         flag("--kv-transport", self.links.kv_transport.as_str().into());
         flag("--move-rate", self.links.move_rate.to_string().into());
         flag("--move-stages", self.links.move_stages.to_string().into());
@@ -245,7 +246,14 @@ impl RunningInstance {
             prefault(decoder.kv_cache().prefault())?;
         }
         let batch = batch_config(&config.engine, &mut decoder);
-        let engine = start(decoder, EngineConfig::new(batch))?.with_constraints(constraints.clone());
+        let engine_config = EngineConfig {
+            async_scheduling: match config.engine.async_scheduling {
+                Switch::On => AsyncScheduling::On,
+                Switch::Off => AsyncScheduling::Off,
+            },
+            ..EngineConfig::new(batch)
+        };
+        let engine = start(decoder, engine_config)?.with_constraints(constraints.clone());
         let options = WorkerOptions {
             link: config.links.options()?,
             progress_deadline: config.links.progress_deadline,

@@ -145,6 +145,9 @@ pub struct EngineFlags {
     /// Use the KV of earlier prompts with the same beginning again [default: on]
     #[arg(long, value_enum)]
     pub prefix_caching: Option<Switch>,
+    /// Schedule and launch the next step while one runs; on CUDA only [default: on]
+    #[arg(long, value_enum)]
+    pub async_scheduling: Option<Switch>,
 }
 
 impl EngineFlags {
@@ -221,6 +224,9 @@ impl EngineFlags {
             max_batch_tokens: max_batch_tokens.unwrap_or(EngineConfig::DEFAULT_MAX_BATCH_TOKENS).get(),
             prefix_caching: layers
                 .pick("prefix_caching", self.prefix_caching)?
+                .unwrap_or(Switch::On),
+            async_scheduling: layers
+                .pick("async_scheduling", self.async_scheduling)?
                 .unwrap_or(Switch::On),
         })
     }

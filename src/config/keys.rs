@@ -55,6 +55,7 @@ pub const KEYS: &[Key] = &[
     open("keepalive"),
     open("progress_deadline"),
     open("prefix_caching"),
+    open("async_scheduling"),
     open("kv_transport"),
     open("move_rate"),
     open("move_stages"),

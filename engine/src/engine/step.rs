@@ -206,7 +206,7 @@ impl<F: ForwardPass> StepLoop<F> {
             let member = self.scheduler.member(item.sequence);
             let open = self.open.get_mut(&member.group).expect("a computed request is open");
             let context = self.scheduler.tokens(item.sequence);
-            let outcome = match (own_token, &mut open.outlet) {
+            let outcome: Outcome = match (own_token, &mut open.outlet) {
                 (Some(Some(SampledToken { id, logprobs })), _) => Ok(vec![Token {
                     index: (context.len() - open.n_prompt) as u32,
                     id: *id,
@@ -239,7 +239,7 @@ impl<F: ForwardPass> StepLoop<F> {
     }
 
     /// `outcomes` has what came of each item, `None` of those that do not count any more.
-    fn commit(&mut self, batch: &Batch, outcomes: Vec<Option<(Member, Result<Vec<Token>, NoToken>)>>) {
+    fn commit(&mut self, batch: &Batch, outcomes: Vec<Option<(Member, Outcome)>>) {
         let mut tokens: BTreeMap<SequenceId, Token> = BTreeMap::new();
         let mut sampled: Vec<Vec<TokenId>> = Vec::with_capacity(outcomes.len());
         for outcome in outcomes {
@@ -360,6 +360,9 @@ fn n_complete_blocks(item: &BatchItem, block_size: usize) -> usize {
         Samples::Nothing => end / block_size,
     }
 }
+
+/// The next tokens of an item's choices, as many as it samples.
+type Outcome = Result<Vec<Token>, NoToken>;
 
 /// Why there is no next token.
 #[derive(Debug, thiserror::Error)]

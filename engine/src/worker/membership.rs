@@ -321,6 +321,9 @@ fn counters(report: &LoadReport, service: &WorkerService) -> HashMap<String, u64
     [
         ("steps_total", engine.n_steps),
         ("steps_replayed_total", engine.n_replayed_steps),
+        ("steps_ahead_total", engine.n_steps_ahead),
+        ("step_nanoseconds_total", engine.forward_ns),
+        ("host_gap_nanoseconds_total", engine.overhead_ns),
         ("prefill_tokens_total", scheduler.n_prefill_tokens),
         ("decode_tokens_total", scheduler.n_decode_tokens),
         ("prefix_hit_tokens_total", scheduler.n_prefix_hit_tokens),
