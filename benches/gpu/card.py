@@ -44,12 +44,15 @@ class Card:
         library_path = [*self.libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         return os.environ | {
             "REQUIRE_GPU": "1",
-            "BATON_TEST_DATA": str(ROOT / "tests" / "data"),
             "BATON_CUDA_LIBRARIES": ":".join(self.libraries),
             "LD_LIBRARY_PATH": ":".join(library_path),
             "XDG_CACHE_HOME": str(self.cache),
             "RUST_BACKTRACE": "0",
         }
+
+    def test(self, command):
+        """Runs a test program; baton itself would not know its variable."""
+        return self.run(command, env={"BATON_TEST_DATA": str(ROOT / "tests" / "data")})
 
     def ops_flags(self):
         """Flags of the benches, which read no environment."""

@@ -32,12 +32,12 @@ def doctor(card):
 
 def device(card):
     tests = ["operators::weights_of_another_dtype"] if is_smoke(card) else []
-    return card.run([card.bundle / "device", *tests, "--test-threads", "1"])
+    return card.test([card.bundle / "device", *tests, "--test-threads", "1"])
 
 
 def goldens(card):
     tests = ["cuda::a_cache_is_sized"] if is_smoke(card) else ["cuda::"]
-    return card.run([card.bundle / "goldens", *tests, "--test-threads", "1"])
+    return card.test([card.bundle / "goldens", *tests, "--test-threads", "1"])
 
 
 def http(card):
@@ -82,14 +82,14 @@ def sanitized(tool, filters):
         for test in tests:
             began = time.monotonic()
             # Each in a process of its own, so that when time runs out it is known which were clean.
-            status = card.run([*prefix, card.bundle / "device", "--exact", test, "--test-threads", "1"])
+            status = card.test([*prefix, card.bundle / "device", "--exact", test, "--test-threads", "1"])
             card.log.write(f"{tool}: {test}: {status}, {time.monotonic() - began:.1f} s\n")
             if status != 0:
                 failed.append(test)
         if tool == "racecheck" and not is_smoke(card):
             # Products by our own kernel.
             test = "cuda::deterministic_bits_do_not_depend_on_chunks_or_batch"
-            failed += [test] if card.run([*prefix, card.bundle / "goldens", "--exact", test]) else []
+            failed += [test] if card.test([*prefix, card.bundle / "goldens", "--exact", test]) else []
         card.log.write(f"{tool}: {len(tests)} tests, failed: {failed}\n")
         return len(failed)
 
