@@ -37,6 +37,7 @@ class Card:
         self.deadline = deadline
         # Packed weights, compiled kernels: kept between parts, and between calls while the machine is.
         self.cache = Path(os.environ.get("XDG_CACHE_HOME", os.path.join(tempfile.gettempdir(), "baton-gpu")))
+        self.images = self.cache / "baton" / "cuda-kernels"
         self.libraries = library_folders()
         self.log = None
 
@@ -52,29 +53,28 @@ class Card:
 
     def test(self, command):
         """Runs a test program; baton itself would not know its variable."""
-        return self.run(command, env={"BATON_TEST_DATA": str(ROOT / "tests" / "data")})
+        return self.run(command, BATON_TEST_DATA=str(ROOT / "tests" / "data"))
 
     def ops_flags(self):
         """Flags of the benches, which read no environment."""
         kernels = self.bundle / "cuda-kernels"
-        flags = ["--libraries", ":".join(self.libraries), "--images", self.cache / "baton" / "cuda-kernels"]
+        flags = ["--libraries", ":".join(self.libraries), "--images", self.images]
         return flags + (["--kernels", kernels] if kernels.is_dir() else [])
 
     def seconds_left(self):
         return max(self.deadline - time.monotonic(), 0.0)
 
-    def run(self, command, **more):
+    def run(self, command, **variables):
         """Runs a command with its output in the log, within what is left; its exit status."""
         self.log.write("$ " + " ".join(str(word) for word in command) + "\n")
         self.log.flush()
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=self.environment() | more.pop("env", {}),
+            env=self.environment() | variables,
             stdout=self.log,
             stderr=subprocess.STDOUT,
             timeout=self.seconds_left(),
-            **more,
         )
         return done.returncode
 
@@ -95,7 +95,9 @@ class Smoke(Card):
         stand_in = subprocess.run([bundle / "cuda_ops", "stand-in"], stdout=subprocess.PIPE, text=True, check=True)
         folder = stand_in.stdout.strip()
         self.libraries = [folder]
+        # Both as tests have them, so that what they compiled is not compiled again.
         self.cache = Path(folder) / "cache"
+        self.images = Path(folder) / "images"
 
     def environment(self):
         environment = super().environment()
