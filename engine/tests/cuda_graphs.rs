@@ -17,7 +17,7 @@ mod stand_in;
 use std::ffi::CStr;
 use std::sync::{Mutex, MutexGuard};
 
-use baton_engine::forward::{ForwardPass as _, LogitsWanted, StepSequence};
+use baton_engine::forward::{ForwardPass as _, LogitsWanted, NewTokens, StepSequence};
 use baton_engine::model::{
     CudaKvSize, CudaLoadOptions, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelFolder, load_cuda,
 };
@@ -152,7 +152,7 @@ fn step(decoder: &mut Decoder<Cuda>, running: &mut [Running], parts: &[(usize, u
         .iter()
         .zip(&tokens)
         .map(|(&(idx, _), tokens)| StepSequence {
-            tokens,
+            tokens: NewTokens::Known(tokens),
             start_pos: running[idx].n_computed,
             block_tables: &running[idx].block_tables,
             rope_variant: 0,
