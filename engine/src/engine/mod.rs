@@ -20,6 +20,7 @@ mod moving;
 mod open_group;
 mod prepared;
 mod step;
+mod step_arrivals;
 mod step_loop;
 mod step_masks;
 mod step_moves;
