@@ -4,11 +4,13 @@
 
 mod admission;
 mod block_table;
+mod composition;
 mod config;
 mod counters;
 mod flight;
 mod group;
 mod moving;
+mod queries;
 mod reservation;
 mod sequence;
 #[cfg(test)]
@@ -16,10 +18,9 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::block_events::BlockEvent;
-use crate::block_pool::{BlockPool, IsPinned, Ledger};
+use crate::block_pool::{BlockPool, IsPinned};
 use crate::ids::{BlockId, Generation, Nanos, SequenceId, TokenId};
-use crate::prefix_cache::{Offered, PrefixCache, PrefixEvent, PrefixHasher, Registered};
+use crate::prefix_cache::{Offered, PrefixCache, PrefixHasher, Registered};
 use crate::request::{Failure, PortableState};
 
 pub use block_table::RELEASED_BLOCK;
@@ -27,6 +28,7 @@ pub use config::{BatchConfig, BatchConfigError, PrefixCaching, SlidingWindow};
 pub use counters::{BatchCounters, BatchLoad};
 pub use group::{BlockCopy, Committed, Continued, GroupId, Member};
 pub use moving::{MoveRoom, Resumed};
+pub use queries::ComputedBlocks;
 pub use reservation::{Grant, LayerGroupGrant, Numerics, ReserveOutcome};
 pub use sequence::{Phase, SequenceKind};
 
@@ -75,29 +77,6 @@ pub struct Started {
     pub sequence: SequenceId,
     /// Leading tokens whose KV the prefix cache had.
     pub n_hit_tokens: usize,
-}
-
-/// Blocks of a sequence that contain KV of one layer group.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ComputedBlocks {
-    /// Position of the first that is here: those before it were given up.
-    pub first: usize,
-    /// From there on, in order, with their generations.
-    pub blocks: Vec<(BlockId, Generation)>,
-}
-
-impl ComputedBlocks {
-    /// Position behind the last.
-    pub fn end(&self) -> usize {
-        self.first + self.blocks.len()
-    }
-
-    /// Those of a range, as far as there are any; `None` where some of it was given up.
-    pub fn get(&self, range: std::ops::Range<usize>) -> Option<&[(BlockId, Generation)]> {
-        let start = range.start.checked_sub(self.first)?;
-        let end = range.end.max(range.start).min(self.end().max(range.start));
-        Some(self.blocks.get(start..end - self.first).unwrap_or_default())
-    }
 }
 
 /// One step's work and what changed while it was chosen.
@@ -296,131 +275,6 @@ impl BatchScheduler {
         }
     }
 
-    /// Whether the sequence exists, and where it stands.
-    pub fn phase(&self, id: SequenceId) -> Option<Phase> {
-        self.sequences.contains_key(&id).then(|| {
-            if self.running.contains(&id) {
-                Phase::Running
-            } else if self.paused.contains(&id) {
-                Phase::Paused
-            } else if self.reserved.contains(&id) {
-                Phase::Reserved
-            } else if self.handing_over.contains(&id) {
-                Phase::HandingOver
-            } else {
-                Phase::Waiting
-            }
-        })
-    }
-
-    /// Prompt and generated tokens, in order.
-    pub fn tokens(&self, id: SequenceId) -> &[TokenId] {
-        &self.sequences[&id].tokens
-    }
-
-    /// Whether every row of the sequence's prompt is wanted for log-probabilities, now that none has been reported.
-    pub fn wants_prompt_logits(&self, id: SequenceId) -> bool {
-        self.sequences[&id].wants_prompt_logits()
-    }
-
-    /// Whether the hidden state of every row of the sequence is wanted, and no token.
-    pub fn is_embedded(&self, id: SequenceId) -> bool {
-        self.sequences[&id].kind == SequenceKind::Embedded
-    }
-
-    /// The ids of the sequence's blocks, in order, one table for each layer group; [`RELEASED_BLOCK`] for those that no query
-    /// sees any more.
-    pub fn block_tables(&self, id: SequenceId) -> &[Vec<u32>] {
-        self.sequences[&id].tables.ids()
-    }
-
-    /// Which of the model's rotary tables turns the sequence.
-    pub fn rope_variant(&self, id: SequenceId) -> usize {
-        self.sequences[&id].rope_variant
-    }
-
-    /// Tokens of the sequence's prompt.
-    pub fn n_prompt(&self, id: SequenceId) -> usize {
-        self.sequences[&id].n_prompt
-    }
-
-    /// Leading tokens whose KV is complete, in every layer between two steps.
-    pub fn n_computed(&self, id: SequenceId) -> usize {
-        self.sequences[&id].n_computed
-    }
-
-    /// The sequence's blocks of a layer group that contain KV, in order, with their generations.
-    pub fn computed_blocks(&self, id: SequenceId, layer_group: usize) -> ComputedBlocks {
-        let sequence = &self.sequences[&id];
-        let first = sequence.tables.n_released(layer_group);
-        let end = self.config.blocks_for(sequence.n_computed).max(first);
-        let blocks = sequence.tables.range(layer_group, first..end).iter();
-        ComputedBlocks {
-            first,
-            blocks: blocks.map(|block| (block.id(), block.generation())).collect(),
-        }
-    }
-
-    /// Whether no sequence is here.
-    pub fn is_empty(&self) -> bool {
-        self.sequences.is_empty()
-    }
-
-    /// Whether some sequence is in line or running, so that steps are due.
-    pub fn has_work(&self) -> bool {
-        !(self.running.is_empty() && self.waiting.is_empty() && self.preempted.is_empty())
-    }
-
-    /// How much is where.
-    pub fn load(&self) -> BatchLoad {
-        let in_line = self.running.iter().chain(&self.waiting).chain(&self.preempted);
-        let n_left = |id| self.sequences[id].n_left();
-        BatchLoad {
-            n_running: self.n_choices(&self.running) + self.paused.len(),
-            n_paused: self.paused.len(),
-            n_waiting: self.n_choices(&self.waiting) + self.n_choices(&self.preempted),
-            n_reserved: self.n_choices(&self.reserved) + self.n_choices(&self.deferred_reservations),
-            n_handing_over: self.handing_over.len(),
-            n_pending_prefill_tokens: in_line.map(n_left).filter(|&n| n > 1).sum(),
-            ledger: self.pool.ledger(),
-        }
-    }
-
-    /// Where every block is.
-    pub fn ledger(&self) -> Ledger {
-        self.pool.ledger()
-    }
-
-    /// What has been counted.
-    pub fn counters(&self) -> BatchCounters {
-        self.counters
-    }
-
-    /// The prefix cache's changes since the last call.
-    pub fn take_prefix_events(&mut self) -> Vec<PrefixEvent> {
-        self.cache.take_events()
-    }
-
-    /// Keeps changes of cached blocks with their tokens from now on; answers what is cached, as events.
-    pub fn watch_blocks(&mut self) -> Vec<BlockEvent> {
-        self.cache.watch_blocks()
-    }
-
-    /// Those changes since the last call.
-    pub fn take_block_events(&mut self) -> Vec<BlockEvent> {
-        self.cache.take_block_events()
-    }
-
-    /// Keeps them no more.
-    pub fn unwatch_blocks(&mut self) {
-        self.cache.unwatch_blocks();
-    }
-
-    /// The prefix cache's whole contents, as events.
-    pub fn prefix_snapshot(&self) -> Vec<PrefixEvent> {
-        self.cache.snapshot()
-    }
-
     /// Compares every counter with what it counts, and, when no sequence is here, asserts that nothing is held.
     ///
     /// # Panics
@@ -440,146 +294,6 @@ impl BatchScheduler {
             assert_eq!((ledger.held, ledger.reserved), (0, 0), "blocks were lost: {ledger:?}");
             assert_eq!(self.cache.n_in_flight(), 0, "a prefix is claimed by nobody");
         }
-    }
-
-    /// Every running sequence with one token left gets it: all of them fit, because a batch has room for
-    /// `max_num_seqs` tokens. False when one of them finds no block and may not take another's.
-    fn schedule_decodes(
-        &mut self,
-        budget: &mut usize,
-        preemption: Preemption,
-        is_pinned: IsPinned<'_>,
-        batch: &mut Batch,
-    ) -> bool {
-        for id in Vec::from_iter(self.running.iter().copied()) {
-            let Some(sequence) = self.sequences.get(&id).filter(|_| self.running.contains(&id)) else {
-                continue;
-            };
-            if sequence.n_to_launch() != 1 {
-                continue;
-            }
-            match preemption {
-                Preemption::OfTheYoungest if !self.grow(id, is_pinned, batch) => continue,
-                Preemption::Never if !self.extend_tables(id, self.sequences[&id].n_tokens(), is_pinned) => {
-                    return false;
-                }
-                Preemption::OfTheYoungest | Preemption::Never => {}
-            }
-            let start_pos = self.sequences[&id].n_launched();
-            batch.items.push(BatchItem {
-                sequence: id,
-                start_pos,
-                n_tokens: 1,
-                samples: self.sequences[&id].samples(),
-            });
-            *budget -= 1;
-        }
-        true
-    }
-
-    /// Makes the tables cover all tokens, preempting the youngest as long as no block is left. False when `id` itself was
-    /// preempted.
-    fn grow(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) -> bool {
-        while !self.extend_tables(id, self.sequences[&id].n_tokens(), is_pinned) {
-            // Ids grow with age and items are made in their order, so the victim has no item in this batch.
-            let victim = *self.running.last().expect("the growing sequence runs");
-            self.preempt(victim, is_pinned, batch);
-            if victim == id {
-                return false;
-            }
-        }
-        true
-    }
-
-    /// Adds blocks until every table covers `n_tokens`. False when none was left; what was added stays.
-    fn extend_tables(&mut self, id: SequenceId, n_tokens: usize, is_pinned: IsPinned<'_>) -> bool {
-        let n_blocks = self.config.blocks_for(n_tokens);
-        let tables = &mut self.sequences.get_mut(&id).expect("a running sequence exists").tables;
-        for layer_group in 0..self.config.n_groups() {
-            while tables.len(layer_group) < n_blocks {
-                let Some(block) = self.cache.allocate(&mut self.pool, is_pinned) else {
-                    return false;
-                };
-                tables.push(layer_group, block);
-            }
-        }
-        true
-    }
-
-    /// Chunks of the running sequences that have more than one token left, the oldest first. One whose windowed layers find no
-    /// blocks takes those of younger ones that have no item yet; when there are none left, nobody else begins before it has them.
-    /// False when it may not take them.
-    fn schedule_chunks(
-        &mut self,
-        budget: &mut usize,
-        n_logit_rows: &mut usize,
-        preemption: Preemption,
-        is_pinned: IsPinned<'_>,
-        batch: &mut Batch,
-    ) -> bool {
-        let has_more = |id: &&SequenceId| self.sequences[id].n_to_launch() > 1;
-        let mut computing = Vec::from_iter(self.running.iter().filter(has_more).copied());
-        computing.reverse();
-        while let Some(id) = computing.pop() {
-            let sequence = &self.sequences[&id];
-            let end = sequence.n_launched() + sequence.n_to_launch().min(*budget);
-            while !self.extend_tables(id, end, is_pinned) {
-                if computing.is_empty() {
-                    self.left_out.get_or_insert(id);
-                    break;
-                }
-                match preemption {
-                    Preemption::OfTheYoungest => self.preempt(computing.remove(0), is_pinned, batch),
-                    Preemption::Never => return false,
-                }
-            }
-            self.schedule_chunk(id, budget, n_logit_rows, batch);
-        }
-        true
-    }
-
-    fn preempt(&mut self, id: SequenceId, is_pinned: IsPinned<'_>, batch: &mut Batch) {
-        self.give_blocks_up(id, is_pinned);
-        batch.preempted.push(id);
-    }
-
-    /// Back into line, with everything to compute.
-    fn give_blocks_up(&mut self, id: SequenceId, is_pinned: IsPinned<'_>) {
-        self.abandon_claims(id);
-        let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
-        sequence.release_blocks(&mut self.pool, is_pinned);
-        sequence.forget_computed();
-        self.running.remove(&id);
-        self.preempted.insert(id);
-        self.counters.n_preemptions += 1;
-    }
-
-    /// A chunk of a running sequence that has no item yet, as far as its tables and the budget allow.
-    fn schedule_chunk(&mut self, id: SequenceId, budget: &mut usize, n_logit_rows: &mut usize, batch: &mut Batch) {
-        let sequence = &self.sequences[&id];
-        let n_left = sequence.n_to_launch();
-        let n_covered = sequence.tables.n_covered() * self.config.block_size;
-        let n_room = n_covered - sequence.n_launched();
-        let mut n_tokens = n_left.min(*budget).min(n_room);
-        if sequence.wants_prompt_logits() {
-            n_tokens = n_tokens.min(*n_logit_rows);
-            *n_logit_rows -= n_tokens;
-        }
-        if n_tokens == 0 {
-            return;
-        }
-        *budget -= n_tokens;
-        let samples = if n_tokens == n_left {
-            sequence.samples()
-        } else {
-            Samples::Nothing
-        };
-        batch.items.push(BatchItem {
-            sequence: id,
-            start_pos: sequence.n_launched(),
-            n_tokens,
-            samples,
-        });
     }
 
     /// Offers the blocks that have become full to the prefix cache. A block whose contents the cache already has is

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::ids::BlockId;
+use crate::prefix_cache::PrefixEvent;
 use crate::request::{ChoiceState, Finish};
 use world::{World, alone, choice_state, config, lively, next_token, prompt, replay, state, state_of};
 
