@@ -4,8 +4,8 @@ use std::io;
 use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Serde, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Value, context};
+use minijinja::value::{Kwargs, Rest, Serde, ValueKind, ValueOrKwargs};
+use minijinja::{Environment, Error, ErrorKind, State, Value, context};
 use serde_json::Map;
 
 use super::python_format::{JsonStyle, json_dumps, python_str};
@@ -49,6 +49,8 @@ pub struct ChatTemplate {
 pub const MAX_CLIENT_TEMPLATE_BYTES: usize = 256 << 10;
 /// Instructions that a template may execute, whoever wrote it: a few hundred for each message and tool of the longest chats.
 const FUEL: u64 = 10_000_000;
+/// Spaces and digits that a template may ask for at once.
+const MAX_WIDTH: usize = 1000;
 /// Longest prompt that a client's template may make, bytes: twice what a request may hold.
 const LONGEST_CLIENT_PROMPT: usize = 32 << 20;
 
@@ -192,7 +194,14 @@ fn environment() -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     environment.set_syntax(syntax);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(|state, value, method, args| {
+        if method == "format"
+            && let Some(text) = value.as_str()
+        {
+            check_widths(text)?;
+        }
+        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+    });
     environment.set_formatter(|out, _state, value| {
         let written = match value.as_str() {
             Some(string) => out.write_str(string),
@@ -204,6 +213,14 @@ fn environment() -> Result<Environment<'static>, Error> {
     environment.add_filter("tojson", tojson);
     environment.add_filter("string", |value: Value| to_python_str(&value));
     environment.add_filter("trim", trim);
+    environment.add_filter("indent", indent);
+    environment.add_filter(
+        "format",
+        |state: &mut State, text: &Value, args: Rest<ValueOrKwargs>| {
+            text.as_str().map_or(Ok(()), check_widths)?;
+            minijinja::filters::format(state, text, args)
+        },
+    );
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
     });
@@ -265,6 +282,52 @@ fn trim(value: Value, chars: Option<String>) -> Result<String, Error> {
     })
 }
 
+/// A number of spaces that a template asks for. More than a line has would let a template of a few words take all memory.
+fn width_of(what: &str, value: &Value) -> Result<usize, Error> {
+    let width = usize::try_from(value.clone())?;
+    if width > MAX_WIDTH {
+        let message = format!("{what} is {width}, expected at most {MAX_WIDTH}");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    Ok(width)
+}
+
+/// The same for what is written in a format: widths, precisions and places of arguments.
+fn check_widths(format: &str) -> Result<(), Error> {
+    let mut numbers = format
+        .split(|char: char| !char.is_ascii_digit())
+        .filter(|number| !number.is_empty());
+    if let Some(number) = numbers.find(|number| number.parse().map_or(true, |width: usize| width > MAX_WIDTH)) {
+        let message = format!("format: a number is {number}, expected at most {MAX_WIDTH}");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    if format.contains('*') {
+        let message = "format: '*' takes a width from an argument, expected it in the format";
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    Ok(())
+}
+
+/// Jinja's `indent`: every line but the first, and but for blank ones, begins with `width` spaces.
+fn indent(value: Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+    let argument = |place: usize, name: &str| -> Result<Option<Value>, Error> {
+        let by_name = kwargs.get::<Option<Value>>(name)?;
+        Ok(by_name.or_else(|| positional.get(place).cloned()))
+    };
+    let width = argument(0, "width")?.map_or(Ok(4), |width| width_of("indent: width", &width))?;
+    let first = argument(1, "first")?.is_some_and(|first| first.is_true());
+    let blank = argument(2, "blank")?.is_some_and(|blank| blank.is_true());
+    kwargs.assert_all_used()?;
+    let text = to_python_str(&value)?;
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    let lines = text.split('\n').enumerate().map(|(i, line)| {
+        let is_indented = if i == 0 { first } else { blank || !line.is_empty() };
+        let spaces = if is_indented { width } else { 0 };
+        format!("{:spaces$}{line}", "")
+    });
+    Ok(lines.collect::<Vec<_>>().join("\n"))
+}
+
 /// transformers' `tojson`: `json.dumps` with `ensure_ascii=False` and nothing escaped for HTML.
 fn tojson(value: Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
     if value.is_undefined() {
@@ -276,7 +339,7 @@ fn tojson(value: Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<Strin
     };
     let indent = indent
         .filter(|indent| !indent.is_none())
-        .map(usize::try_from)
+        .map(|indent| width_of("tojson: indent", &indent))
         .transpose()?;
     let mut style = JsonStyle::new(indent);
     style.ensure_ascii = kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
@@ -341,6 +404,30 @@ mod tests {
                 "{source}"
             );
         }
+    }
+
+    #[test]
+    fn a_few_words_do_not_take_all_memory() {
+        for source in [
+            "{{ messages|tojson(indent=3000000000000000) }}",
+            "{{ messages|tojson(1001) }}",
+            "{{ 'a\nb'|indent(3000000000000000) }}",
+            "{{ 'a\nb'|indent(width=1001) }}",
+            "{{ '%3000000000d'|format(1) }}",
+            "{{ '%*d'|format(3000000000, 1) }}",
+            "{{ '%099999999999999999999d'|format(1) }}",
+            "{{ '{:3000000000}'.format('x') }}",
+        ] {
+            let error = render(source, json!([{"role": "user"}])).expect_err(source);
+            assert!(error.to_string().contains("expected"), "{error}");
+        }
+    }
+
+    #[test]
+    fn widths_that_lines_have_are_kept() {
+        let source =
+            "{{ 'a\n\nb\n'|indent(2) }}|{{ 'a\nb'|indent(1, true) }}|{{ '%4d'|format(7) }}|{{ '{:>3}'.format('x') }}";
+        assert_eq!(render(source, json!([])).unwrap(), "a\n\n  b| a\n b|   7|  x");
     }
 
     #[test]
