@@ -62,8 +62,8 @@ impl BatchScheduler {
         self.sequences[&id].kind == SequenceKind::Embedded
     }
 
-    /// The ids of the sequence's blocks, in order, one table for each layer group; [`RELEASED_BLOCK`] for those that no query
-    /// sees any more.
+    /// The ids of the sequence's blocks, in order, one table for each layer group;
+    /// [`RELEASED_BLOCK`](super::RELEASED_BLOCK) for those that no query sees any more.
     pub fn block_tables(&self, id: SequenceId) -> &[Vec<u32>] {
         self.sequences[&id].tables.ids()
     }
