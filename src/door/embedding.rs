@@ -18,7 +18,7 @@ use super::cluster::{Called, Cluster, Reachable};
 use super::driver::{PAUSE_BEFORE_LAST_ATTEMPTS, sleep_until};
 use super::front_door::FrontDoorOptions;
 use super::move_metrics::MoveMetrics;
-use super::moves::{Listed, MoveError, MoveOrder, RequestProgress, RequestStage};
+use super::moves::{Listed, MoveError, MoveOrder, OpenRequest, RequestProgress, RequestStage};
 use super::streams::{handshake, said};
 
 pub(super) struct EmbeddingDriver {
@@ -27,7 +27,6 @@ pub(super) struct EmbeddingDriver {
     pub(super) options: FrontDoorOptions,
     pub(super) metrics: MoveMetrics,
     pub(super) submission: Submission,
-    pub(super) listed: Listed,
 }
 
 /// Takes the request out of the view on drop, however it ended.
@@ -41,15 +40,12 @@ impl Drop for Counted<'_> {
 
 impl EmbeddingDriver {
     /// To its end. Dropping the future gives the call up, and the instance cancels.
-    pub(super) async fn run(mut self, place: QueuePlace) -> Result<Vec<f32>, Failure> {
+    pub(super) async fn run(self, place: QueuePlace, mut listed: Listed) -> Result<Vec<f32>, Failure> {
         let deadline = self.submission.deadline.map(|left| Instant::now() + left);
-        // Taken out, so that the attempts can borrow the rest.
-        let (_, closed) = mpsc::channel(1);
-        let mut orders = std::mem::replace(&mut self.listed.orders, closed);
         let counted = Counted(&self.cluster, self.submission.request.id);
         let embedded = tokio::select! {
-            embedded = self.attempts(place) => embedded,
-            never = refuse_moves(&mut orders) => match never {},
+            embedded = self.attempts(place, &listed.request) => embedded,
+            never = refuse_moves(&mut listed.orders) => match never {},
             () = sleep_until(deadline) => Err(Failure::DeadlineExceeded),
         };
         drop(counted);
@@ -64,7 +60,7 @@ impl EmbeddingDriver {
         embedded
     }
 
-    async fn attempts(&self, place: QueuePlace) -> Result<Vec<f32>, Failure> {
+    async fn attempts(&self, place: QueuePlace, listed: &OpenRequest) -> Result<Vec<f32>, Failure> {
         let mut wanted = Wanted::to_embed(self.submission.request.clone(), self.submission.objectives);
         let placing = self
             .admission
@@ -73,7 +69,7 @@ impl EmbeddingDriver {
         let (mut placed, _) = placed.map_err(|_| Failure::Busy("no instance had room in time".into()))?;
         let mut n_attempts = 1;
         loop {
-            let (failure, blamed) = match self.compute(placed).await {
+            let (failure, blamed) = match self.compute(placed, listed).await {
                 Ok(embedding) => return Ok(embedding),
                 Err(failed) => failed,
             };
@@ -83,9 +79,7 @@ impl EmbeddingDriver {
             tracing::debug!(request_id = %self.submission.request.id, %failure, %blamed, "placed again");
             self.metrics.replays.inc();
             self.cluster.close(self.submission.request.id);
-            self.listed
-                .request
-                .update(|progress| *progress = RequestProgress::default());
+            listed.update(|progress| *progress = RequestProgress::default());
             wanted.avoided.push(blamed);
             // Twice refused or lost in a row: whoever died may not have been missed yet.
             if n_attempts > 1 {
@@ -100,7 +94,7 @@ impl EmbeddingDriver {
     }
 
     /// Asks the placed instance. A failure comes with who is to blame.
-    async fn compute(&self, placed: Reachable) -> Result<Vec<f32>, (Failure, InstanceId)> {
+    async fn compute(&self, placed: Reachable, listed: &OpenRequest) -> Result<Vec<f32>, (Failure, InstanceId)> {
         let Reachable { placement, decode, .. } = placed;
         let request = &self.submission.request;
         tracing::debug!(
@@ -109,7 +103,7 @@ impl EmbeddingDriver {
             instance = %placement.decode,
             "embedding placed"
         );
-        self.listed.request.update(|progress| {
+        listed.update(|progress| {
             progress.stage = RequestStage::Embed;
             progress.prefill = Some(placement.decode.clone());
         });

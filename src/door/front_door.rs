@@ -137,10 +137,9 @@ impl Generator for FrontDoor {
                 options: self.options.clone(),
                 metrics: self.metrics.clone(),
                 submission,
-                listed,
             };
             let _running = Running::count(&self.n_running);
-            Ok(self.tasks.track_future(driver.run(place)).await?)
+            Ok(self.tasks.track_future(driver.run(place, listed)).await?)
         })
     }
 

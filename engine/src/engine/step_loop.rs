@@ -224,10 +224,9 @@ impl<F: ForwardPass> StepLoop<F> {
                 permit,
             } => {
                 let (state, mut open) = OpenGroup::new(*state, Outlet::Generation(events), permit);
-                let purpose_of_waiter = purpose.clone();
                 open.waiter = Some(Waiter {
                     reply,
-                    purpose: purpose_of_waiter,
+                    purpose: purpose.clone(),
                 });
                 self.reserve(&state, &purpose, open);
             }
