@@ -11,6 +11,8 @@
 mod controls;
 #[allow(dead_code, reason = "shared with tests that read more of them")]
 mod golden_model;
+#[path = "cuda/load.rs"]
+mod load;
 #[path = "../../kernels/tests/cuda_device/stand_in/mod.rs"]
 mod stand_in;
 
@@ -22,9 +24,10 @@ use baton_engine::model::{
     CudaKvSize, CudaLoadOptions, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelFolder, load_cuda,
 };
 use baton_kernels::DType;
-use baton_kernels::cuda::{Cuda, CudaMode, ImageFolders};
+use baton_kernels::cuda::{Cuda, CudaMode};
 use baton_scheduler::batch::RELEASED_BLOCK;
 use golden_model::{models, models_folder};
+use load::load_options;
 use stand_in::Driver;
 
 const BLOCK_SIZE: usize = 16;
@@ -42,29 +45,22 @@ fn turn() -> MutexGuard<'static, ()> {
 }
 
 fn load(model: &str, dtype: DType, mode: CudaMode, max_graph_seqs: usize) -> Option<Decoder<Cuda>> {
-    let driver = stand_in::driver()?;
     let folder = ModelFolder::open(models_folder().join(model)).unwrap();
-    let options = CudaLoadOptions {
-        model: LoadOptions {
-            dtype,
-            block_size: BLOCK_SIZE,
-            limits: DecoderLimits {
-                max_batch_tokens: MAX_BATCH_TOKENS,
-                max_model_len: MAX_LEN,
-            },
-            packed_dir: None,
-            load_format: LoadFormat::Safetensors,
+    let model = LoadOptions {
+        dtype,
+        block_size: BLOCK_SIZE,
+        limits: DecoderLimits {
+            max_batch_tokens: MAX_BATCH_TOKENS,
+            max_model_len: MAX_LEN,
         },
-        ordinal: 0,
+        packed_dir: None,
+        load_format: LoadFormat::Safetensors,
+    };
+    let options = CudaLoadOptions {
         max_num_seqs: MAX_NUM_SEQS,
         mode,
-        libraries: driver.libraries(),
-        images: ImageFolders {
-            packaged: None,
-            cache: Some(stand_in::image_cache()),
-        },
-        kv: CudaKvSize::Blocks(N_KV_BLOCKS),
         max_graph_seqs,
+        ..load_options(model, CudaKvSize::Blocks(N_KV_BLOCKS))?
     };
     Some(load_cuda(&folder, &options, &mut |_, _| {}).unwrap())
 }

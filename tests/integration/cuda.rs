@@ -101,76 +101,52 @@ async fn two_processes_on_one_card_give_the_goldens() {
     cluster.until_idle_and_whole().await;
 }
 
-/// The same where the card's memory is not mapped: KV goes through pinned memory of the host and a socket.
-#[tokio::test(flavor = "multi_thread")]
-async fn without_ipc_kv_goes_through_the_host() {
+/// One prompt's tokens and log-probabilities in 16 bits and deterministic mode are the same bits with either's flags. Each is
+/// named with the way that its KV goes, if any does.
+async fn assert_same_bits(n_tokens: usize, cases: [(&[&str], Option<&str>); 2]) {
     let prompt: Vec<u32> = (0..20).map(|i| 5 + 7 * i).collect();
-    let flags = [
-        "--dtype",
-        "bf16",
-        "--deterministic",
-        "on",
-        "--disaggregation-threshold",
-        "0",
-    ];
     let mut answers = Vec::new();
-    for (transport, counter) in [("cuda-ipc", "cuda_ipc"), ("grpc", "grpc")] {
-        let Some((_door, cluster)) = serve(&[&flags[..], &["--kv-transport", transport]].concat()).await else {
+    for (flags, way) in cases {
+        let Some((_door, cluster)) = serve(&[&["--dtype", "bf16", "--deterministic", "on"], flags].concat()).await
+        else {
             return;
         };
-        answers.push(greedy(&cluster, &prompt, 2).await);
-        let counter = format!("kv_bytes_received_by_{counter}_total");
-        cluster.until_counter("decode-0", &counter, |n| n > 0).await;
+        answers.push(greedy(&cluster, &prompt, n_tokens).await);
+        if let Some(way) = way {
+            let counter = format!("kv_bytes_received_by_{way}_total");
+            cluster.until_counter("decode-0", &counter, |n| n > 0).await;
+        }
         cluster.until_idle_and_whole().await;
     }
     assert_eq!(answers[0], answers[1]);
+}
+
+/// Where the card's memory is not mapped, KV goes through pinned memory of the host and a socket.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_ipc_kv_goes_through_the_host() {
+    let mapped = ["--disaggregation-threshold", "0", "--kv-transport", "cuda-ipc"];
+    let copied = ["--disaggregation-threshold", "0", "--kv-transport", "grpc"];
+    assert_same_bits(2, [(&mapped, Some("cuda_ipc")), (&copied, Some("grpc"))]).await;
 }
 
 /// Two instances of one process: KV is handed over within the card.
 #[tokio::test(flavor = "multi_thread")]
 async fn instances_of_one_process_hand_over_within_the_card() {
-    let prompt: Vec<u32> = (0..20).map(|i| 5 + 7 * i).collect();
-    let flags = [
-        "--dtype",
-        "bf16",
-        "--deterministic",
-        "on",
+    let one = [
         "--disaggregation-threshold",
         "0",
+        "--colocate=on",
+        "--prefill-sm-share=50%",
     ];
-    let mut answers = Vec::new();
-    for (more, counter) in [
-        (["--colocate=on", "--prefill-sm-share=50%"], "in_process"),
-        (["--colocate=off", "--prefill-sm-share=100%"], "cuda_ipc"),
-    ] {
-        let Some((_door, cluster)) = serve(&[&flags[..], &more].concat()).await else {
-            return;
-        };
-        answers.push(greedy(&cluster, &prompt, 2).await);
-        let counter = format!("kv_bytes_received_by_{counter}_total");
-        cluster.until_counter("decode-0", &counter, |n| n > 0).await;
-        cluster.until_idle_and_whole().await;
-    }
-    assert_eq!(answers[0], answers[1]);
+    let two = ["--disaggregation-threshold", "0", "--colocate=off"];
+    assert_same_bits(2, [(&one, Some("in_process")), (&two, Some("cuda_ipc"))]).await;
 }
 
-/// Handed over or not, in chunks or at once: the same bits, in deterministic mode.
 #[tokio::test(flavor = "multi_thread")]
 async fn deterministic_bits_are_the_same_handed_over_or_not() {
-    let prompt: Vec<u32> = (0..20).map(|i| 5 + 7 * i).collect();
-    let flags = ["--dtype", "bf16", "--deterministic", "on"];
-    let mut answers = Vec::new();
-    for more in [
-        ["--disaggregation-threshold", "0"].as_slice(),
-        &["--mixed", "1", "--max-batch-tokens", "8", "--max-num-seqs", "4"],
-    ] {
-        let Some((_door, cluster)) = serve(&[&flags, more].concat()).await else {
-            return;
-        };
-        answers.push(greedy(&cluster, &prompt, 3).await);
-        cluster.until_idle_and_whole().await;
-    }
-    assert_eq!(answers[0], answers[1]);
+    let handed_over = ["--disaggregation-threshold", "0"];
+    let in_chunks = ["--mixed", "1", "--max-batch-tokens", "8", "--max-num-seqs", "4"];
+    assert_same_bits(3, [(&handed_over, None), (&in_chunks, None)]).await;
 }
 
 /// Needs the compiler alone; where other tests have compiled already, little is left to do.

@@ -1,12 +1,14 @@
 //! The same models on the CUDA device: on a card (REQUIRE_GPU=1), else through the stand-in for its driver, where a kernel
 //! takes a thousand times as long, so that each model computes its shortest prompt, and a few the longest.
 
+mod load;
 mod sampled;
 
 use baton_engine::forward::{ForwardPass as _, LogitsWanted, NewTokens, StepSequence};
 use baton_engine::model::{CudaKvSize, CudaLoadOptions, Decoder, ModelFolder, load_cuda};
 use baton_kernels::DType;
-use baton_kernels::cuda::{Cuda, CudaMode, ImageFolders};
+use baton_kernels::cuda::{Cuda, CudaMode};
+use load::load_options;
 
 use super::stand_in::{self, Driver};
 use super::{MAX_LEN, N_KV_BLOCKS, check_f32, logits_of, options};
@@ -15,23 +17,11 @@ use crate::golden_model::{Golden, models, models_folder};
 /// One with a window, one with experts, one with two rotary tables: beyond what a short prompt shows of them.
 const LONG_ON_THE_STAND_IN: [&str; 3] = ["mistral-swa32", "gpt-oss-bf16", "gemma3-two-ropes"];
 
-const MAX_NUM_SEQS: usize = 8;
-
 fn load(model: &str, dtype: DType, mode: CudaMode) -> Option<Decoder<Cuda>> {
-    let driver = stand_in::driver()?;
     let folder = ModelFolder::open(models_folder().join(model)).unwrap();
     let options = CudaLoadOptions {
-        model: options(dtype, None).model,
-        ordinal: 0,
-        max_num_seqs: MAX_NUM_SEQS,
         mode,
-        libraries: driver.libraries(),
-        images: ImageFolders {
-            packaged: None,
-            cache: Some(stand_in::image_cache()),
-        },
-        kv: CudaKvSize::Blocks(N_KV_BLOCKS),
-        max_graph_seqs: 0,
+        ..load_options(options(dtype, None).model, CudaKvSize::Blocks(N_KV_BLOCKS))?
     };
     Some(load_cuda(&folder, &options, &mut |_, _| {}).unwrap())
 }
@@ -87,23 +77,13 @@ fn deterministic_bits_do_not_depend_on_chunks_or_batch() {
 
 #[test]
 fn a_cache_is_sized_by_what_is_left_and_bounds_the_longest_sequence() {
-    let Some(driver) = stand_in::driver() else { return };
+    if stand_in::driver().is_none() {
+        return;
+    }
     let folder = ModelFolder::open(models_folder().join(super::SHARDED_MODEL)).unwrap();
     let block_bytes = folder.config.kv_layout(16, DType::F32).block_bytes() as u64;
     let load = |kv| {
-        let options = CudaLoadOptions {
-            model: options(DType::F32, None).model,
-            ordinal: 0,
-            max_num_seqs: MAX_NUM_SEQS,
-            mode: CudaMode::Fast,
-            libraries: driver.libraries(),
-            images: ImageFolders {
-                packaged: None,
-                cache: Some(stand_in::image_cache()),
-            },
-            kv,
-            max_graph_seqs: 0,
-        };
+        let options = load_options(options(DType::F32, None).model, kv).unwrap();
         load_cuda(&folder, &options, &mut |_, _| {})
     };
     let mut small = load(CudaKvSize::Bytes(3 * block_bytes + 1)).unwrap();

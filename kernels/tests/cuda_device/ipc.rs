@@ -6,17 +6,10 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use baton_kernels::cuda::{CardUuid, Cuda, CudaMemoryHandle, CudaMode};
-use baton_kernels::{DType, ForeignKv, KernelError, KvCache, KvLayout, KvRead, KvShare, KvWrite};
+use baton_kernels::{DType, ForeignKv, KernelError, KvCache, KvRead, KvShare, KvWrite};
 
-use crate::support::device;
+use crate::support::{LAYOUT, device};
 
-const LAYOUT: KvLayout = KvLayout {
-    n_layers: 2,
-    n_kv_heads: 2,
-    block_size: 4,
-    head_dim: 8,
-    dtype: DType::F32,
-};
 const N_BLOCKS: usize = 6;
 /// Of all blocks at first.
 const GENERATION: u32 = 3;

@@ -7,15 +7,7 @@ use baton_kernels::{
 };
 
 use crate::controls::{allocated_bytes, n_calls, pinned_bytes};
-use crate::support::{Values, bits, device, is_alone, tensor};
-
-const LAYOUT: KvLayout = KvLayout {
-    n_layers: 2,
-    n_kv_heads: 2,
-    block_size: 4,
-    head_dim: 8,
-    dtype: DType::F32,
-};
+use crate::support::{LAYOUT, Values, bits, device, is_alone, tensor};
 
 /// 2 heads of q, k and v each.
 const COLS: usize = 48;

@@ -3,18 +3,11 @@
 use std::sync::Arc;
 
 use baton_kernels::cuda::{Cuda, CudaKvArena, CudaMode, CudaPlace, CudaTurn};
-use baton_kernels::{Backend, DType, KvLayout, KvRead, KvWrite};
+use baton_kernels::{Backend, DType, KvRead, KvWrite};
 
 use crate::controls::{allocated_bytes, last_launch, set};
-use crate::support::{Values, Weights, device_at, is_alone, tensor, try_device_at};
+use crate::support::{LAYOUT, Values, Weights, device_at, is_alone, tensor, try_device_at};
 
-const LAYOUT: KvLayout = KvLayout {
-    n_layers: 2,
-    n_kv_heads: 2,
-    block_size: 4,
-    head_dim: 8,
-    dtype: DType::F32,
-};
 const ARENA_PIECE: i64 = 2 << 20;
 
 fn cuda(place: CudaPlace) -> Option<Cuda> {

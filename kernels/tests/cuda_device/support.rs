@@ -12,6 +12,14 @@ use crate::stand_in::{self, Driver};
 
 pub const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 pub const MODES: [CudaMode; 2] = [CudaMode::Fast, CudaMode::Deterministic];
+/// Of the caches that are written, copied and mapped.
+pub const LAYOUT: KvLayout = KvLayout {
+    n_layers: 2,
+    n_kv_heads: 2,
+    block_size: 4,
+    head_dim: 8,
+    dtype: DType::F32,
+};
 
 /// A device for models with heads of `head_dim`; `None` where there is nothing to test on.
 pub fn device(dtype: DType, mode: CudaMode, head_dim: usize) -> Option<Cuda> {
