@@ -106,27 +106,26 @@ impl Stepped {
         (0..n_steps).for_each(|_| self.permits.send(()).unwrap());
     }
 
-    /// Lets steps through until something has happened.
+    /// Lets as many steps through as it takes until something has happened.
     async fn until<T>(&self, event: impl Future<Output = T>) -> T {
+        self.within(usize::MAX, event).await
+    }
+
+    /// Asks the engine something. If it waits in a step, that one is let through, and no other.
+    async fn ask<T>(&self, question: impl Future<Output = T>) -> T {
+        self.within(1, question).await
+    }
+
+    /// Lets at most so many steps through until something has happened.
+    async fn within<T>(&self, mut n_steps: usize, event: impl Future<Output = T>) -> T {
         let mut event = std::pin::pin!(event);
         loop {
             if let std::task::Poll::Ready(outcome) = futures::poll!(event.as_mut()) {
                 return outcome;
             }
-            let _ = self.permits.try_send(());
-            tokio::task::yield_now().await;
-        }
-    }
-
-    /// Asks the engine something. If it waits in a step, that one is let through, and no other.
-    async fn ask<T>(&self, question: impl Future<Output = T>) -> T {
-        let mut question = std::pin::pin!(question);
-        let mut has_stepped = false;
-        loop {
-            if let std::task::Poll::Ready(answer) = futures::poll!(question.as_mut()) {
-                return answer;
+            if n_steps > 0 && self.permits.try_send(()).is_ok() {
+                n_steps -= 1;
             }
-            has_stepped = has_stepped || self.permits.try_send(()).is_ok();
             tokio::task::yield_now().await;
         }
     }
