@@ -162,7 +162,7 @@ PARTS = {
     "steps": (240, steps),
     "memcheck": (300, sanitized("memcheck", MEMCHECKED)),
     "racecheck": (300, sanitized("racecheck", RACECHECKED)),
-    "operators": (120, operators("operators", "transfers")),
+    "operators": (120, operators("operators", "sampling", "transfers")),
     "products": (120, operators("products")),
     "serving": (480, served),
     "transformers": (240, peers("transformers")),

@@ -10,6 +10,7 @@ mod device;
 mod operators;
 mod point;
 mod products;
+mod sampling;
 #[allow(dead_code, reason = "shared with the tests")]
 #[path = "../../tests/cuda_device/stand_in/mod.rs"]
 mod stand_in;
@@ -25,11 +26,12 @@ use point::Report;
 type Part = fn(&Options, &mut Report);
 
 /// What can be asked for, in the order in which it is run.
-const PARTS: [(&str, Part); 5] = [
+const PARTS: [(&str, Part); 6] = [
     ("decode", attention::decode),
     ("prefill", attention::prefill),
     ("operators", operators::run),
     ("products", products::run),
+    ("sampling", sampling::run),
     ("transfers", transfers::run),
 ];
 
