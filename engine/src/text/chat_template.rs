@@ -198,7 +198,7 @@ fn environment() -> Result<Environment<'static>, Error> {
         if method == "format"
             && let Some(text) = value.as_str()
         {
-            check_widths(text)?;
+            check_format(text, BRACES)?;
         }
         minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
     });
@@ -217,7 +217,7 @@ fn environment() -> Result<Environment<'static>, Error> {
     environment.add_filter(
         "format",
         |state: &mut State, text: &Value, args: Rest<ValueOrKwargs>| {
-            text.as_str().map_or(Ok(()), check_widths)?;
+            text.as_str().map_or(Ok(()), |text| check_format(text, PERCENT))?;
             minijinja::filters::format(state, text, args)
         },
     );
@@ -292,7 +292,21 @@ fn width_of(what: &str, value: &Value) -> Result<usize, Error> {
     Ok(width)
 }
 
-/// The same for what is written in a format: widths, precisions and places of arguments.
+/// How a format begins a field, and what stands around a key there.
+type FormatStyle = [char; 3];
+
+/// `'%(name)s'|format(...)`.
+const PERCENT: FormatStyle = ['%', '(', ')'];
+/// `'{0[name]}'.format(...)`.
+const BRACES: FormatStyle = ['{', '[', ']'];
+
+/// What the library does not check in a format: sizes, and keys that are not ASCII, at which it panics.
+fn check_format(format: &str, style: FormatStyle) -> Result<(), Error> {
+    check_widths(format)?;
+    check_keys(format, style)
+}
+
+/// [`width_of`] for what is written in a format: widths, precisions and places of arguments.
 fn check_widths(format: &str) -> Result<(), Error> {
     let mut numbers = format
         .split(|char: char| !char.is_ascii_digit())
@@ -304,6 +318,34 @@ fn check_widths(format: &str) -> Result<(), Error> {
     if format.contains('*') {
         let message = "format: '*' takes a width from an argument, expected it in the format";
         return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    Ok(())
+}
+
+fn check_keys(format: &str, [field, open, close]: FormatStyle) -> Result<(), Error> {
+    let mut rest = format;
+    while let Some((_, after)) = rest.split_once(field) {
+        // Doubled, it stands for itself.
+        if let Some(text) = after.strip_prefix(field) {
+            rest = text;
+            continue;
+        }
+        rest = after;
+        loop {
+            let is_of_path = |char: char| char.is_ascii_alphanumeric() || char == '_' || char == '.';
+            let path = if field == '{' {
+                rest.trim_start_matches(is_of_path)
+            } else {
+                rest
+            };
+            let Some(keyed) = path.strip_prefix(open) else { break };
+            let (key, after) = keyed.split_once(close).unwrap_or((keyed, ""));
+            if !key.is_ascii() {
+                let message = format!("format: a key is {key:?}, expected ASCII");
+                return Err(Error::new(ErrorKind::InvalidOperation, message));
+            }
+            rest = after;
+        }
     }
     Ok(())
 }
@@ -421,6 +463,21 @@ mod tests {
             let error = render(source, json!([{"role": "user"}])).expect_err(source);
             assert!(error.to_string().contains("expected"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_key_that_is_not_ascii_is_an_error_and_no_panic() {
+        for source in [
+            "{{ '{a[é]}'.format(a={}) }}",
+            "{{ '{{ {a.b[0][é'.format(a={}) }}",
+            "{{ '%(é)s'|format({}) }}",
+            "{{ '%% %(é'|format({}) }}",
+        ] {
+            let error = render(source, json!([])).expect_err(source);
+            assert!(error.to_string().contains("expected ASCII"), "{error}");
+        }
+        let source = "{{ '%%(é) %s(é)'|format(1) }} {{ '{{[é]}} {}[é] {a[b]}'.format(2, a={'b': 3}) }}";
+        assert_eq!(render(source, json!([])).unwrap(), "%(é) 1(é) {[é]} 2[é] 3");
     }
 
     #[test]
