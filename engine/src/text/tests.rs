@@ -206,6 +206,47 @@ fn chat_cases() {
 
 /// Found by the fuzzer: the library unwraps what it has not checked.
 #[test]
+fn a_file_that_makes_much_of_little_is_an_error() {
+    let tokenizer = |normalizer: Value, decoder: Value| {
+        let model = serde_json::json!({"type": "BPE", "vocab": {"a": 0}, "merges": []});
+        let file = serde_json::json!({
+            "version": "1.0", "normalizer": normalizer, "decoder": decoder, "model": model
+        });
+        Tokenizer::from_bytes(file.to_string().as_bytes())
+    };
+    let replace = |pattern: &str, content: &str| serde_json::json!({"type": "Replace", "pattern": {"String": pattern}, "content": content});
+    let prepend = |text: &str| serde_json::json!({"type": "Prepend", "prepend": text});
+    let sequence = |name: &str, steps: &[Value]| serde_json::json!({"type": "Sequence", name: steps});
+    let none = Value::Null;
+    let spaces = " ".repeat(17);
+    for normalizer in [
+        sequence("normalizers", &[replace(" ", &spaces), replace(" ", &spaces)]),
+        sequence(
+            "normalizers",
+            &[prepend(&spaces), sequence("normalizers", &[replace(" ", &spaces)])],
+        ),
+        serde_json::json!({"type": "Replace", "pattern": {"Regex": "x*"}, "content": "y".repeat(256)}),
+        prepend(&"x".repeat(256)),
+    ] {
+        let error = tokenizer(normalizer.clone(), none.clone()).expect_err("much of little");
+        assert!(
+            error.to_string().starts_with("normalizer: may make "),
+            "{error}: {normalizer}"
+        );
+    }
+    let decoder = sequence("decoders", &[replace("a", &"a".repeat(300))]);
+    let error = tokenizer(none.clone(), decoder).expect_err("much of little");
+    assert_eq!(
+        error.to_string(),
+        "decoder: may make 300 bytes of each, expected at most 256"
+    );
+    // As Llama 2's.
+    let normalizer = sequence("normalizers", &[prepend("\u{2581}"), replace(" ", "\u{2581}")]);
+    let decoder = sequence("decoders", &[replace("\u{2581}", " ")]);
+    assert!(tokenizer(normalizer, decoder).is_ok());
+}
+
+#[test]
 fn a_file_that_the_library_panics_at_is_an_error() {
     let bytes = br#"{"version": "1.0", "decoder": {"type": "ByteLevel", "add_prefix_space": "no"}, "model":
         {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;

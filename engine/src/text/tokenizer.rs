@@ -57,6 +57,40 @@ fn guarded<T>(use_library: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, 
     }
 }
 
+/// Bytes that a tokenizer may make of each byte of a text: published ones make a dozen, and a short file can ask for all
+/// memory.
+const MAX_GROWTH: u64 = 256;
+
+/// Bytes that a normalizer or decoder may make of each byte, as far as the file says so itself.
+fn growth(step: &serde_json::Value) -> u64 {
+    let text = |value: &serde_json::Value| value.as_str().map_or(0, str::len) as u64;
+    let steps = step["normalizers"].as_array().or_else(|| step["decoders"].as_array());
+    match step["type"].as_str() {
+        Some("Sequence") => steps
+            .into_iter()
+            .flatten()
+            .fold(1, |grown, step| grown.saturating_mul(growth(step))),
+        // A regular expression may match nothing, before every byte.
+        Some("Replace") => match text(&step["pattern"]["String"]) {
+            0 => text(&step["content"]) + 1,
+            n_replaced => text(&step["content"]).div_ceil(n_replaced).max(1),
+        },
+        Some("Prepend") => text(&step["prepend"]) + 1,
+        _ => 1,
+    }
+}
+
+fn check_growth(what: &str, step: &impl serde::Serialize) -> Result<(), TokenizerError> {
+    let step = serde_json::to_value(step).map_err(|error| TokenizerError(format!("{what}: {error}")))?;
+    let grown = growth(&step);
+    if grown > MAX_GROWTH {
+        return Err(TokenizerError(format!(
+            "{what}: may make {grown} bytes of each, expected at most {MAX_GROWTH}"
+        )));
+    }
+    Ok(())
+}
+
 impl Tokenizer {
     /// Reads the bytes of tokenizer.json.
     pub fn from_bytes(bytes: &[u8]) -> Result<Tokenizer, TokenizerError> {
@@ -64,6 +98,8 @@ impl Tokenizer {
         // A saved tokenizer may ask for the truncation or padding of its training.
         tokenizer.with_truncation(None)?;
         tokenizer.with_padding(None);
+        check_growth("normalizer", &tokenizer.get_normalizer())?;
+        check_growth("decoder", &tokenizer.get_decoder())?;
         let added = tokenizer.get_added_tokens_decoder();
         let n_added = added.keys().map(|&id| id as usize + 1).max().unwrap_or(0);
         // Ids may be sparse: those at and past the vocabulary's size can still be known, so look at the largest one.
