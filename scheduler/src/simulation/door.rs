@@ -211,27 +211,30 @@ impl Simulation<'_> {
     }
 
     pub(super) fn tell_arbiter(&mut self, request: usize, fact: ArbiterFact) {
-        let mut facts = VecDeque::from([fact]);
-        while let Some(fact) = facts.pop_front() {
-            let Some(driver) = self.door.drivers.get_mut(&request) else {
-                return;
-            };
-            let transition = Transition {
-                machine: "arbiter",
-                stage: driver.arbiter.stage(),
-                fact: arbiter_fact(&fact),
-            };
-            let subject = fact.clone();
-            let actions = driver.arbiter.apply(self.now, fact);
-            let mut parties = vec![Party::Door];
-            parties.extend(driver.instances.iter().map(|&i| Party::Instance(i)));
-            self.count(transition, request, &parties);
-            self.trace(|| format!("front door, request {request}: {transition} {subject:?} -> {actions:?}"));
-            for action in actions {
-                self.obey(request, action);
-            }
-            self.set_tick(request);
+        if !self.door.drivers.contains_key(&request) {
+            return;
         }
+        for action in self.apply_counted(request, fact) {
+            self.obey(request, action);
+        }
+        self.set_tick(request);
+    }
+
+    /// What the arbiter of an open request says to a fact; the transition is counted and traced.
+    fn apply_counted(&mut self, request: usize, fact: ArbiterFact) -> Vec<ArbiterAction> {
+        let driver = self.door.drivers.get_mut(&request).expect("an open request");
+        let transition = Transition {
+            machine: "arbiter",
+            stage: driver.arbiter.stage(),
+            fact: arbiter_fact(&fact),
+        };
+        let subject = fact.clone();
+        let actions = driver.arbiter.apply(self.now, fact);
+        let mut parties = vec![Party::Door];
+        parties.extend(driver.instances.iter().map(|&i| Party::Instance(i)));
+        self.count(transition, request, &parties);
+        self.trace(|| format!("front door, request {request}: {transition} {subject:?} -> {actions:?}"));
+        actions
     }
 
     fn set_tick(&mut self, request: usize) {

@@ -5,8 +5,7 @@ use crate::ids::{Epoch, InstanceId};
 use crate::placement::ViewEvent;
 use crate::request::{Failure, Finish};
 use crate::simulation::Simulation;
-use crate::simulation::coverage::{Transition, arbiter_fact};
-use crate::simulation::network::{AtDoor, EventStream, Party, Report, Said};
+use crate::simulation::network::{AtDoor, EventStream, Report, Said};
 
 impl Simulation<'_> {
     pub(in crate::simulation) fn at_door(&mut self, event: AtDoor) {
@@ -246,21 +245,9 @@ impl Simulation<'_> {
     }
 
     /// Applies what may have to be delivered.
-    pub(super) fn take(&mut self, request: usize, fact: ArbiterFact, deliver: impl FnOnce(&mut Self)) {
-        let driver = self.door.drivers.get_mut(&request).expect("an open request");
-        let transition = Transition {
-            machine: "arbiter",
-            stage: driver.arbiter.stage(),
-            fact: arbiter_fact(&fact),
-        };
-        let subject = fact.clone();
-        let actions = driver.arbiter.apply(self.now, fact);
-        let mut parties = vec![Party::Door];
-        parties.extend(driver.instances.iter().map(|&i| Party::Instance(i)));
-        self.count(transition, request, &parties);
-        self.trace(|| format!("front door, request {request}: {transition} {subject:?} -> {actions:?}"));
+    fn take(&mut self, request: usize, fact: ArbiterFact, deliver: impl FnOnce(&mut Self)) {
         let mut deliver = Some(deliver);
-        for action in actions {
+        for action in self.apply_counted(request, fact) {
             match action {
                 ArbiterAction::Deliver => {
                     if let Some(deliver) = deliver.take() {
