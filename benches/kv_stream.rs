@@ -21,6 +21,7 @@ fn main() -> anyhow::Result<()> {
         n_bytes: 512 << 20,
         peer: None,
         json: true,
+        card: None,
     };
     let (mut output, mut listen_at) = (None::<PathBuf>, None::<String>);
     let mut arguments = std::env::args().skip(1);
@@ -37,7 +38,7 @@ fn main() -> anyhow::Result<()> {
         }
     }
     if let Some(address) = listen_at {
-        return listen(&address, config.n_bytes);
+        return listen(&address, config.n_bytes, None);
     }
     let sender = || -> anyhow::Result<Command> {
         let mut command = Command::new(std::env::current_exe()?);

@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use baton_engine::cuda::{CudaMode, ImageFolders};
 use baton_engine::model::LoadFormat as WeightsFrom;
 use baton_engine::worker::{TransportChoice, TransportKind};
 use baton_engine::{DType, Isa};
@@ -124,6 +125,22 @@ pub struct CudaFlagValues {
 impl CudaConfig {
     /// As many sequences as a step gives logits of at once.
     pub const DEFAULT_GRAPH_MAX_SEQS: NonZeroU32 = NonZeroU32::new(256).expect("256 is not zero");
+
+    /// [`CudaConfig::deterministic`] as the device is told.
+    pub fn mode(&self) -> CudaMode {
+        match self.deterministic {
+            Switch::On => CudaMode::Deterministic,
+            Switch::Off => CudaMode::Fast,
+        }
+    }
+
+    /// Where compiled kernels are looked for.
+    pub fn images(&self) -> ImageFolders {
+        ImageFolders {
+            packaged: self.kernels.clone(),
+            cache: Some(self.image_cache.clone()),
+        }
+    }
 
     /// Sequences of the largest decode step that is recorded; 0 if none is.
     pub fn max_graph_seqs(&self) -> usize {

@@ -1,6 +1,6 @@
 //! A worker's model on its device, by the limits that it is told. What a model is, and what a device, is the engine's affair.
 
-use baton_engine::cuda::{Cuda, CudaMode, CudaPlace, ImageFolders};
+use baton_engine::cuda::{Cuda, CudaPlace};
 use baton_engine::forward::ForwardPass as _;
 use baton_engine::model::{
     CpuLoadOptions, CudaKvSize, CudaLoadOptions, Decoder, DecoderLimits, LoadOptions, ModelConfig, ModelError,
@@ -55,15 +55,9 @@ pub fn load_on_card(
         model: load_options(folder, selection, limits, n_kv_blocks)?,
         ordinal: CARD_ORDINAL,
         max_num_seqs: max_num_seqs(limits),
-        mode: match cuda.deterministic {
-            Switch::On => CudaMode::Deterministic,
-            Switch::Off => CudaMode::Fast,
-        },
+        mode: cuda.mode(),
         libraries: cuda.libraries.0.clone(),
-        images: ImageFolders {
-            packaged: cuda.kernels.clone(),
-            cache: Some(cuda.image_cache.clone()),
-        },
+        images: cuda.images(),
         kv,
         max_graph_seqs: cuda.max_graph_seqs(),
     };

@@ -30,6 +30,16 @@ def doctor(card):
     return card.run([card.bundle / "baton", "doctor", "cuda"])
 
 
+def transfer(card):
+    """KV from the card of one process to that of another, by each way."""
+    if is_smoke(card):
+        # It takes the kernels of a head size that nothing else here does.
+        return card.run([card.bundle / "baton", "doctor", "transfer", "--device", "cpu", "--size", "1MiB", "--rounds", "1"])
+    report = card.output_of([card.bundle / "baton", "doctor", "transfer", "--device", "cuda", "--json"])
+    (card.results / "kv-between-processes.json").write_text(report)
+    return 0 if report else 1
+
+
 def device(card):
     tests = ["operators::weights_of_another_dtype"] if is_smoke(card) else []
     return card.test([card.bundle / "device", *tests, "--test-threads", "1"])
@@ -38,6 +48,13 @@ def device(card):
 def goldens(card):
     tests = ["cuda::a_cache_is_sized"] if is_smoke(card) else ["cuda::"]
     return card.test([card.bundle / "goldens", *tests, "--test-threads", "1"])
+
+
+def engine(card):
+    """Recorded steps, and KV that leaves the card."""
+    graphs = ["a_step_that_cannot_be_recorded"] if is_smoke(card) else []
+    n_failed = card.test([card.bundle / "graphs", *graphs, "--test-threads", "1"])
+    return n_failed + card.test([card.bundle / "transports", "--test-threads", "1"])
 
 
 def http(card):
@@ -49,14 +66,16 @@ def http(card):
 
 
 def deterministic(card):
-    """The same tokens disaggregated, mixed, and in small steps."""
+    """The same tokens disaggregated, by memory that is mapped or copied, mixed, and in small steps."""
     flags = ["--dtype", "bf16", "--deterministic", "on"]
     few = {"n_tokens": 2, "prompts": ["short"]} if is_smoke(card) else {}
-    ways = [["--disaggregation-threshold", "0"], ["--mixed", "1"], ["--mixed", "1", "--max-batch-tokens", "16", "--max-num-seqs", "16"]]
+    apart = ["--disaggregation-threshold", "0"]
+    ways = [apart, [*apart, "--kv-transport", "shared-memory"], ["--mixed", "1"]]
+    ways.append(["--mixed", "1", "--max-batch-tokens", "16", "--max-num-seqs", "16"])
     found = [serving.greedy(card, SERVED_MODELS[0], [*flags, *way], **few)[1] for way in ways]
     tokens = [[ids for _, ids in answers] for answers in found]
     card.log.write(f"{len(tokens[0])} answers in {len(ways)} ways\n")
-    return 0 if tokens[0] == tokens[1] == tokens[2] else 1
+    return 0 if all(ids == tokens[0] for ids in tokens) else 1
 
 
 def sanitized(tool, filters):
@@ -154,8 +173,9 @@ PARTS = {
     "doctor": (60, doctor),
     "device": (240, device),
     "goldens": (180, goldens),
+    "engine": (120, engine),
     "http": (150, http),
-    "deterministic": (60, deterministic),
+    "deterministic": (90, deterministic),
     "decode": (90, operators("decode")),
     "prefill": (60, operators("prefill")),
     "peers": (120, peers("attention", "flashinfer")),
@@ -164,6 +184,7 @@ PARTS = {
     "racecheck": (300, sanitized("racecheck", RACECHECKED)),
     "operators": (120, operators("operators", "sampling", "transfers")),
     "products": (120, operators("products")),
+    "transfer": (60, transfer),
     "serving": (480, served),
     "transformers": (240, peers("transformers")),
 }

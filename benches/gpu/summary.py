@@ -67,6 +67,22 @@ def operators(points, folder, out):
         summarize.bars(str(folder / f"{op}.svg"), f"{op}: share of its limit", rows, " %", [(100, "limit")])
 
 
+def transfer(folder, out):
+    """What the doctor has found of ways for KV."""
+    path = folder / "kv-between-processes.json"
+    if not path.exists() or not path.read_text():
+        return
+    report = json.loads(path.read_text())
+    out.append(f"## KV between processes\n\n{report['bytes_per_pull'] >> 20} MiB a pull; `auto` takes {report['used']}.\n")
+    out.append("| way | GB/s, median | of a copy on the host |\n| --- | --- | --- |")
+    for way in report["paths"]:
+        if way["missing"]:
+            out.append(f"| {way['path']} | - | {way['missing']} |")
+        else:
+            out.append(f"| {way['path']} | {way['gb_per_s']:.1f} | {way['of_memcpy']:.0%} |")
+    out.append("")
+
+
 def serving(points, out):
     rows = [point for point in points if point.get("op") == "serving"]
     if not rows:
@@ -87,6 +103,7 @@ def write(folder):
     out = ["# Tables\n", "Written by `benches/gpu/run` from the files beside it; `machine.txt` says on what.\n"]
     parts(folder, out)
     operators([point for point in points if point.get("op") != "serving" and "absent" not in point], folder, out)
+    transfer(folder, out)
     serving(points, out)
     absent = [point for point in points if "absent" in point]
     if absent:

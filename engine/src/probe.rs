@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use baton_kernels::{DType, KernelError, KvCache, KvLayout, KvWrite};
+use baton_kernels::cuda::Cuda;
+use baton_kernels::{DType, KernelError, KvCache, KvLayout, KvRead, KvWrite};
 use baton_proto::cluster::worker_client::WorkerClient;
 use baton_proto::cluster::worker_server::Worker;
 use baton_proto::cluster::{self, transfer_frame::Frame};
@@ -24,7 +25,7 @@ use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status};
 
-use crate::worker::{Identity, KvTransports, Offer, TransportChoice, TransportError, TransportKind};
+use crate::worker::{Identity, KvTransports, Offer, TransportChoice, TransportError};
 
 /// As many as a handoff's source has on the link.
 const MAX_IN_FLIGHT: usize = 2;
@@ -76,9 +77,12 @@ impl Shape {
         dtype: DType::Bf16,
     };
 
+    /// Of a frame that carries them.
+    const BLOCKS_PER_FRAME: usize = KV_FRAME_BYTES / Shape::LAYOUT.layer_block_bytes();
+
     /// About `n_bytes`.
     pub fn of_bytes(n_bytes: u64) -> Shape {
-        let per_frame = KV_FRAME_BYTES / Shape::LAYOUT.layer_block_bytes();
+        let per_frame = Shape::BLOCKS_PER_FRAME;
         let n_blocks = n_bytes as usize / Shape::LAYOUT.block_bytes();
         Shape {
             n_blocks: n_blocks.next_multiple_of(per_frame).max(per_frame) as u32,
@@ -91,8 +95,27 @@ impl Shape {
     }
 
     /// As a handoff's.
-    fn blocks_per_frame(kind: TransportKind) -> u32 {
-        (kind.frame_bytes() / Shape::LAYOUT.layer_block_bytes()).max(1) as u32
+    fn blocks_per_frame(frame_bytes: usize) -> u32 {
+        (frame_bytes / Shape::LAYOUT.layer_block_bytes()).max(1) as u32
+    }
+}
+
+/// Where an end has its KV.
+#[derive(Clone, Copy)]
+pub enum Memory<'a> {
+    /// In memory of the host that other processes can map.
+    Host,
+    /// On a card.
+    Card(&'a Cuda),
+}
+
+impl Memory<'_> {
+    fn cache(self, shape: Shape) -> Result<KvCache, KernelError> {
+        let n_blocks = shape.n_blocks as usize;
+        match self {
+            Memory::Host => KvCache::shared(Shape::LAYOUT, n_blocks),
+            Memory::Card(cuda) => cuda.kv_cache(Shape::LAYOUT, n_blocks),
+        }
     }
 }
 
@@ -109,6 +132,14 @@ fn part(layer: usize, block: u32, part: usize) -> Vec<u8> {
     let seed = (layer << 20 | block as usize) * 2 + part;
     (0..Shape::LAYOUT.part_bytes())
         .map(|i| (seed * 31 + i * 7 + (seed >> 8)) as u8)
+        .collect()
+}
+
+/// One layer of blocks as a frame has it: K of all, then V of all.
+fn frame_of(layer: usize, blocks: impl Iterator<Item = u32> + Clone) -> Vec<u8> {
+    let parts = [0, 1].into_iter();
+    parts
+        .flat_map(|kind| blocks.clone().flat_map(move |block| part(layer, block, kind)))
         .collect()
 }
 
@@ -141,13 +172,14 @@ impl ProbeSource {
     ///
     /// # Errors
     /// Memory or sockets that cannot be had.
-    pub fn start(address: &str, shape: Shape) -> Result<ProbeSource, ProbeError> {
-        let mut kv = KvCache::shared(Shape::LAYOUT, shape.n_blocks as usize)?;
-        for block in 0..shape.n_blocks {
-            kv.set_generation(block, 1);
-            let mut writer = kv.write_handle(block)?;
+    pub fn start(address: &str, shape: Shape, memory: Memory<'_>) -> Result<ProbeSource, ProbeError> {
+        let mut kv = memory.cache(shape)?;
+        let blocks: Vec<u32> = (0..shape.n_blocks).collect();
+        for blocks in blocks.chunks(Shape::BLOCKS_PER_FRAME) {
+            blocks.iter().for_each(|&block| kv.set_generation(block, 1));
+            let mut writers = kv.reserve_write(blocks)?;
             for layer in 0..Shape::LAYOUT.n_layers {
-                writer.write(layer, &part(layer, block, 0), &part(layer, block, 1))?;
+                KvWrite::scatter(&mut writers, layer, &frame_of(layer, blocks.iter().copied()))?;
             }
         }
         let identity = identity("probe-source");
@@ -289,7 +321,7 @@ impl Worker for Service {
             if frames.send(frame(Frame::Accepted(accepted))).await.is_err() {
                 return;
             }
-            let per_frame = Shape::blocks_per_frame(sender.kind());
+            let per_frame = Shape::blocks_per_frame(sender.frame_bytes());
             let mut held = Vec::new();
             for layer in 0..Shape::LAYOUT.n_layers {
                 for first_block in (0..shape.n_blocks).step_by(per_frame as usize) {
@@ -351,7 +383,12 @@ impl Prober {
     ///
     /// # Errors
     /// Nobody there, or no memory.
-    pub fn connect(address: &str, choice: TransportChoice, order: Order) -> Result<Prober, ProbeError> {
+    pub fn connect(
+        address: &str,
+        choice: TransportChoice,
+        order: Order,
+        memory: Memory<'_>,
+    ) -> Result<Prober, ProbeError> {
         let raw = TcpStream::connect(address)?;
         raw.set_nodelay(true)?;
         let mut line = String::new();
@@ -368,7 +405,7 @@ impl Prober {
             protocol_version: PROTOCOL_VERSION,
         };
         let shape = hello.shape;
-        let mut kv = KvCache::shared(Shape::LAYOUT, shape.n_blocks as usize)?;
+        let mut kv = memory.cache(shape)?;
         let order: Vec<u32> = match order {
             Order::Consecutive => (0..shape.n_blocks).collect(),
             Order::Scattered => (0..shape.n_blocks)
@@ -466,10 +503,12 @@ impl Prober {
     pub fn verify(&mut self) -> Result<bool, ProbeError> {
         self.writers.clear();
         let mut is_whole = true;
-        for (block, &here) in (0..).zip(&self.order) {
+        let mut blocks = 0..;
+        for here in self.order.chunks(Shape::BLOCKS_PER_FRAME) {
+            let blocks: Vec<u32> = blocks.by_ref().take(here.len()).collect();
             for layer in 0..Shape::LAYOUT.n_layers {
-                let read = self.kv.pin(layer, here);
-                is_whole &= read.key() == part(layer, block, 0) && read.value() == part(layer, block, 1);
+                let reads: Vec<KvRead> = here.iter().map(|&block| self.kv.pin(layer, block)).collect();
+                is_whole &= KvRead::gather(&reads).as_ref() == frame_of(layer, blocks.iter().copied());
             }
         }
         self.writers = self.kv.reserve_write(&self.order)?;
@@ -504,15 +543,17 @@ impl PlainCopy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::worker::TransportKind;
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn every_transport_delivers_every_byte() {
         let shape = Shape::of_bytes(1);
-        let source = ProbeSource::start("127.0.0.1:0", shape).unwrap();
+        let source = ProbeSource::start("127.0.0.1:0", shape, Memory::Host).unwrap();
         for kind in TransportKind::ALL.into_iter().filter(|kind| !kind.needs_card()) {
             for order in [Order::Consecutive, Order::Scattered] {
                 let address = source.address().to_string();
-                let mut prober = Prober::connect(&address, TransportChoice::Only(kind), order).unwrap();
+                let prober = Prober::connect(&address, TransportChoice::Only(kind), order, Memory::Host);
+                let mut prober = prober.unwrap();
                 assert!(!prober.verify().unwrap(), "nothing has come yet");
                 assert_eq!(prober.offer().await.unwrap().kinds(), [kind]);
                 prober.pull().await.unwrap();

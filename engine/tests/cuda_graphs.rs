@@ -1,6 +1,6 @@
 //! Steps of the CUDA device as its driver sees them: recorded decode steps are one launch and one copy and have the bits of
-//! steps that are queued kernel by kernel, and no step allocates. On a card (REQUIRE_GPU=1) or on the stand-in for its driver.
-//! The stand-in counts for the whole process, so the tests of this file take turns.
+//! steps that are queued kernel by kernel, no step allocates, and none has anything to choose first. On a card (REQUIRE_GPU=1)
+//! or on the stand-in for its driver. The stand-in counts for the whole process, so the tests of this file take turns.
 
 #[path = "../../kernels/tests/cuda_device/controls.rs"]
 #[allow(
@@ -21,10 +21,10 @@ use std::sync::{Mutex, MutexGuard};
 
 use baton_engine::forward::{ForwardPass as _, LogitsWanted, NewTokens, StepSequence};
 use baton_engine::model::{
-    CudaKvSize, CudaLoadOptions, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelFolder, load_cuda,
+    CudaKvSize, CudaLoadOptions, Decoder, DecoderLimits, LoadFormat, LoadOptions, ModelFolder, load_cuda_at,
 };
 use baton_kernels::DType;
-use baton_kernels::cuda::{Cuda, CudaMode};
+use baton_kernels::cuda::{Cuda, CudaMode, CudaPlace};
 use baton_scheduler::batch::RELEASED_BLOCK;
 use golden_model::{models, models_folder};
 use load::load_options;
@@ -45,12 +45,31 @@ fn turn() -> MutexGuard<'static, ()> {
 }
 
 fn load(model: &str, dtype: DType, mode: CudaMode, max_graph_seqs: usize) -> Option<Decoder<Cuda>> {
+    load_at(
+        CudaPlace::default(),
+        MAX_BATCH_TOKENS,
+        model,
+        dtype,
+        mode,
+        max_graph_seqs,
+    )
+}
+
+/// The same somewhere on the card, for steps of so many tokens.
+fn load_at(
+    place: CudaPlace,
+    max_batch_tokens: usize,
+    model: &str,
+    dtype: DType,
+    mode: CudaMode,
+    max_graph_seqs: usize,
+) -> Option<Decoder<Cuda>> {
     let folder = ModelFolder::open(models_folder().join(model)).unwrap();
     let model = LoadOptions {
         dtype,
         block_size: BLOCK_SIZE,
         limits: DecoderLimits {
-            max_batch_tokens: MAX_BATCH_TOKENS,
+            max_batch_tokens,
             max_model_len: MAX_LEN,
         },
         packed_dir: None,
@@ -62,7 +81,7 @@ fn load(model: &str, dtype: DType, mode: CudaMode, max_graph_seqs: usize) -> Opt
         max_graph_seqs,
         ..load_options(model, CudaKvSize::Blocks(N_KV_BLOCKS))?
     };
-    Some(load_cuda(&folder, &options, &mut |_, _| {}).unwrap())
+    Some(load_cuda_at(&folder, &options, place, &mut |_, _| {}).unwrap())
 }
 
 /// What the stand-in has been asked for; a card does not tell.
@@ -275,6 +294,58 @@ fn recorded_steps_on_tensor_cores_do_too() {
         check("llama3-tied-ropescaled", DType::Bf16, mode, 30);
     }
     check("gpt-oss-bf16", DType::Bf16, CudaMode::Deterministic, 7);
+}
+
+/// With half of the multiprocessors, as an instance for prompts has beside one that generates. Attention is then cut into
+/// other pieces, so that bits are compared on the same share.
+#[test]
+fn recorded_steps_on_a_share_of_the_card_do_too() {
+    let _turn = turn();
+    let script = script(7);
+    let load = |max_graph_seqs| {
+        let place = CudaPlace {
+            multiprocessor_percent: Some(50),
+            ..CudaPlace::default()
+        };
+        let model = "llama3-tied-ropescaled";
+        load_at(
+            place,
+            MAX_BATCH_TOKENS,
+            model,
+            DType::F32,
+            CudaMode::Deterministic,
+            max_graph_seqs,
+        )
+    };
+    let Some(mut plain) = load(0) else { return };
+    let expected = run(&mut plain, &script);
+    drop(plain);
+    let mut recorded = load(MAX_NUM_SEQS).unwrap();
+    let found = run(&mut recorded, &script);
+    let same_bits = expected
+        .iter()
+        .zip(&found)
+        .all(|(expected, found)| expected.0 == found.0);
+    assert!(same_bits, "other bits than kernel by kernel");
+    let n_decode = script.iter().filter(|parts| is_decode(parts)).count();
+    assert_eq!(recorded.n_replayed_steps(), n_decode as u64);
+}
+
+/// Nothing is left to be chosen when the first prompts come.
+#[test]
+fn the_first_large_step_is_queued_as_the_next_is() {
+    let _turn = turn();
+    let parts = [0, 1, 2, 3].map(|idx| (idx, 130));
+    let max_batch_tokens = parts.iter().map(|(_, n_tokens)| n_tokens).sum();
+    let model = "llama3-tied-ropescaled";
+    let place = CudaPlace::default();
+    let decoder = load_at(place, max_batch_tokens, model, DType::F32, CudaMode::Fast, MAX_NUM_SEQS);
+    let Some(mut decoder) = decoder else { return };
+    let script = [parts.to_vec()];
+    let mut only_step = || run(&mut decoder, &script).remove(0);
+    let ((first, first_calls), (second, second_calls)) = (only_step(), only_step());
+    assert!(first == second, "other bits the second time");
+    assert_eq!(first_calls, second_calls);
 }
 
 /// What cannot be recorded is computed kernel by kernel.

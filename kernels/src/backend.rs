@@ -200,6 +200,13 @@ pub trait Backend: Sized + Send + 'static {
     /// `out = x w^T`, `x: [rows, n_in]`, `out: [rows, n_out]`. The weight is read once for all rows.
     fn linear(&self, out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Matrix);
 
+    /// Makes now whatever choice the device would otherwise make in the first large steps with such a product, of as many rows
+    /// as both tensors have memory for; how many choices that were. What is in `out` is lost.
+    fn prepare_linear(&self, out: &mut Self::Tensor, x: &Self::Tensor, w: &Self::Matrix) -> usize {
+        let _ = (out, x, w);
+        0
+    }
+
     /// `x[r] += bias`, `x: [rows, cols]`.
     fn add_bias(&self, x: &mut Self::Tensor, bias: &Self::Vector);
 

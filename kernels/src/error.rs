@@ -171,6 +171,28 @@ pub enum KernelError {
         /// The generation seen.
         found: u32,
     },
+    /// Bytes of another process that do not lie where they are said to.
+    #[error("{n_bytes} bytes in slot {slot} of the other process, which has {n_slots} of {slot_bytes} bytes")]
+    NoSuchSlot {
+        /// The slot named.
+        slot: u32,
+        /// What should lie in it.
+        n_bytes: usize,
+        /// How many slots there are.
+        n_slots: u32,
+        /// What each holds.
+        slot_bytes: usize,
+    },
+    /// A slot of another process does not, or no longer, hold what was meant.
+    #[error("slot {slot} of the other process has generation {found}, expected {expected}")]
+    StaleSlot {
+        /// The slot, in the other process.
+        slot: u32,
+        /// The generation meant.
+        expected: u32,
+        /// The generation seen.
+        found: u32,
+    },
     /// The processor lacks an instruction set that was asked for.
     #[error("instruction set {isa} is not available on this processor, the best is {best}")]
     Isa {

@@ -8,6 +8,7 @@ mod foreign;
 mod handles;
 mod memory;
 mod prefault;
+mod staged;
 
 use std::cell::RefCell;
 use std::sync::atomic::{Ordering, fence};
@@ -19,6 +20,7 @@ pub use foreign::{ForeignKv, KvShare};
 use handles::Staged;
 pub use handles::{KvBytes, KvRead, KvWrite};
 pub use prefault::KvPrefault;
+pub use staged::{ForeignStaging, KvStaging, StagedPlace, StagingGeometry};
 
 use crate::cuda::{DeviceKv, Fence};
 use crate::error::KernelError;
@@ -76,10 +78,12 @@ impl KvCache {
             Ok(card) => card,
             Err(error) => {
                 tracing::info!(%error, "other processes cannot read this KV memory in place");
-                return None;
+                None
             }
         };
-        Some(KvShare { memory, card })
+        let share = KvShare { memory, card };
+        let is_readable = !share.is_on_card() || share.card.is_some() || share.staging().is_some();
+        is_readable.then_some(share)
     }
 
     /// The way to have all pages before they are needed.

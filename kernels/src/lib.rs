@@ -17,6 +17,7 @@ pub mod machine;
 mod mapped_file;
 pub mod packed;
 pub mod reference;
+mod sealed_memory;
 
 pub use allocator::keep_freed_memory;
 pub use backend::{
@@ -25,7 +26,10 @@ pub use backend::{
 };
 pub use cpu::{Cpu, CpuOptions, Isa};
 pub use error::KernelError;
-pub use kv::{ForeignKv, KvBytes, KvCache, KvPrefault, KvRead, KvShare, KvWrite};
+pub use kv::{
+    ForeignKv, ForeignStaging, KvBytes, KvCache, KvPrefault, KvRead, KvShare, KvStaging, KvWrite, StagedPlace,
+    StagingGeometry,
+};
 pub use layout::{DType, KvLayout};
 pub use mapped_file::MappedFile;
 pub use packed::{PackedWeights, Packing, SourceTensor, WeightKind, WeightSource, WeightSpec};

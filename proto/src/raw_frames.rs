@@ -244,7 +244,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cluster::{Accepted, Progress};
+    use crate::cluster::{Accepted, Progress, StagedKv};
 
     /// What any receiver reads.
     fn decoded(frame: TransferFrame) -> TransferFrame {
@@ -263,10 +263,12 @@ mod tests {
             data in proptest::collection::vec(any::<u8>(), 0..3000),
             checksum in any::<Option<u64>>(),
             source_blocks in proptest::collection::vec(any::<u32>(), 0..20),
+            staged in any::<Option<(u32, u32)>>(),
         ) {
             let kv = KvFrame {
                 transfer_id, layer, first_block, n_blocks, data: data.into(), choice, checksum,
                 generations: source_blocks.clone(), source_blocks, ticket,
+                staged: staged.map(|(slot, generation)| StagedKv { slot, generation }),
             };
             let frame = TransferFrame { frame: Some(Frame::Kv(kv)) };
             prop_assert_eq!(decoded(frame.clone()), frame);

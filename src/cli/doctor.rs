@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use crate::config::{ByteSize, Environment, Folders, Layers, Switch, flag};
+use crate::config::{ByteSize, Device, Environment, Folders, Layers, Switch, flag};
 use crate::doctor::transfer::TransferConfig;
-use crate::engine_config::{CudaConfig, CudaFlagValues};
+use crate::engine_config::{CudaConfig, CudaFlagValues, DeviceConfig};
 
 const TRANSFER_EXAMPLES: &str = "\
 Examples:
@@ -16,6 +16,8 @@ Examples:
   From another machine, reachable as node-3; first there, then here:
     baton doctor transfer --listen node-3:7777
     baton doctor transfer --peer node-3:7777
+  From the memory of a card to the memory of the same card, in another process:
+    baton doctor transfer --device cuda
 
 GB/s are medians of interleaved rounds; the ratios are medians of each round's ratio. A listening doctor sends made-up
 bytes to whoever asks, so do not leave one open to a network that you do not trust.";
@@ -36,31 +38,35 @@ enum DoctorCommand {
 }
 
 #[derive(Args, Debug)]
-struct CudaFlags {
+struct CudaFolders {
     /// Folders with the libraries of CUDA, with ':' between them, looked through before the system's own
     #[arg(long, value_name = "FOLDERS", value_parser = flag::<Folders>)]
     cuda_libraries: Option<Folders>,
     /// Folder of compiled CUDA kernels [default: cuda-kernels beside the program, if it is there]
     #[arg(long, value_name = "FOLDER", value_parser = flag::<PathBuf>)]
     cuda_kernels: Option<PathBuf>,
+}
+
+impl CudaFolders {
+    fn config(self, deterministic: Option<Switch>) -> anyhow::Result<CudaConfig> {
+        let layers = Layers::open(Environment::from_process()?, None)?;
+        let values = CudaFlagValues {
+            deterministic,
+            libraries: self.cuda_libraries,
+            kernels: self.cuda_kernels,
+            ..CudaFlagValues::default()
+        };
+        Ok(CudaConfig::resolve(&layers, values)?)
+    }
+}
+
+#[derive(Args, Debug)]
+struct CudaFlags {
+    #[command(flatten)]
+    folders: CudaFolders,
     /// Look at what deterministic mode needs
     #[arg(long, value_enum)]
     deterministic: Option<Switch>,
-}
-
-impl CudaFlags {
-    fn run(self) -> anyhow::Result<()> {
-        let layers = Layers::open(Environment::from_process()?, None)?;
-        crate::doctor::cuda::run(&CudaConfig::resolve(
-            &layers,
-            CudaFlagValues {
-                deterministic: self.deterministic,
-                libraries: self.cuda_libraries,
-                kernels: self.cuda_kernels,
-                ..CudaFlagValues::default()
-            },
-        )?)
-    }
 }
 
 #[derive(Args, Debug)]
@@ -78,6 +84,11 @@ struct TransferFlags {
     /// Be the sending end, until standard input ends
     #[arg(long, value_name = "HOST:PORT")]
     listen: Option<String>,
+    /// Where this machine's ends have their KV
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    #[command(flatten)]
+    folders: CudaFolders,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -88,16 +99,21 @@ impl DoctorFlags {
     pub fn run(self) -> anyhow::Result<()> {
         let flags = match self.command {
             DoctorCommand::Transfer(flags) => flags,
-            DoctorCommand::Cuda(flags) => return flags.run(),
+            DoctorCommand::Cuda(flags) => return crate::doctor::cuda::run(&flags.folders.config(flags.deterministic)?),
         };
         let n_bytes = flags.size.map_or(256 << 20, |size| size.0);
+        let card = match crate::device::choose(flags.device, flags.folders.config(None)?)? {
+            DeviceConfig::Cpu => None,
+            DeviceConfig::Cuda(card) => Some(card),
+        };
         match flags.listen {
-            Some(address) => crate::doctor::transfer::listen(&address, n_bytes),
+            Some(address) => crate::doctor::transfer::listen(&address, n_bytes, card.as_ref()),
             None => crate::doctor::transfer::run(&TransferConfig {
                 n_rounds: flags.rounds.get(),
                 n_bytes,
                 peer: flags.peer,
                 json: flags.json,
+                card,
             }),
         }
     }

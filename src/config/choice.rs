@@ -71,9 +71,9 @@ choice! {
     Auto = "auto",
     /// Inside the messages.
     Grpc = "grpc",
-    /// Between processes of one host, read in place.
+    /// Between processes of one host, through memory that both map.
     SharedMemory = "shared-memory",
-    /// Between processes on one card, copied within it.
+    /// Between processes on one card, or on two that reach each other.
     CudaIpc = "cuda-ipc",
     /// Between instances of one process.
     InProcess = "in-process",

@@ -3,9 +3,8 @@
 use std::io::Write as _;
 
 use baton_engine::DType;
-use baton_engine::cuda::{Cuda, CudaMeasure, CudaMode, CudaOptions, ImageFolders, LaunchTimes};
+use baton_engine::cuda::{Cuda, CudaMeasure, CudaOptions, LaunchTimes};
 
-use crate::config::Switch;
 use crate::device::CARD_ORDINAL;
 use crate::engine_config::CudaConfig;
 
@@ -17,20 +16,7 @@ const HEAD_DIM: usize = 128;
 /// # Errors
 /// What is missing, in one line.
 pub fn run(config: &CudaConfig) -> anyhow::Result<()> {
-    let cuda = Cuda::new(CudaOptions {
-        ordinal: CARD_ORDINAL,
-        dtype: DType::Bf16,
-        head_dim: HEAD_DIM,
-        mode: match config.deterministic {
-            Switch::On => CudaMode::Deterministic,
-            Switch::Off => CudaMode::Fast,
-        },
-        libraries: config.libraries.0.clone(),
-        images: ImageFolders {
-            packaged: config.kernels.clone(),
-            cache: Some(config.image_cache.clone()),
-        },
-    })?;
+    let cuda = open(config)?;
     let mut out = std::io::stdout().lock();
     let card = cuda.card();
     writeln!(
@@ -72,6 +58,21 @@ pub fn run(config: &CudaConfig) -> anyhow::Result<()> {
         launches.graph_us
     )?;
     Ok(())
+}
+
+/// The card, with the kernels of most models.
+///
+/// # Errors
+/// What is missing, in one line.
+pub(super) fn open(config: &CudaConfig) -> anyhow::Result<Cuda> {
+    Ok(Cuda::new(CudaOptions {
+        ordinal: CARD_ORDINAL,
+        dtype: DType::Bf16,
+        head_dim: HEAD_DIM,
+        mode: config.mode(),
+        libraries: config.libraries.0.clone(),
+        images: config.images(),
+    })?)
 }
 
 fn gib(n_bytes: usize) -> f64 {

@@ -5,16 +5,18 @@ use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, ensure};
-use baton_engine::probe::{Order, PlainCopy, ProbeSource, Prober, Shape};
+use baton_engine::cuda::Cuda;
+use baton_engine::probe::{Memory, Order, PlainCopy, ProbeSource, Prober, Shape};
 use baton_engine::worker::{TransportChoice, TransportKind};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 use tokio::runtime::Runtime;
 
 use crate::config::ByteSize;
+use crate::engine_config::CudaConfig;
 
 /// What a run of the doctor is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct TransferConfig {
     /// Measured pulls of each path; one more warms up.
     pub n_rounds: usize,
@@ -24,6 +26,8 @@ pub struct TransferConfig {
     pub peer: Option<String>,
     /// Print JSON.
     pub json: bool,
+    /// The card that both ends have their KV on, unless the host has it.
+    pub card: Option<CudaConfig>,
 }
 
 /// One way for bytes from there to here.
@@ -35,15 +39,23 @@ enum Path {
 }
 
 impl Path {
-    const ALL: [Path; 7] = [
-        Path::Memcpy,
-        Path::RawTcp,
-        Path::Kv(TransportKind::Grpc, Order::Consecutive),
-        Path::Kv(TransportKind::SharedMemory, Order::Consecutive),
-        Path::Kv(TransportKind::SharedMemory, Order::Scattered),
-        Path::Kv(TransportKind::InProcess, Order::Consecutive),
-        Path::Kv(TransportKind::InProcess, Order::Scattered),
-    ];
+    /// Those that there are for KV on the host, or on a card.
+    fn all(on_card: bool) -> Vec<Path> {
+        let kinds = TransportKind::ALL.into_iter().rev();
+        let kinds = kinds.filter(|kind| on_card || !kind.needs_card());
+        let is_scattered = |kind: TransportKind| match kind {
+            // A card's blocks are gathered before they leave it.
+            TransportKind::SharedMemory => !on_card,
+            TransportKind::InProcess | TransportKind::CudaIpc => true,
+            TransportKind::Grpc => false,
+        };
+        let orders = |kind| match is_scattered(kind) {
+            true => &[Order::Consecutive, Order::Scattered][..],
+            false => &[Order::Consecutive],
+        };
+        let moved = kinds.flat_map(|kind| orders(kind).iter().map(move |&order| Path::Kv(kind, order)));
+        [Path::Memcpy, Path::RawTcp].into_iter().chain(moved).collect()
+    }
 
     fn name(self) -> String {
         match self {
@@ -79,6 +91,8 @@ pub struct TransferReport {
     pub peer: String,
     /// KV bytes of each pull.
     pub bytes_per_pull: usize,
+    /// The card that this end has its KV on, unless the host has it.
+    pub card: Option<String>,
     /// Load of this machine when the run began.
     pub load_average: String,
     /// The transport that `--kv-transport auto` uses between the two processes.
@@ -124,11 +138,12 @@ impl Drop for SourceProcess {
 ///
 /// # Errors
 /// Memory or sockets that cannot be had.
-pub fn listen(address: &str, n_bytes: u64) -> anyhow::Result<()> {
+pub fn listen(address: &str, n_bytes: u64, card: Option<&CudaConfig>) -> anyhow::Result<()> {
     baton_engine::keep_freed_memory();
+    let card = card.map(super::cuda::open).transpose()?;
     let runtime = runtime()?;
     let _context = runtime.enter();
-    let source = ProbeSource::start(address, Shape::of_bytes(n_bytes))?;
+    let source = ProbeSource::start(address, Shape::of_bytes(n_bytes), memory(card.as_ref()))?;
     println!("{}", source.address());
     std::io::stdin().read_to_end(&mut Vec::new())?;
     Ok(())
@@ -143,6 +158,17 @@ pub fn run(config: &TransferConfig) -> anyhow::Result<()> {
         let mut command = Command::new(std::env::current_exe()?);
         let n_bytes = ByteSize(config.n_bytes).to_string();
         command.args(["doctor", "transfer", "--listen", "127.0.0.1:0", "--size", &n_bytes]);
+        if let Some(card) = &config.card {
+            command.args(["--device", "cuda"]);
+            if !card.libraries.0.is_empty() {
+                command
+                    .arg("--cuda-libraries")
+                    .arg(std::env::join_paths(&card.libraries.0)?);
+            }
+            if let Some(kernels) = &card.kernels {
+                command.arg("--cuda-kernels").arg(kernels);
+            }
+        }
         Ok(command)
     };
     let report = measure(config, sender)?;
@@ -167,6 +193,8 @@ pub fn measure(
         .unwrap_or_default()
         .trim()
         .to_owned();
+    let card = config.card.as_ref().map(super::cuda::open).transpose()?;
+    let memory = memory(card.as_ref());
     let runtime = runtime()?;
     let _context = runtime.enter();
     let process = match &config.peer {
@@ -179,24 +207,26 @@ pub fn measure(
         .or(process.as_ref().map(|process| &process.address));
     let address = address.expect("one of the two").clone();
     let reach = || format!("reaching the sending end at {address}");
-    let auto = Prober::connect(&address, TransportChoice::Auto, Order::Consecutive).with_context(reach)?;
+    let auto = Prober::connect(&address, TransportChoice::Auto, Order::Consecutive, memory).with_context(reach)?;
     let shape = auto.shape();
     let offer = runtime.block_on(auto.offer())?;
     let used = *offer.kinds().first().expect("an offer names something");
     let why = match (used, offer.missing()) {
         (TransportKind::Grpc, Some(reason)) => format!("shared memory: {reason}"),
+        (TransportKind::SharedMemory, Some(reason)) => format!("in place: {reason}"),
         (TransportKind::Grpc, None) => "the processes are on different hosts".to_owned(),
         _ => "the processes share this host".to_owned(),
     };
     drop((offer, auto));
     // For the transport within a process, the sending end is here as well.
-    let here = ProbeSource::start("127.0.0.1:0", shape)?;
+    let here = ProbeSource::start("127.0.0.1:0", shape, memory)?;
     let here_address = here.address().to_string();
-    let mut lanes: Vec<Lane> = Path::ALL
+    let mut lanes: Vec<Lane> = Path::all(card.is_some())
         .into_iter()
         .map(|path| {
             let is_within = matches!(path, Path::Kv(TransportKind::InProcess, _));
-            Lane::open(path, if is_within { &here_address } else { &address }, shape, &runtime)
+            let address = if is_within { &here_address } else { &address };
+            Lane::open(path, address, shape, memory, &runtime)
         })
         .collect();
     let bar = ProgressBar::new(((config.n_rounds + 1) * lanes.len()) as u64);
@@ -225,6 +255,7 @@ pub fn measure(
     Ok(TransferReport {
         peer: address.clone(),
         bytes_per_pull: shape.n_bytes(),
+        card: card.as_ref().map(|card| card.card().name.clone()),
         load_average,
         used: used.to_string(),
         why,
@@ -246,8 +277,8 @@ enum End {
 }
 
 impl Lane {
-    fn open(path: Path, address: &str, shape: Shape, runtime: &Runtime) -> Lane {
-        let connect = |choice, order| Prober::connect(address, choice, order).map(Box::new);
+    fn open(path: Path, address: &str, shape: Shape, memory: Memory<'_>, runtime: &Runtime) -> Lane {
+        let connect = |choice, order| Prober::connect(address, choice, order, memory).map(Box::new);
         let opened = match path {
             Path::Memcpy => Ok(End::Copy(PlainCopy::new(shape))),
             Path::RawTcp => connect(TransportChoice::Auto, Order::Consecutive).map(End::Prober),
@@ -306,9 +337,13 @@ impl Lane {
 fn table(report: &TransferReport) -> String {
     use std::fmt::Write as _;
     let mut text = format!(
-        "KV from {}, {} MiB a pull; load {}\n\n{:<32} {:>8} {:>10} {:>10}\n",
+        "KV from {}, {} MiB a pull{}; load {}\n\n{:<32} {:>8} {:>10} {:>10}\n",
         report.peer,
         report.bytes_per_pull >> 20,
+        report
+            .card
+            .as_ref()
+            .map_or(String::new(), |card| format!(", on {card}")),
         report.load_average,
         "path",
         "GB/s",
@@ -336,6 +371,10 @@ fn table(report: &TransferReport) -> String {
     }
     let _ = writeln!(text, "\nauto uses {}: {}", report.used, report.why);
     text
+}
+
+fn memory(card: Option<&Cuda>) -> Memory<'_> {
+    card.map_or(Memory::Host, Memory::Card)
 }
 
 fn runtime() -> std::io::Result<Runtime> {
@@ -366,13 +405,14 @@ mod tests {
         let serving = runtime().unwrap();
         let source = {
             let _context = serving.enter();
-            ProbeSource::start("127.0.0.1:0", Shape::of_bytes(1)).unwrap()
+            ProbeSource::start("127.0.0.1:0", Shape::of_bytes(1), Memory::Host).unwrap()
         };
         let config = TransferConfig {
             n_rounds: 2,
             n_bytes: 1,
             peer: Some(source.address().to_string()),
             json: false,
+            card: None,
         };
         let report = measure(&config, || anyhow::bail!("a peer is named")).unwrap();
         assert_eq!(report.used, "in-process");
@@ -400,6 +440,7 @@ mod tests {
             Path::Kv(TransportKind::Grpc, Order::Consecutive),
             "127.0.0.1:1",
             Shape::of_bytes(1),
+            Memory::Host,
             &serving,
         );
         assert!(lane.end.is_none() && lane.trouble.is_some());

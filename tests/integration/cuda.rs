@@ -8,7 +8,8 @@ use baton_kernels::DType;
 use baton_kernels::cuda::{Cuda, CudaMode, CudaOptions, ImageFolders};
 use serde_json::json;
 
-use super::cluster::{Answer, Cluster, Process, repository, run};
+use super::cluster::{Answer, Cluster, Process, prompt, repository, run};
+use super::moves::{ask, move_one, running};
 use super::stand_in::{self, Driver};
 
 const MODEL: &str = "tests/data/models/llama3-tied-ropescaled";
@@ -101,12 +102,12 @@ async fn two_processes_on_one_card_give_the_goldens() {
     cluster.until_idle_and_whole().await;
 }
 
-/// One prompt's tokens and log-probabilities in 16 bits and deterministic mode are the same bits with either's flags. Each is
+/// One prompt's tokens and log-probabilities in 16 bits and deterministic mode are the same bits with each one's flags. Each is
 /// named with the way that its KV goes, if any does.
-async fn assert_same_bits(n_tokens: usize, cases: [(&[&str], Option<&str>); 2]) {
+async fn assert_same_bits(n_tokens: usize, cases: &[(&[&str], Option<&str>)]) {
     let prompt: Vec<u32> = (0..20).map(|i| 5 + 7 * i).collect();
     let mut answers = Vec::new();
-    for (flags, way) in cases {
+    for &(flags, way) in cases {
         let Some((_door, cluster)) = serve(&[&["--dtype", "bf16", "--deterministic", "on"], flags].concat()).await
         else {
             return;
@@ -118,15 +119,57 @@ async fn assert_same_bits(n_tokens: usize, cases: [(&[&str], Option<&str>); 2]) 
         }
         cluster.until_idle_and_whole().await;
     }
-    assert_eq!(answers[0], answers[1]);
+    for (answer, (flags, _)) in answers.iter().zip(cases) {
+        assert_eq!(*answer, answers[0], "{flags:?}");
+    }
 }
 
-/// Where the card's memory is not mapped, KV goes through pinned memory of the host and a socket.
+/// Where the card's memory is not mapped, KV goes through pinned memory of the host, which is mapped, or through a socket.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_ipc_kv_goes_through_the_host() {
     let mapped = ["--disaggregation-threshold", "0", "--kv-transport", "cuda-ipc"];
+    let staged = ["--disaggregation-threshold", "0", "--kv-transport", "shared-memory"];
     let copied = ["--disaggregation-threshold", "0", "--kv-transport", "grpc"];
-    assert_same_bits(2, [(&mapped, Some("cuda_ipc")), (&copied, Some("grpc"))]).await;
+    let cases: [(&[&str], _); 3] = [
+        (&mapped, Some("cuda_ipc")),
+        (&staged, Some("shared_memory")),
+        (&copied, Some("grpc")),
+    ];
+    assert_same_bits(2, &cases).await;
+}
+
+/// A request moves while it generates, by each way between processes, and its tokens do not notice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_request_moves_by_every_way() {
+    // Enough to be caught in the act.
+    let n_tokens = match stand_in::driver() {
+        Some(Driver::Card) => 400,
+        Some(Driver::StandIn(_)) => 32,
+        None => return,
+    };
+    let ids = prompt(5, 20);
+    let options = json!({ "max_tokens": n_tokens, "temperature": 0 });
+    let pools = ["--disaggregation-threshold", "0", "--prefill", "1", "--decode", "2"];
+    let mut expected = None;
+    for way in ["cuda-ipc", "shared-memory", "grpc"] {
+        let flags = ["--dtype", "bf16", "--deterministic", "on", "--kv-transport", way];
+        let Some((_door, cluster)) = serve(&[&flags[..], &pools].concat()).await else {
+            return;
+        };
+        let meanwhile = async {
+            let request = running(&cluster, 2).await;
+            move_one(&cluster, &request.request_id, "").await.expect("it moves").1
+        };
+        let (moved, to) = tokio::join!(ask(&cluster, &ids, &options), meanwhile);
+        let counter = format!("kv_bytes_received_by_{}_total", way.replace('-', "_"));
+        cluster.until_counter(&to, &counter, |n| n > 0).await;
+        assert_eq!(cluster.counter(&to, "moves_in_total").await, 1);
+        if expected.is_none() {
+            expected = Some(ask(&cluster, &ids, &options).await);
+        }
+        assert_eq!(Some(moved), expected, "{way}");
+        cluster.until_idle_and_whole().await;
+    }
 }
 
 /// Two instances of one process: KV is handed over within the card.
@@ -139,14 +182,14 @@ async fn instances_of_one_process_hand_over_within_the_card() {
         "--prefill-sm-share=50%",
     ];
     let two = ["--disaggregation-threshold", "0", "--colocate=off"];
-    assert_same_bits(2, [(&one, Some("in_process")), (&two, Some("cuda_ipc"))]).await;
+    assert_same_bits(2, &[(&one, Some("in_process")), (&two, Some("cuda_ipc"))]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deterministic_bits_are_the_same_handed_over_or_not() {
     let handed_over = ["--disaggregation-threshold", "0"];
     let in_chunks = ["--mixed", "1", "--max-batch-tokens", "8", "--max-num-seqs", "4"];
-    assert_same_bits(3, [(&handed_over, None), (&in_chunks, None)]).await;
+    assert_same_bits(3, &[(&handed_over, None), (&in_chunks, None)]).await;
 }
 
 /// Needs the compiler alone; where other tests have compiled already, little is left to do.
@@ -163,6 +206,33 @@ async fn kernels_are_compiled_beforehand() {
     assert!(stdout.contains(&format!("kernels for 90a in {images}")), "{stdout}");
     let (code, _, stderr) = run(&[&kernels[..], &["--architectures", "90a,hopper"]].concat()).await;
     assert!(code == Some(2) && stderr.contains("hopper"), "{stderr}");
+
+    // With these the doctor moves KV between the cards of two processes, by each way that there is.
+    let transfer = [
+        "doctor", "transfer", "--device", "cuda", "--json", "--size", "1MiB", "--rounds", "1",
+    ];
+    let folders = ["--cuda-libraries", libraries, "--cuda-kernels", images];
+    let (code, stdout, stderr) = run(&[&transfer[..], &folders].concat()).await;
+    assert_eq!(code, Some(0), "{stderr}");
+    let report: serde_json::Value = serde_json::from_str(&stdout).expect("JSON");
+    assert_eq!(
+        (&report["used"], &report["card"]),
+        (&json!("cuda-ipc"), &json!("CUDA stand-in"))
+    );
+    let paths = report["paths"].as_array().expect("paths");
+    let names: Vec<&str> = paths.iter().filter_map(|path| path["path"].as_str()).collect();
+    let expected = [
+        "memcpy",
+        "raw tcp",
+        "grpc",
+        "shared-memory",
+        "cuda-ipc",
+        "cuda-ipc, scattered blocks",
+    ];
+    assert_eq!(names[..expected.len()], expected);
+    for path in paths {
+        assert!(path["gb_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{path}");
+    }
 }
 
 #[tokio::test]

@@ -184,6 +184,15 @@ pub fn load_cuda_at(
     });
     let mut decoder = decoder?;
     record_steps(&mut decoder);
+    let began = Instant::now();
+    let n_products = decoder.prepare_products();
+    if n_products > 0 {
+        tracing::info!(
+            n_products,
+            seconds = began.elapsed().as_secs_f32(),
+            "large steps prepared"
+        );
+    }
     Ok(decoder)
 }
 

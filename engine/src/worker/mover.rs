@@ -138,7 +138,7 @@ impl Mover {
         }
         let limits = MigrationLimits {
             max_in_flight: MAX_IN_FLIGHT,
-            max_blocks_per_frame: (sender.kind().frame_bytes() / layout.layer_block_bytes()).max(1) as u32,
+            max_blocks_per_frame: (sender.frame_bytes() / layout.layer_block_bytes()).max(1) as u32,
             stall_deadline: nanos(worker.options.stall_deadline),
             resume_deadline: nanos(worker.options.resume_deadline),
             max_stages: worker.options.move_stages,

@@ -84,7 +84,7 @@ impl SourceDriver {
         let layer_groups = worker.engine.layer_groups().of_layers();
         let n_layers = layer_groups.len();
         let plan = TransferPlan::handoff(layer_groups, first_blocks, job.n_blocks() as u32);
-        let per_frame = (sender.kind().frame_bytes() / layout.layer_block_bytes()).max(1) as u32;
+        let per_frame = (sender.frame_bytes() / layout.layer_block_bytes()).max(1) as u32;
         let stall_deadline = nanos(worker.options.stall_deadline);
         link.push(Frame::Accepted(accepted));
         Ok(SourceDriver {

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 
 use super::function::Args;
-use super::gemm::Product;
+use super::gemm;
 use super::graphs::DecodeGraphs;
 use super::launch;
 use super::opened::{Cuda, CudaMode};
@@ -207,18 +207,27 @@ impl Backend for Cuda {
             w.n_in
         );
         let to = out.resize("linear", x.rows(), w.n_out);
-        let product = Product {
-            rows: x.rows(),
-            n_in: w.n_in,
-            n_out: w.n_out,
-            dtype: self.dtype,
-            out_dtype: out.dtype,
-            x: x.address(),
-            w: w.buffer.address(),
-            out: to,
-        };
+        let product = self.product_of(x.rows(), x, w, to, out.dtype);
         // SAFETY: x is `[rows, n_in]`, w `[n_out, n_in]`, out `[rows, n_out]`, of the dtypes said.
         unsafe { self.product(product) };
+    }
+
+    fn prepare_linear(&self, out: &mut CudaTensor, x: &CudaTensor, w: &CudaMatrix) -> usize {
+        let max_rows = out.max_rows().min(x.max_rows());
+        assert!(
+            (out.cols(), x.cols()) == (w.n_out, w.n_in),
+            "prepare_linear: x of {} columns, out of {}, weight [{}, {}]",
+            x.cols(),
+            out.cols(),
+            w.n_out,
+            w.n_in
+        );
+        let is_chosen_now = |&rows: &usize| {
+            let product = self.product_of(rows, x, w, out.address_mut(), out.dtype);
+            // SAFETY: both tensors have memory for so many rows, of the dtypes said; what is in them does not matter.
+            unsafe { self.prepare_product(product) }
+        };
+        gemm::rows_of_large_steps(max_rows).filter(is_chosen_now).count()
     }
 
     fn add_bias(&self, x: &mut CudaTensor, bias: &CudaVector) {

@@ -1,5 +1,6 @@
 //! Memory of the device, and pinned memory of the host that the device copies to and from. Sizes and addresses; no shapes.
 
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,6 +9,7 @@ use cudarc::driver::{CudaContext, CudaStream, result};
 
 use super::device::Device;
 use super::error::{CudaError, During as _};
+use super::shared_pinned::SharedPinned;
 
 /// Bytes of device memory, freed on drop. Not from a pool, so that other processes can be given them.
 pub(crate) struct DeviceBuffer {
@@ -20,11 +22,21 @@ pub(crate) struct DeviceBuffer {
 }
 
 impl DeviceBuffer {
-    /// Of unspecified contents.
+    /// For the device's own use, of unspecified contents.
     ///
     /// # Errors
     /// Too little memory; `what` is then named.
     pub(super) fn new(device: &Device, what: &str, n_bytes: usize) -> Result<DeviceBuffer, CudaError> {
+        let buffer = DeviceBuffer::common(device, what, n_bytes)?;
+        device.own_bytes.fetch_add(n_bytes, Ordering::Relaxed);
+        Ok(buffer)
+    }
+
+    /// The same for what instances have in common.
+    ///
+    /// # Errors
+    /// As [`DeviceBuffer::new`].
+    pub(super) fn common(device: &Device, what: &str, n_bytes: usize) -> Result<DeviceBuffer, CudaError> {
         let allocating = || format!("allocate {n_bytes} bytes of device memory for {what}");
         device.context.bind_to_thread().during(allocating)?;
         let address = match n_bytes {
@@ -115,9 +127,16 @@ impl Drop for DeviceBuffer {
 
 /// Page-locked bytes of the host.
 pub(crate) struct PinnedBuffer {
-    context: Arc<CudaContext>,
-    bytes: std::ptr::NonNull<u8>,
+    bytes: NonNull<u8>,
     n_bytes: usize,
+    memory: PinnedMemory,
+}
+
+enum PinnedMemory {
+    /// The driver's, for this buffer alone.
+    Own(Arc<CudaContext>),
+    /// A part of what other processes may read.
+    Within { _all: Arc<SharedPinned> },
 }
 
 // SAFETY: memory of the process like any other, owned by this handle alone.
@@ -136,10 +155,24 @@ impl PinnedBuffer {
         // SAFETY: as many bytes as were just allocated; they are given a value so that slices of them are.
         unsafe { std::ptr::write_bytes(bytes.cast::<u8>(), 0, n_bytes) };
         Ok(PinnedBuffer {
-            context: Arc::clone(context),
-            bytes: std::ptr::NonNull::new(bytes.cast()).expect("the driver gave an address"),
+            bytes: NonNull::new(bytes.cast()).expect("the driver gave an address"),
             n_bytes,
+            memory: PinnedMemory::Own(Arc::clone(context)),
         })
+    }
+
+    /// A part of `memory`, which it keeps.
+    ///
+    /// # Safety
+    /// The bytes lie within that memory, have a value, and are no other buffer's.
+    pub(super) unsafe fn within(memory: &Arc<SharedPinned>, bytes: NonNull<u8>, n_bytes: usize) -> PinnedBuffer {
+        PinnedBuffer {
+            bytes,
+            n_bytes,
+            memory: PinnedMemory::Within {
+                _all: Arc::clone(memory),
+            },
+        }
     }
 
     pub(super) fn n_bytes(&self) -> usize {
@@ -148,7 +181,7 @@ impl PinnedBuffer {
 
     /// The bytes. No copy to them may be queued that has not been waited for.
     pub(super) fn as_slice(&self) -> &[u8] {
-        // SAFETY: initialised in `new`, owned, and written through `&mut self` or by copies that were waited for.
+        // SAFETY: initialised when made, owned, and written through `&mut self` or by copies that were waited for.
         unsafe { std::slice::from_raw_parts(self.bytes.as_ptr(), self.n_bytes) }
     }
 
@@ -161,7 +194,10 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
+        let PinnedMemory::Own(context) = &self.memory else {
+            return;
+        };
+        let _ = context.bind_to_thread();
         // SAFETY: allocated by `new`, freed once; the driver waits for copies that use it.
         let _ = unsafe { result::free_host(self.bytes.as_ptr().cast()) };
     }

@@ -5,6 +5,7 @@
 //! that the step thread recorded; the compute stream never waits for them.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode, CUstreamCaptureStatus};
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream};
@@ -30,6 +31,8 @@ pub(crate) struct Device {
     _share: Option<GreenContext>,
     /// The first that was refused in the capture that is under way.
     capture_failure: Mutex<Option<String>>,
+    /// Bytes of device memory taken so far for what no other instance has: not for weights that are shared, nor for caches.
+    pub(super) own_bytes: AtomicUsize,
 }
 
 impl Device {
@@ -71,6 +74,7 @@ impl Device {
             context,
             card,
             capture_failure: Mutex::default(),
+            own_bytes: AtomicUsize::new(0),
         }))
     }
 

@@ -74,13 +74,15 @@ pub enum CudaError {
         /// What the driver says is left.
         free_bytes: usize,
     },
-    /// Memory that another process names lies on another card than the one that is to read it.
-    #[error("its memory is on card {found}, ours is {expected}")]
+    /// Memory that another process names lies on a card that ours cannot read.
+    #[error("its memory is on card {found}, ours is {expected}: {reason}")]
     OtherCard {
         /// Where it is.
         found: CardUuid,
         /// Where we compute.
         expected: CardUuid,
+        /// Why one does not reach the other.
+        reason: &'static str,
     },
     /// A share of the multiprocessors that the driver does not give.
     #[error(

@@ -46,12 +46,36 @@ struct Shape {
     out_dtype: DType,
 }
 
+impl Shape {
+    fn of(product: Product) -> Shape {
+        Shape {
+            max_rows: row_class(product.rows),
+            n_in: product.n_in,
+            n_out: product.n_out,
+            dtype: product.dtype,
+            out_dtype: product.out_dtype,
+        }
+    }
+}
+
+fn stop(product: Product, error: CublasError) -> ! {
+    panic!("CUDA: cannot multiply {product:?}: {error}")
+}
+
 /// Rows to which a step's are thought padded: the finer sizes are those of recorded decode steps, which are padded indeed.
 fn row_class(rows: usize) -> usize {
     match rows {
         5..=256 => rows.next_multiple_of(8),
         _ => rows.next_power_of_two(),
     }
+}
+
+/// The rows of steps beyond those that are recorded, one number of each class up to `max_rows`.
+pub(super) fn rows_of_large_steps(max_rows: usize) -> impl Iterator<Item = usize> {
+    let classes = std::iter::successors(Some(512), |rows: &usize| rows.checked_mul(2));
+    classes
+        .take_while(move |class| class / 2 < max_rows)
+        .map(move |class| class.min(max_rows))
 }
 
 /// The library, its workspace and what was chosen.
@@ -101,31 +125,48 @@ impl Gemm {
         if product.rows == 0 {
             return;
         }
-        let stop = |error: CublasError| -> ! { panic!("CUDA: cannot multiply {product:?}: {error}") };
-        let problem = Problem::new(product).unwrap_or_else(|error| stop(error));
-        self.device.context.bind_to_thread().or_stop("use the context");
-        let shape = Shape {
-            max_rows: row_class(product.rows),
-            n_in: product.n_in,
-            n_out: product.n_out,
-            dtype: product.dtype,
-            out_dtype: product.out_dtype,
-        };
-        let chosen = self.chosen.borrow().get(&shape).copied();
-        let algorithm = match chosen.filter(|algorithm| problem.takes(self.handle, algorithm)) {
-            Some(algorithm) => algorithm,
-            None => {
-                // SAFETY: the caller's promise; runs that are thrown away write what the last one writes again.
-                let algorithm = unsafe { self.choose(&problem, product) }.unwrap_or_else(|error| stop(error));
-                self.chosen.borrow_mut().insert(shape, algorithm);
-                algorithm
-            }
-        };
+        let problem = self.problem(product);
+        // SAFETY: the caller's promise.
+        let algorithm = unsafe { self.algorithm(&problem, product) };
         // SAFETY: the caller's promise.
         if let Err(error) = unsafe { self.queue(&problem, product, &algorithm) } {
             let failure = format!("cannot multiply {product:?}: {error}");
             self.device.stop(&self.device.compute, failure);
         }
+    }
+
+    /// Has the algorithm chosen for products of as many rows, by running some of them; `false` if it was chosen before.
+    ///
+    /// # Safety
+    /// As of [`Gemm::run`].
+    pub(super) unsafe fn prepare(&self, product: Product) -> bool {
+        let is_new = product.rows > 0 && !self.chosen.borrow().contains_key(&Shape::of(product));
+        if is_new {
+            // SAFETY: the caller's promise.
+            unsafe { self.algorithm(&self.problem(product), product) };
+        }
+        is_new
+    }
+
+    fn problem(&self, product: Product) -> Problem {
+        self.device.context.bind_to_thread().or_stop("use the context");
+        Problem::new(product).unwrap_or_else(|error| stop(product, error))
+    }
+
+    /// What was chosen, or is now.
+    ///
+    /// # Safety
+    /// As of [`Gemm::run`].
+    unsafe fn algorithm(&self, problem: &Problem, product: Product) -> sys::cublasLtMatmulAlgo_t {
+        let shape = Shape::of(product);
+        let chosen = self.chosen.borrow().get(&shape).copied();
+        if let Some(algorithm) = chosen.filter(|algorithm| problem.takes(self.handle, algorithm)) {
+            return algorithm;
+        }
+        // SAFETY: the caller's promise; runs that are thrown away write what the last one writes again.
+        let algorithm = unsafe { self.choose(problem, product) }.unwrap_or_else(|error| stop(product, error));
+        self.chosen.borrow_mut().insert(shape, algorithm);
+        algorithm
     }
 
     /// The fastest of what the library suggests; its first suggestion where nothing can be measured.

@@ -81,16 +81,12 @@ pub(super) struct ForeignBuffer {
 }
 
 impl ForeignBuffer {
+    /// Of this card, or of one whose memory this card reads over the bus or NVLink.
+    ///
     /// # Errors
-    /// Memory of another card, a handle whose process has gone, or a system without it.
+    /// Memory of any other card, a handle whose process has gone, or a system without it.
     pub(super) fn open(device: &Device, handle: &CudaMemoryHandle) -> Result<ForeignBuffer, CudaError> {
-        let here = device.uuid()?;
-        if handle.card != here {
-            return Err(CudaError::OtherCard {
-                found: handle.card,
-                expected: here,
-            });
-        }
+        device.check_reaches(handle.card)?;
         let mapping = || "map device memory of another process".to_owned();
         device.context.bind_to_thread().during(mapping)?;
         let raw = sys::CUipcMemHandle {
@@ -126,8 +122,46 @@ impl Drop for ForeignBuffer {
 impl Device {
     /// The card's own name.
     pub(super) fn uuid(&self) -> Result<CardUuid, CudaError> {
-        let asking = || "ask for the card's name".to_owned();
-        let uuid = result::device::get_uuid(self.context.cu_device()).during(asking)?;
-        Ok(CardUuid(uuid.bytes.map(|byte| byte as u8)))
+        uuid_of(self.context.cu_device()).during(asking)
     }
+
+    /// Whether kernels here can read the memory of that card.
+    fn check_reaches(&self, card: CardUuid) -> Result<(), CudaError> {
+        let here = self.uuid()?;
+        if card == here {
+            return Ok(());
+        }
+        let refused = |reason| {
+            Err(CudaError::OtherCard {
+                found: card,
+                expected: here,
+                reason,
+            })
+        };
+        for ordinal in 0..result::device::get_count().during(asking)? {
+            let other = result::device::get(ordinal).during(asking)?;
+            if uuid_of(other).during(asking)? != card {
+                continue;
+            }
+            let mut can_access = 0;
+            // SAFETY: two devices that the driver gave; writes one integer.
+            unsafe { sys::cuDeviceCanAccessPeer(&raw mut can_access, self.context.cu_device(), other) }
+                .result()
+                .during(asking)?;
+            return match can_access {
+                0 => refused("the driver gives one no access to the other's memory"),
+                _ => Ok(()),
+            };
+        }
+        refused("this process does not see that card (CUDA_VISIBLE_DEVICES)")
+    }
+}
+
+fn asking() -> String {
+    "ask which card this is".to_owned()
+}
+
+fn uuid_of(device: sys::CUdevice) -> Result<CardUuid, result::DriverError> {
+    let uuid = result::device::get_uuid(device)?;
+    Ok(CardUuid(uuid.bytes.map(|byte| byte as u8)))
 }

@@ -15,12 +15,15 @@ use super::ipc::{CudaMemoryHandle, ForeignBuffer};
 use super::kernels::KvKernels;
 use super::launch;
 use super::place::KvPart;
+use super::shared_pinned::SharedPinned;
 use super::staging::{Acquired, Lent, MAX_LISTED, Ring};
 use crate::layout::KvLayout;
 
-/// Slots for blocks on their way out; of these, so many may wait to be sent. A handoff has two frames on its link.
-const OUTBOUND_SLOTS: usize = 8;
-const OUTBOUND_LENT: usize = 6;
+/// Slots for blocks on their way out; of these, so many may wait to be sent, or to be fetched by another process. A handoff
+/// has two frames on its link; what is fetched comes back after the link's round trip, in which, if it takes 0.2 ms, the
+/// fastest bus of a card (PCIe 5.0 x16, 64 GB/s) fills a dozen.
+const OUTBOUND_SLOTS: usize = 16;
+const OUTBOUND_LENT: usize = 14;
 /// Slots for blocks on their way in, which nobody keeps.
 const INBOUND_SLOTS: usize = 4;
 /// Bytes of blocks in a slot, unless one block of one layer has more: what a frame carries.
@@ -90,24 +93,43 @@ pub(crate) struct DeviceKv {
     device: Arc<Device>,
 }
 
+/// The ways out of a cache and into it.
+pub(super) struct Staging {
+    outbound: Arc<Ring>,
+    inbound: Arc<Ring>,
+}
+
+impl Staging {
+    /// # Errors
+    /// Too little memory of either kind.
+    pub(super) fn new(device: &Device, layout: KvLayout) -> Result<Staging, CudaError> {
+        let slot_bytes = layout.layer_block_bytes().max(SLOT_BYTES);
+        Ok(Staging {
+            outbound: Ring::lending(device, OUTBOUND_SLOTS, OUTBOUND_LENT, slot_bytes)?,
+            inbound: Ring::private(device, INBOUND_SLOTS, slot_bytes)?,
+        })
+    }
+}
+
 impl DeviceKv {
     pub(super) fn new(
         device: Arc<Device>,
         kernels: Arc<KvKernels>,
         layout: KvLayout,
         part: KvPart,
+        staging: Staging,
     ) -> Result<DeviceKv, CudaError> {
         let n_bytes = layout.block_bytes() * part.n_blocks;
         // What attention reads past a sequence's end is masked, and not-a-number times nothing is not nothing.
         part.buffer.zero_part(part.offset, n_bytes, &device.compute)?;
-        let slot_bytes = layout.layer_block_bytes().max(SLOT_BYTES);
+        let Staging { outbound, inbound } = staging;
         Ok(DeviceKv {
             layout,
             n_blocks: u32::try_from(part.n_blocks).expect("as KV geometry has it"),
             part,
             kernels,
-            outbound: Ring::new(&device, OUTBOUND_SLOTS, OUTBOUND_LENT, slot_bytes)?,
-            inbound: Ring::new(&device, INBOUND_SLOTS, 0, slot_bytes)?,
+            outbound,
+            inbound,
             device,
         })
     }
@@ -131,6 +153,11 @@ impl DeviceKv {
         CudaMemoryHandle::of(&self.device, &self.part.buffer, self.part.offset)
     }
 
+    /// The memory through which blocks leave, if other processes may read it.
+    pub(crate) fn staging(&self) -> Option<&SharedPinned> {
+        self.outbound.shared()
+    }
+
     /// Maps a cache of `n_blocks` blocks of our layout that another process has named.
     pub(crate) fn open(&self, handle: &CudaMemoryHandle, n_blocks: usize) -> Result<ForeignPlanes, CudaError> {
         Ok(ForeignPlanes {
@@ -149,10 +176,10 @@ impl DeviceKv {
         let part_bytes = self.layout.part_bytes();
         let n_bytes = 2 * part_bytes * blocks.len();
         if blocks.len() <= self.blocks_per_slot(&self.outbound) {
-            let slot = self.gather_slot(layer, blocks, fences);
+            let mut slot = self.gather_slot(layer, blocks, fences);
             return match slot.lend(n_bytes) {
-                Ok(lent) => Gathered::Pinned(lent),
-                Err(slot) => Gathered::Copied(slot.payload(n_bytes).to_vec()),
+                Some(lent) => Gathered::Pinned(lent),
+                None => Gathered::Copied(slot.payload(n_bytes).to_vec()),
             };
         }
         let mut bytes = vec![0; n_bytes];

@@ -33,6 +33,7 @@ mod rope;
 mod sampler;
 pub mod sampling;
 mod scratch;
+mod shared_pinned;
 pub mod sources;
 mod staging;
 mod tensor;

@@ -16,13 +16,13 @@ use super::gemm::{Gemm, Product};
 use super::graphs::{DecodeGraphs, Recording};
 use super::images::{ImageFolders, ImageOrigin};
 use super::kernels::Kernels;
-use super::kv::DeviceKv;
+use super::kv::{DeviceKv, Staging};
 use super::launch;
 use super::limits::StepLimits;
 use super::place::{CudaKvArena, CudaPlace};
 use super::probe::CudaCard;
 use super::scratch::Scratch;
-use super::tensor::CudaTensor;
+use super::tensor::{CudaMatrix, CudaTensor};
 use super::upload::Uploads;
 use crate::backend::{Activation, RaggedBatch};
 use crate::error::KernelError;
@@ -177,9 +177,12 @@ impl Cuda {
         }
         let alone = CudaKvArena::new(1);
         let arena = self.place.arena.as_deref().unwrap_or(&alone);
+        // Before the part, which takes what is left.
+        let staging = Staging::new(&self.device, layout)?;
         let part = arena.part(&self.device, layout, n_blocks)?;
         let (device, kernels, n_blocks) = (Arc::clone(&self.device), Arc::clone(&self.kernels.kv), part.n_blocks);
-        KvCache::on_device(layout, n_blocks, DeviceKv::new(device, kernels, layout, part)?)
+        let planes = DeviceKv::new(device, kernels, layout, part, staging)?;
+        KvCache::on_device(layout, n_blocks, planes)
     }
 
     /// Sets a tensor's rows from the host's `[rows, cols]`. For tests and for models fed from the host.
@@ -230,6 +233,36 @@ impl Cuda {
                 // SAFETY: the caller's promise.
                 unsafe { linear.run(&self.device.compute, product) };
             }
+        }
+    }
+
+    /// Has the way of computing products of as many rows chosen, where there is a choice that is not made; whether it was now.
+    ///
+    /// # Safety
+    /// As of [`Cuda::product`].
+    pub(super) unsafe fn prepare_product(&self, product: Product) -> bool {
+        // SAFETY: the caller's promise.
+        self.gemm.as_ref().is_some_and(|gemm| unsafe { gemm.prepare(product) })
+    }
+
+    /// `x w^T` of `rows` rows into `out`.
+    pub(super) fn product_of(
+        &self,
+        rows: usize,
+        x: &CudaTensor,
+        w: &CudaMatrix,
+        out: u64,
+        out_dtype: DType,
+    ) -> Product {
+        Product {
+            rows,
+            n_in: w.n_in,
+            n_out: w.n_out,
+            dtype: self.dtype,
+            out_dtype,
+            x: x.address(),
+            w: w.buffer.address(),
+            out,
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
 
@@ -33,7 +34,7 @@ pub enum CudaTurn {
 }
 
 /// Memory for the caches of several instances of a process: one allocation, sized once, when the first of them has its
-/// weights and activations; each takes an equal part.
+/// weights and activations, of what then is left beyond as much for each of the others; each takes an equal part.
 pub struct CudaKvArena {
     n_instances: usize,
     allocated: Mutex<Option<Allocated>>,
@@ -79,9 +80,12 @@ impl CudaKvArena {
         let allocated = match &mut *allocated {
             Some(allocated) => allocated,
             none => {
-                let n_blocks = n_blocks(device.free_bytes()?);
+                // The others will want as much for themselves as this one has.
+                let own_bytes = device.own_bytes.load(Ordering::Relaxed);
+                let others_bytes = own_bytes.saturating_mul(self.n_instances - 1);
+                let n_blocks = n_blocks(device.free_bytes()?.saturating_sub(others_bytes));
                 let n_bytes = part_bytes(layout, n_blocks).saturating_mul(self.n_instances);
-                let buffer = DeviceBuffer::new(device, "the KV cache", n_bytes)?;
+                let buffer = DeviceBuffer::common(device, "the KV cache", n_bytes)?;
                 none.insert(Allocated {
                     buffer: Arc::new(buffer),
                     layout,

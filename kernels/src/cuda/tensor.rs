@@ -56,6 +56,11 @@ impl CudaTensor {
         self.rows
     }
 
+    /// Rows that there is memory for.
+    pub(super) fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
     /// Columns.
     pub fn cols(&self) -> usize {
         self.cols

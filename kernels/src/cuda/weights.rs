@@ -23,12 +23,13 @@ pub(super) fn upload(
     name: &str,
     bytes: &[u8],
 ) -> Result<Arc<DeviceBuffer>, CudaError> {
-    let upload = || {
-        let mut buffer = DeviceBuffer::new(device, name, bytes.len())?;
+    let write = |mut buffer: DeviceBuffer| {
         buffer.write_now(0, bytes)?;
         Ok(Arc::new(buffer))
     };
-    let Some(key) = weights.key() else { return upload() };
+    let Some(key) = weights.key() else {
+        return write(DeviceBuffer::new(device, name, bytes.len())?);
+    };
     // Held while the bytes are copied: who comes second waits for them, as there may be no room for both.
     let mut loaded = LOADED.lock();
     let at = (device.card.ordinal, key.to_owned(), name.to_owned());
@@ -36,7 +37,7 @@ pub(super) fn upload(
         assert_eq!(buffer.n_bytes(), bytes.len(), "{name} of {key}: same key, same bytes");
         return Ok(buffer);
     }
-    let buffer = upload()?;
+    let buffer = write(DeviceBuffer::common(device, name, bytes.len())?)?;
     loaded.insert(at, Arc::downgrade(&buffer));
     Ok(buffer)
 }

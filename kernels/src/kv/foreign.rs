@@ -6,13 +6,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::MmapRaw;
 
-use super::KvWrite;
 use super::memory::{Geometry, KvMemory, Part};
+use super::{KvStaging, KvWrite};
 use crate::cuda::{CudaMemoryHandle, ForeignPlanes};
 use crate::error::KernelError;
 use crate::layout::KvLayout;
+use crate::sealed_memory::{self, copy_changing};
 
 /// The right to let other processes read a [`KvCache`](super::KvCache). Keeps its memory alive.
 #[derive(Clone)]
@@ -32,9 +33,23 @@ impl KvShare {
         self.memory.geometry.n_blocks
     }
 
-    /// The name of the blocks' memory, where a card has them; then the file has their generations alone.
+    /// Whether a card has the blocks; then the file has their generations alone.
+    pub fn is_on_card(&self) -> bool {
+        self.memory.device().is_some()
+    }
+
+    /// The name of the blocks' memory, where a card has them and others may map it.
     pub fn card(&self) -> Option<&CudaMemoryHandle> {
         self.card.as_ref()
+    }
+
+    /// The host's memory through which blocks leave a card, where others may map that.
+    pub fn staging(&self) -> Option<KvStaging<'_>> {
+        let memory = self.memory.device()?.staging()?;
+        Some(KvStaging {
+            file: memory.file(),
+            geometry: memory.geometry(),
+        })
     }
 }
 
@@ -61,7 +76,7 @@ impl ForeignKv {
     pub fn map(file: &OwnedFd, layout: KvLayout, n_blocks: usize) -> Result<ForeignKv, KernelError> {
         let geometry = Geometry::new(layout, n_blocks)?;
         Ok(ForeignKv {
-            map: map_sealed(file, geometry.n_bytes)?,
+            map: sealed_memory::map(file, geometry.n_bytes)?,
             geometry,
             card: None,
         })
@@ -85,7 +100,7 @@ impl ForeignKv {
             });
         };
         Ok(ForeignKv {
-            map: map_sealed(file, geometry.generation_bytes())?,
+            map: sealed_memory::map(file, geometry.generation_bytes())?,
             geometry,
             card: Some(device.open(handle, n_blocks)?),
         })
@@ -208,64 +223,5 @@ impl ForeignKv {
         // SAFETY: an aligned word within the mapping, which lives as long as `self`, which every process touches by atomics
         // alone, and which we only load: relaxed, as read-only memory allows.
         unsafe { AtomicU32::from_ptr(at.cast()) }.load(Ordering::Relaxed)
-    }
-}
-
-/// Maps a file of exactly `n_bytes` that cannot shrink.
-#[cfg(target_os = "linux")]
-fn map_sealed(file: &OwnedFd, n_bytes: usize) -> Result<MmapRaw, KernelError> {
-    let refuse = |error: io::Error| KernelError::Foreign { error };
-    let seals = rustix::fs::fcntl_get_seals(file).map_err(|error| refuse(error.into()))?;
-    if !seals.contains(rustix::fs::SealFlags::SHRINK) {
-        return Err(refuse(io::Error::other("the file is not sealed against shrinking")));
-    }
-    let found = rustix::fs::fstat(file).map_err(|error| refuse(error.into()))?.st_size;
-    if usize::try_from(found) != Ok(n_bytes) {
-        let message = format!("the file has {found} bytes, expected {n_bytes}");
-        return Err(refuse(io::Error::other(message)));
-    }
-    MmapOptions::new().len(n_bytes).map_raw_read_only(file).map_err(refuse)
-}
-
-/// Nothing is shared here.
-#[cfg(not(target_os = "linux"))]
-fn map_sealed(_: &OwnedFd, _: usize) -> Result<MmapRaw, KernelError> {
-    Err(KernelError::Foreign {
-        error: io::ErrorKind::Unsupported.into(),
-    })
-}
-
-/// Copies bytes that another process may change meanwhile. What arrives is then any mixture of old and new.
-///
-/// # Safety
-/// `source` is readable and `target` writable for `n_bytes`; they do not overlap, and nobody else touches the target.
-unsafe fn copy_changing(source: *const u8, target: *mut u8, n_bytes: usize) {
-    // A string copy in assembly: to the compiler the loads are unknown, so that it derives nothing from them, and it is as
-    // fast as the C library's (within the noise in pieces of 16 KiB on Zen 5).
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: the ranges are the caller's promise; the direction flag is clear, as the ABI demands.
-    unsafe {
-        std::arch::asm!(
-            "rep movsb",
-            inout("rcx") n_bytes => _,
-            inout("rsi") source => _,
-            inout("rdi") target => _,
-            options(nostack, preserves_flags)
-        );
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        let n_words = n_bytes / size_of::<u64>();
-        for word in 0..n_words {
-            // SAFETY: within the ranges of the caller's promise.
-            unsafe {
-                let value = source.cast::<u64>().add(word).read_volatile();
-                target.cast::<u64>().add(word).write_unaligned(value);
-            }
-        }
-        for byte in n_words * size_of::<u64>()..n_bytes {
-            // SAFETY: as above.
-            unsafe { target.add(byte).write(source.add(byte).read_volatile()) };
-        }
     }
 }

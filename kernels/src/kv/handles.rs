@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
+use super::StagedPlace;
 use super::memory::{KvMemory, Part};
 use crate::cuda::{Fence, Gathered, Lent};
 use crate::error::KernelError;
@@ -147,6 +148,16 @@ pub struct KvBytes(Bytes);
 enum Bytes {
     Heap(Vec<u8>),
     Pinned(Lent),
+}
+
+impl KvBytes {
+    /// Where other processes find the bytes for as long as this lives, if they may read them there.
+    pub fn place(&self) -> Option<StagedPlace> {
+        match &self.0 {
+            Bytes::Heap(_) => None,
+            Bytes::Pinned(lent) => lent.place(),
+        }
+    }
 }
 
 impl AsRef<[u8]> for KvBytes {

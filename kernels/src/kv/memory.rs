@@ -9,6 +9,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use crate::cuda::DeviceKv;
 use crate::error::KernelError;
 use crate::layout::{DType, KvLayout};
+use crate::sealed_memory;
 
 /// The bytes of blocks begin on a huge page.
 const PLANES_ALIGN: usize = 2 << 20;
@@ -155,7 +156,7 @@ impl KvMemory {
 
     /// Memory of a device; generations in memory that other processes may map for reading, where there is such memory.
     pub(super) fn on_device(geometry: Geometry, planes: DeviceKv) -> Result<KvMemory, KernelError> {
-        let (map, file) = match shared_file(geometry.generation_bytes()) {
+        let (map, file) = match sealed_memory::create(geometry.generation_bytes()) {
             Ok((map, file)) => (map, Some(file)),
             Err(_) => {
                 let map = MmapOptions::new().len(geometry.generation_bytes()).map_anon();
@@ -168,7 +169,7 @@ impl KvMemory {
     /// Memory that other processes may map for reading.
     pub(super) fn shared(geometry: Geometry) -> Result<KvMemory, KernelError> {
         geometry.check_host_dtype()?;
-        let (map, file) = shared_file(geometry.n_bytes).map_err(|error| out_of_memory(geometry, error))?;
+        let (map, file) = sealed_memory::create(geometry.n_bytes).map_err(|error| out_of_memory(geometry, error))?;
         Ok(KvMemory::over(map, geometry, Some(file), Home::Host))
     }
 
@@ -260,30 +261,6 @@ impl KvMemory {
             "layer {layer}, block {block} is used while it is being written"
         );
     }
-}
-
-/// Zeroed memory and its file, which whoever gets it can map for reading, and neither write nor resize.
-#[cfg(target_os = "linux")]
-fn shared_file(n_bytes: usize) -> io::Result<(MmapRaw, OwnedFd)> {
-    use rustix::fs::{MemfdFlags, SealFlags};
-    let file = rustix::fs::memfd_create("baton-kv", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    rustix::fs::ftruncate(&file, n_bytes as u64)?;
-    let map = MmapOptions::new().len(n_bytes).map_raw(&file)?;
-    // Sealed after our own mapping, which stays the only one that writes. A reader cannot be surprised by SIGBUS,
-    // as the file cannot shrink.
-    let size = SealFlags::SHRINK | SealFlags::GROW;
-    let sealed = rustix::fs::fcntl_add_seals(&file, size | SealFlags::FUTURE_WRITE | SealFlags::SEAL);
-    match sealed {
-        // Before Linux 5.1 readers are only asked not to write.
-        Err(rustix::io::Errno::INVAL) => rustix::fs::fcntl_add_seals(&file, size | SealFlags::SEAL),
-        sealed => sealed,
-    }?;
-    Ok((map, file))
-}
-
-#[cfg(not(target_os = "linux"))]
-fn shared_file(_: usize) -> io::Result<(MmapRaw, OwnedFd)> {
-    Err(io::ErrorKind::Unsupported.into())
 }
 
 fn out_of_memory(geometry: Geometry, error: io::Error) -> KernelError {

@@ -79,7 +79,7 @@ fn instances_have_one_allocation_for_their_caches() {
         .unwrap()
     });
     let before = allocated_bytes();
-    // Staging of the first comes with its cache; the second is not asked how large its part is.
+    // Staging comes with a cache; the second is not asked how large its part is.
     let first = instances[0].kv_cache_within(LAYOUT, |free_bytes| {
         assert!(free_bytes > 1 << 20);
         5
@@ -108,6 +108,36 @@ fn instances_have_one_allocation_for_their_caches() {
     drop((writers, reads, first));
     let reads = blocks.map(|block| second.pin(1, block));
     assert_eq!(KvRead::gather(&reads).as_ref(), data);
+}
+
+/// Run in a process of its own, as it changes how much memory the card has.
+#[test]
+fn the_first_leaves_the_others_as_much_as_it_has() {
+    if !is_alone("place::the_first_leaves_the_others_as_much_as_it_has") {
+        return;
+    }
+    const ACTIVATIONS: usize = 16 << 20;
+    let arena = Arc::new(CudaKvArena::new(2));
+    let place = CudaPlace {
+        arena: Some(arena),
+        ..CudaPlace::default()
+    };
+    // Of products, staging and activations an instance has some 120 MiB.
+    drop(cuda(CudaPlace::default()).unwrap());
+    set(c"total_bytes", 384 << 20);
+    let instances = [(); 2].map(|()| {
+        let cuda = cuda(place.clone()).unwrap();
+        let activations = cuda.tensor(ACTIVATIONS, 1).expect("room for its activations");
+        let percent_of_each = 40;
+        let n_blocks = |free_bytes: usize| free_bytes / 100 * percent_of_each / LAYOUT.block_bytes();
+        let kv = cuda.kv_cache_within(LAYOUT, n_blocks).expect("room for its cache");
+        (cuda, activations, kv)
+    });
+    let [first, second] = instances.each_ref().map(|(_, _, kv)| kv.n_blocks());
+    assert!(
+        first == second && first * LAYOUT.block_bytes() > 32 << 20,
+        "{first} and {second} blocks"
+    );
 }
 
 /// Where a kernel of its compute stream runs, and before what.

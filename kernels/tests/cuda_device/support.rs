@@ -38,14 +38,19 @@ pub fn try_device_at(
     head_dim: usize,
     place: CudaPlace,
 ) -> Option<Result<Cuda, KernelError>> {
+    Some(Cuda::at(options(0, dtype, mode, head_dim)?, place))
+}
+
+/// What to ask card `ordinal` for.
+pub fn options(ordinal: usize, dtype: DType, mode: CudaMode, head_dim: usize) -> Option<CudaOptions> {
     let driver = stand_in::driver()?;
     if let Driver::Card = driver {
         // A card's context goes with its last user, and to make it again takes longer than most of these tests.
         static CONTEXT: OnceLock<Arc<CudaContext>> = OnceLock::new();
         CONTEXT.get_or_init(|| CudaContext::new(0).unwrap());
     }
-    let options = CudaOptions {
-        ordinal: 0,
+    Some(CudaOptions {
+        ordinal,
         dtype,
         head_dim,
         mode,
@@ -54,8 +59,7 @@ pub fn try_device_at(
             packaged: None,
             cache: Some(stand_in::image_cache()),
         },
-    };
-    Some(Cuda::at(options, place))
+    })
 }
 
 pub fn tensor(cuda: &Cuda, cols: usize, values: &[f32]) -> CudaTensor {

@@ -118,6 +118,32 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
+impl<B: Backend> Decoder<B> {
+    /// Has the device choose beforehand how it computes the layers' products of many rows; how many choices that were.
+    pub(in crate::model) fn prepare_products(&mut self) -> usize {
+        let Decoder {
+            backend,
+            weights,
+            activations: a,
+            ..
+        } = self;
+        let block = &mut a.block;
+        let mut n_chosen = 0;
+        for layer in &weights.layers {
+            n_chosen += backend.prepare_linear(&mut a.qkv, &a.residual, &layer.qkv);
+            n_chosen += backend.prepare_linear(&mut block.delta, &a.attention, &layer.attention_out);
+            n_chosen += match &layer.ffn {
+                Ffn::Dense { gate_up, down, .. } => {
+                    backend.prepare_linear(&mut block.gate_up, &a.residual, gate_up)
+                        + backend.prepare_linear(&mut block.delta, &block.ffn, down)
+                }
+                Ffn::Experts { router, .. } => backend.prepare_linear(&mut block.router_logits, &a.residual, router),
+            };
+        }
+        n_chosen
+    }
+}
+
 /// The last layer's remainder and the final norm of some rows, left in `block.normed`.
 fn final_norm<B: Backend>(
     backend: &B,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use baton_kernels::{ForeignKv, KvLayout, KvShare};
+use baton_kernels::{KvLayout, KvShare};
 use baton_proto::cluster;
 use baton_proto::link::LinkOptions;
 use baton_scheduler::transfer::TransferId;
@@ -12,9 +12,10 @@ use parking_lot::Mutex;
 use super::counters::{TransportCounters, TransportTotals};
 use super::grpc::{GrpcReceiver, GrpcSender};
 use super::handover::{Credentials, HandoverError, Owner};
+use super::in_place::{InPlaceReceiver, InPlaceSender};
 use super::in_process::{InProcessReceiver, InProcessSender, LivesHere, lives_here};
-use super::mappings::Mappings;
-use super::shared_memory::{SharedMemoryReceiver, SharedMemorySender, kind_of};
+use super::mappings::{ForeignMemory, Mappings};
+use super::staged::{StagedFrames, StagedReceiver, StagedSender};
 use super::{KvReceiver, KvSender, TransportChoice, TransportError, TransportKind};
 use crate::worker::Identity;
 
@@ -26,18 +27,37 @@ pub struct KvTransports {
     layout: KvLayout,
     choice: TransportChoice,
     mappings: Mappings,
-    /// Hands out our memory, if it is shared, to be read this way.
-    owner: Option<(TransportKind, Owner)>,
+    /// Our memory, if other processes may read it.
+    shared: Option<Shared>,
     counters: Arc<TransportCounters>,
     /// By peer: the transport last said to be used from it.
     said: Mutex<BTreeMap<u64, TransportKind>>,
     _lives_here: LivesHere,
 }
 
+/// Our memory as other processes read it.
+struct Shared {
+    /// By these transports.
+    kinds: Vec<TransportKind>,
+    is_on_card: bool,
+    /// What waits for them on the host.
+    frames: Arc<StagedFrames>,
+    /// Hands it out.
+    _owner: Owner,
+}
+
+impl Shared {
+    fn kinds_of(share: &KvShare) -> Vec<TransportKind> {
+        let in_place = share.card().map(|_| TransportKind::CudaIpc);
+        let by_host = (!share.is_on_card() || share.staging().is_some()).then_some(TransportKind::SharedMemory);
+        in_place.into_iter().chain(by_host).collect()
+    }
+}
+
 /// What a destination can take from one source.
 pub struct Offer {
     kinds: Vec<TransportKind>,
-    mapping: Option<Arc<ForeignKv>>,
+    memory: Option<Arc<ForeignMemory>>,
     source: String,
     source_incarnation: u64,
     /// Why the source's memory is not read in place although the source seems to run on this host.
@@ -68,7 +88,7 @@ impl KvTransports {
     /// Within a runtime.
     ///
     /// # Errors
-    /// Memory to be read in place was asked for, and there is none to share so or its socket cannot be opened.
+    /// Memory that other processes map was asked for, and there is none to share so or its socket cannot be opened.
     pub fn new(
         identity: &Identity,
         layout: KvLayout,
@@ -76,28 +96,33 @@ impl KvTransports {
         link: &LinkOptions,
         share: Option<KvShare>,
     ) -> Result<KvTransports, TransportError> {
-        let in_place = [TransportKind::SharedMemory, TransportKind::CudaIpc];
-        let must_share = in_place.iter().any(|kind| choice == TransportChoice::Only(*kind));
+        let mapped = [TransportKind::SharedMemory, TransportKind::CudaIpc];
+        let must_share = mapped.iter().any(|kind| choice == TransportChoice::Only(*kind));
         let credentials = Credentials::new(link.secret.as_ref());
-        let kind = match share.as_ref().and_then(KvShare::card) {
-            Some(_) => TransportKind::CudaIpc,
-            None => TransportKind::SharedMemory,
+        let near = share.clone().filter(|_| choice.allows(TransportKind::CudaIpc));
+        let mut kinds = share.as_ref().map_or(Vec::new(), Shared::kinds_of);
+        kinds.retain(|kind| choice.allows(*kind));
+        let shared = match share {
+            Some(share) if !kinds.is_empty() => {
+                let (frames, is_on_card) = (Arc::<StagedFrames>::default(), share.is_on_card());
+                let owner = Owner::start(
+                    identity.incarnation,
+                    share,
+                    &identity.numerics_class,
+                    credentials.clone(),
+                    Arc::clone(&frames),
+                );
+                owner.map_err(|error| error.to_string()).map(|owner| Shared {
+                    kinds,
+                    is_on_card,
+                    frames,
+                    _owner: owner,
+                })
+            }
+            _ => Err("the KV cache is not in memory that others can read so".to_owned()),
         };
-        let share = share.filter(|_| choice.allows(kind));
-        let near = share.clone();
-        let owner = match share {
-            None => Err("the KV cache is not in memory that others can read so".to_owned()),
-            Some(share) => Owner::start(
-                identity.incarnation,
-                share,
-                &identity.numerics_class,
-                credentials.clone(),
-            )
-            .map(|owner| (kind, owner))
-            .map_err(|error| error.to_string()),
-        };
-        let owner = match owner {
-            Ok(owner) => Some(owner),
+        let shared = match shared {
+            Ok(shared) => Some(shared),
             Err(reason) if must_share => {
                 return Err(TransportError::Impossible {
                     wanted: choice,
@@ -114,7 +139,7 @@ impl KvTransports {
             layout,
             choice,
             mappings: Mappings::new(layout, credentials, near),
-            owner,
+            shared,
             counters: Arc::default(),
             said: Mutex::default(),
             _lives_here: LivesHere::new(identity.incarnation),
@@ -134,7 +159,7 @@ impl KvTransports {
     pub async fn offer(&self, source: &cluster::Peer) -> Result<Offer, TransportError> {
         let mut offer = Offer {
             kinds: Vec::new(),
-            mapping: None,
+            memory: None,
             source: source.instance_id.clone(),
             source_incarnation: source.incarnation,
             missing: None,
@@ -144,11 +169,20 @@ impl KvTransports {
             offer.kinds.push(TransportKind::InProcess);
         } else if self.choice.allows(TransportKind::SharedMemory) || self.choice.allows(TransportKind::CudaIpc) {
             match self.mappings.get(source.incarnation).await {
-                Ok(mapping) if self.choice.allows(kind_of(&mapping)) => {
-                    offer.kinds.push(kind_of(&mapping));
-                    offer.mapping = Some(mapping);
+                Ok(memory) => {
+                    let kinds = memory.kinds();
+                    offer
+                        .kinds
+                        .extend(kinds.iter().filter(|kind| self.choice.allows(**kind)));
+                    offer.missing = match offer.kinds.is_empty() {
+                        true => Some(format!("its memory can be read by {}", names(&kinds))),
+                        false => {
+                            let missing = memory.missing().filter(|_| self.choice.allows(TransportKind::CudaIpc));
+                            missing.map(HandoverError::to_string)
+                        }
+                    };
+                    offer.memory = Some(memory);
                 }
-                Ok(mapping) => offer.missing = Some(format!("its memory can be read by {}", kind_of(&mapping))),
                 Err(HandoverError::NotHere) if !is_local(&source.address) => {}
                 Err(error) => offer.missing = Some(error.to_string()),
             }
@@ -186,7 +220,8 @@ impl KvTransports {
             let is_possible = match kind {
                 TransportKind::InProcess | TransportKind::Grpc => true,
                 TransportKind::CudaIpc | TransportKind::SharedMemory => {
-                    self.owner.as_ref().is_some_and(|(shared_by, _)| shared_by == kind)
+                    let kinds = self.shared.as_ref().map(|shared| &shared.kinds);
+                    kinds.is_some_and(|kinds| kinds.contains(kind))
                 }
             };
             is_possible && self.choice.allows(*kind) && is_offered(*kind)
@@ -200,15 +235,19 @@ impl KvTransports {
             return Err(self.impossible(to.to_owned(), format!("it takes {offered}")));
         };
         let (layout, counters) = (self.layout, Arc::clone(&self.counters));
-        Ok(match kind {
-            TransportKind::InProcess => Box::new(InProcessSender::new(transfer, counters)),
-            TransportKind::CudaIpc | TransportKind::SharedMemory => Box::new(SharedMemorySender {
+        let staged = self.shared.as_ref().filter(|shared| shared.is_on_card);
+        Ok(match (kind, staged) {
+            (TransportKind::SharedMemory, Some(shared)) => {
+                Box::new(StagedSender::new(transfer, Arc::clone(&shared.frames), counters))
+            }
+            (TransportKind::InProcess, _) => Box::new(InProcessSender::new(transfer, counters)),
+            (TransportKind::CudaIpc | TransportKind::SharedMemory, _) => Box::new(InPlaceSender {
                 kind,
                 transfer,
                 layout,
                 counters,
             }),
-            TransportKind::Grpc => Box::new(GrpcSender { transfer, counters }),
+            (TransportKind::Grpc, _) => Box::new(GrpcSender { transfer, counters }),
         })
     }
 
@@ -232,15 +271,18 @@ impl KvTransports {
         let counters = Arc::clone(&self.counters);
         Ok(match kind {
             TransportKind::InProcess => Box::new(InProcessReceiver { counters }),
-            TransportKind::CudaIpc | TransportKind::SharedMemory => Box::new(SharedMemoryReceiver {
-                source: Arc::clone(
-                    offer
-                        .mapping
-                        .as_ref()
-                        .expect("memory read in place is offered with its mapping"),
-                ),
-                counters,
-            }),
+            TransportKind::CudaIpc | TransportKind::SharedMemory => {
+                let source = offer.memory.as_ref().map(Arc::clone);
+                let source = source.expect("memory of another process is offered with its mapping");
+                match kind {
+                    TransportKind::SharedMemory if source.staging().is_some() => {
+                        let layout = self.layout;
+                        let carried = GrpcReceiver { layout, counters };
+                        Box::new(StagedReceiver { source, carried })
+                    }
+                    _ => Box::new(InPlaceReceiver { kind, source, counters }),
+                }
+            }
             TransportKind::Grpc => Box::new(GrpcReceiver {
                 layout: self.layout,
                 counters,
@@ -271,9 +313,15 @@ impl KvTransports {
             Some(reason) if kind == TransportKind::Grpc => {
                 tracing::warn!(source, transport = %kind, reason, "KV comes by gRPC on one host: it cannot be read in place");
             }
-            _ => tracing::info!(source, transport = %kind, "KV comes from another instance"),
+            Some(reason) => tracing::info!(source, transport = %kind, reason, "KV comes from another instance"),
+            None => tracing::info!(source, transport = %kind, "KV comes from another instance"),
         }
     }
+}
+
+fn names(kinds: &[TransportKind]) -> String {
+    let names: Vec<&str> = kinds.iter().map(|kind| kind.as_str()).collect();
+    names.join(" or ")
 }
 
 /// Whether an address can only be of this host.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use baton_kernels::{KvLayout, KvRead, KvWrite};
+use baton_kernels::{KvBytes, KvLayout, KvRead, KvWrite};
 use baton_proto::cluster::KvFrame;
 use baton_scheduler::transfer::{KvRange, TransferId};
 use bytes::Bytes;
@@ -29,6 +29,16 @@ pub(super) fn bare_frame(transfer: TransferId, range: KvRange, reads: &[KvRead])
     }
 }
 
+/// The frame with what it moves inside.
+pub(super) fn carrying(bytes: KvBytes, bare: KvFrame) -> KvFrame {
+    let data = Bytes::from_owner(bytes);
+    KvFrame {
+        checksum: Some(checksum(&data)),
+        data,
+        ..bare
+    }
+}
+
 pub(super) struct GrpcSender {
     pub(super) transfer: TransferId,
     pub(super) counters: Arc<TransportCounters>,
@@ -41,14 +51,10 @@ impl KvSender for GrpcSender {
 
     fn pack(&mut self, range: KvRange, reads: Vec<KvRead>) -> Result<Packed, TransportError> {
         let waits = reads.iter().any(KvRead::is_on_device);
-        let data = Bytes::from_owner(beside_others(waits, || KvRead::gather(&reads)));
-        let n_bytes = data.len() as u64;
+        let bytes = beside_others(waits, || KvRead::gather(&reads));
+        let frame = carrying(bytes, bare_frame(self.transfer, range, &reads));
+        let n_bytes = frame.data.len() as u64;
         self.counters.sent(self.kind(), n_bytes);
-        let frame = KvFrame {
-            checksum: Some(checksum(&data)),
-            data,
-            ..bare_frame(self.transfer, range, &reads)
-        };
         Ok(Packed {
             frame,
             pins: Vec::new(),

@@ -4,22 +4,25 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_kernels::cuda::{CardUuid, CudaMemoryHandle};
-use baton_kernels::{DType, ForeignKv, KernelError, KvLayout, KvShare};
+use baton_kernels::{DType, ForeignKv, ForeignStaging, KernelError, KvLayout, KvShare, StagingGeometry};
 use baton_proto::link::ClusterSecret;
 use baton_scheduler::ids::Incarnation;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::net::unix::OwnedReadHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::beside_others;
+use super::mappings::ForeignMemory;
+use super::staged::StagedFrames;
 
 /// Raised when the words of the handover change; instances that differ in it use gRPC.
 const VERSION: u32 = 1;
@@ -49,8 +52,10 @@ pub(super) enum HandoverError {
     User { found: u32, expected: u32 },
     #[error("its KV layout is {found:?}, expected {expected:?}")]
     Layout { found: Box<Memory>, expected: KvLayout },
-    #[error("its KV is in a card's memory, and ours cannot be shared so")]
+    #[error("its KV is in a card's memory, and ours is not or cannot be shared so")]
     NoCard,
+    #[error("its KV is in a card's memory that no other process can map")]
+    NoName,
     #[error(transparent)]
     Map(#[from] KernelError),
 }
@@ -68,6 +73,9 @@ pub(super) struct Memory {
     /// Where the blocks are, unless they are in the file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     card: Option<Card>,
+    /// Through which a card's blocks leave: the second file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    staging: Option<Staging>,
 }
 
 /// A card's memory.
@@ -92,6 +100,20 @@ impl Card {
     }
 }
 
+/// Slots of the host's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Staging {
+    n_slots: u32,
+    slot_bytes: usize,
+}
+
+impl Staging {
+    fn geometry(self) -> Result<StagingGeometry, HandoverError> {
+        let refused = || HandoverError::Refused(format!("no memory has {self:?}"));
+        StagingGeometry::new(self.n_slots, self.slot_bytes).ok_or_else(refused)
+    }
+}
+
 impl Memory {
     fn of(share: &KvShare, numerics_class: &str) -> Memory {
         let layout = share.layout();
@@ -107,6 +129,10 @@ impl Memory {
                 uuid: handle.card.0,
                 handle: handle.bytes.to_vec(),
                 offset: handle.offset,
+            }),
+            staging: share.staging().map(|staging| Staging {
+                n_slots: staging.geometry.n_slots(),
+                slot_bytes: staging.geometry.slot_bytes(),
             }),
         }
     }
@@ -140,7 +166,7 @@ struct Response {
     proof: [u8; 32],
 }
 
-/// Followed by one byte that carries the file.
+/// Followed by one byte that carries the files: that of the KV memory, and that of the staging if there is one.
 #[derive(Serialize, Deserialize)]
 struct Granted {
     incarnation: u64,
@@ -244,6 +270,8 @@ struct Owned {
     share: KvShare,
     memory: Memory,
     credentials: Credentials,
+    /// Readers say what they have fetched of it.
+    frames: Arc<StagedFrames>,
 }
 
 impl Owner {
@@ -253,6 +281,7 @@ impl Owner {
         share: KvShare,
         numerics_class: &str,
         credentials: Credentials,
+        frames: Arc<StagedFrames>,
     ) -> io::Result<Owner> {
         let listener = std::os::unix::net::UnixListener::bind_addr(&socket_address(incarnation.0)?)?;
         listener.set_nonblocking(true)?;
@@ -262,6 +291,7 @@ impl Owner {
             memory: Memory::of(&share, numerics_class),
             share,
             credentials,
+            frames,
         });
         Ok(Owner {
             task: tokio::spawn(serve(listener, owned)),
@@ -300,8 +330,8 @@ async fn serve(listener: UnixListener, owned: Arc<Owned>) {
         readers.spawn(async move {
             let _place = place;
             match timeout(DEADLINE, grant(stream, &owned)).await {
-                // Until the reader closes; it says nothing more.
-                Ok(Ok(mut stream)) => drop(stream.read(&mut [0]).await),
+                // Until the reader closes.
+                Ok(Ok(stream)) => owned.frames.hear_fetched(stream).await,
                 Ok(Err(error)) => tracing::warn!(%error, "the KV memory was not handed over"),
                 Err(_) => tracing::warn!("a process asked for the KV memory and then said nothing"),
             }
@@ -340,19 +370,23 @@ async fn grant(mut stream: UnixStream, owned: &Owned) -> Result<UnixStream, Hand
         memory: owned.memory.clone(),
     };
     say(&mut stream, &Answer::Ok(granted)).await?;
-    send_file(&stream, &owned.share).await?;
+    send_files(&stream, &owned.share).await?;
     Ok(stream)
 }
 
-async fn send_file(stream: &UnixStream, share: &KvShare) -> io::Result<()> {
+/// As many as come with an answer.
+const MAX_FILES: usize = 2;
+
+async fn send_files(stream: &UnixStream, share: &KvShare) -> io::Result<()> {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-    let files = [share.as_fd()];
+    let staging = share.staging().map(|staging| staging.file);
+    let files: Vec<BorrowedFd<'_>> = std::iter::once(share.as_fd()).chain(staging).collect();
     let send = || {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         assert!(
             control.push(SendAncillaryMessage::ScmRights(&files)),
-            "there is room for one file"
+            "there is room for {MAX_FILES} files"
         );
         let n = rustix::net::sendmsg(stream, &[IoSlice::new(&[1])], &mut control, SendFlags::NOSIGNAL)?;
         Ok(n)
@@ -361,10 +395,11 @@ async fn send_file(stream: &UnixStream, share: &KvShare) -> io::Result<()> {
     Ok(())
 }
 
-async fn receive_file(stream: &UnixStream) -> io::Result<OwnedFd> {
+/// The first is always there.
+async fn receive_files(stream: &UnixStream) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
     let receive = || {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut byte = [0];
         rustix::net::recvmsg(
@@ -374,7 +409,7 @@ async fn receive_file(stream: &UnixStream) -> io::Result<OwnedFd> {
             RecvFlags::CMSG_CLOEXEC,
         )?;
         let files = control.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut files) => files.next(),
+            RecvAncillaryMessage::ScmRights(mut files) => files.next().map(|first| (first, files.next())),
             _ => None,
         });
         files.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no file came"))
@@ -384,8 +419,8 @@ async fn receive_file(stream: &UnixStream) -> io::Result<OwnedFd> {
 
 /// Another process's memory, and the connection that lives as long as it does.
 pub(super) struct Received {
-    pub(super) kv: ForeignKv,
-    pub(super) connection: UnixStream,
+    pub(super) memory: ForeignMemory,
+    pub(super) connection: OwnedReadHalf,
 }
 
 /// Asks for the memory of `incarnation`; of a card's, for copies into `near`.
@@ -446,23 +481,39 @@ async fn receive(
             Incarnation(found)
         )));
     }
-    let file = receive_file(&stream).await?;
+    let (file, staging_file) = receive_files(&stream).await?;
     if !memory.has_layout(layout) {
         return Err(HandoverError::Layout {
             found: Box::new(memory),
             expected: layout,
         });
     }
-    let kv = match &memory.card {
-        None => ForeignKv::map(&file, layout, memory.n_blocks)?,
-        Some(card) => {
-            let near = near.ok_or(HandoverError::NoCard)?;
-            let handle = card.handle()?;
-            // The driver takes its time.
-            beside_others(true, || {
-                ForeignKv::map_on_card(&file, layout, memory.n_blocks, &handle, near)
-            })?
-        }
+    let staging = match (memory.staging, staging_file) {
+        (Some(staging), Some(file)) => Some(ForeignStaging::map(&file, layout, staging.geometry()?)?),
+        _ => None,
     };
-    Ok(Received { kv, connection: stream })
+    let in_place = match &memory.card {
+        None if staging.is_some() => Err(HandoverError::NoName),
+        None => ForeignKv::map(&file, layout, memory.n_blocks).map_err(HandoverError::from),
+        Some(card) => on_card(card, &file, layout, memory.n_blocks, near),
+    };
+    let (connection, owner) = stream.into_split();
+    Ok(Received {
+        memory: ForeignMemory::new(in_place, staging, owner)?,
+        connection,
+    })
+}
+
+fn on_card(
+    card: &Card,
+    file: &OwnedFd,
+    layout: KvLayout,
+    n_blocks: usize,
+    near: Option<&KvShare>,
+) -> Result<ForeignKv, HandoverError> {
+    let near = near.filter(|near| near.is_on_card()).ok_or(HandoverError::NoCard)?;
+    let handle = card.handle()?;
+    // The driver takes its time.
+    let mapped = beside_others(true, || ForeignKv::map_on_card(file, layout, n_blocks, &handle, near));
+    Ok(mapped?)
 }

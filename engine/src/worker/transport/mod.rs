@@ -9,7 +9,7 @@
 //!    `Accepted.transport`.
 //! 3. The destination gets a [`KvReceiver`] from [`KvTransports::receiver`] when it hears that.
 //! 4. The source packs ranges of pinned blocks into frames. Where [`TransportKind::ends_by`] is the destination, which then
-//!    reads the source's blocks in place, the source keeps the [`Packed::pins`] *and the sender* until the destination has
+//!    reads memory of the source, the source keeps the [`Packed::pins`] *and the sender* until the destination has
 //!    closed the stream, not just until its last frame is sent. A source that goes on by itself, or appends to a block it
 //!    packed, drops the pins and calls [`KvSender::release`] before.
 //! 5. The destination lands each frame in the writers of the blocks meant. An error ends the transfer: the blocks hold
@@ -22,9 +22,10 @@ mod counters;
 mod endpoint;
 mod grpc;
 mod handover;
+mod in_place;
 mod in_process;
 mod mappings;
-mod shared_memory;
+mod staged;
 
 use std::fmt;
 use std::str::FromStr;
@@ -52,9 +53,11 @@ fn beside_others<R>(waits: bool, work: impl FnOnce() -> R) -> R {
 pub enum TransportKind {
     /// Between instances of one process: pinned blocks are handed over, and copied once.
     InProcess,
-    /// Between processes of one host on one card: the source's blocks are mapped and copied once, within the card.
+    /// Between processes of one host on one card, or on two that reach each other's memory: the source's blocks are mapped and
+    /// copied once, from card to card.
     CudaIpc,
-    /// Between processes of one host: the source's blocks are read in place, and copied once.
+    /// Between processes of one host: the source's blocks are read in place, and copied once; those of a card are read from
+    /// memory of the host to which it has copied them.
     SharedMemory,
     /// Anywhere: the bytes travel inside the frame.
     Grpc,
@@ -201,12 +204,12 @@ pub enum TransportError {
         /// What is missing or wrong.
         reason: &'static str,
     },
-    /// A block of the source's memory was given to another sequence before it was copied.
+    /// Memory of the source was given to another use before it was copied.
     #[error("KV frame of layer {layer}: {error}")]
     Stale {
         /// The frame's layer.
         layer: u32,
-        /// Which block.
+        /// Which block or slot.
         error: KernelError,
     },
     /// Nothing lies under the ticket: taken already, taken back, or of another process.
@@ -229,6 +232,14 @@ pub enum TransportError {
 }
 
 impl TransportError {
+    /// Why a copy out of the source's memory, for a frame of that layer, has failed.
+    fn of_copy(layer: u32, error: KernelError) -> TransportError {
+        match error {
+            KernelError::Stale { .. } | KernelError::StaleSlot { .. } => TransportError::Stale { layer, error },
+            error => TransportError::Write(error),
+        }
+    }
+
     /// What the request is told.
     pub fn failure(&self) -> Failure {
         match self {
@@ -253,6 +264,11 @@ pub struct Packed {
 pub trait KvSender: Send + Sync {
     /// Which transport this is.
     fn kind(&self) -> TransportKind;
+
+    /// Aimed size of the blocks that one frame stands for.
+    fn frame_bytes(&self) -> usize {
+        self.kind().frame_bytes()
+    }
 
     /// The frame that makes these blocks arrive; `reads` are the range's blocks, in order.
     ///

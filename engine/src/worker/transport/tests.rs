@@ -1,16 +1,17 @@
 //! What each transport moves, what it refuses, and who may use it. Peers of other processes are played in this one: their
 //! memory is mapped a second time, as it would be there.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use baton_kernels::{DType, KvCache, KvLayout, KvWrite};
+use baton_kernels::{DType, ForeignKv, KvCache, KvLayout, KvWrite};
 use baton_proto::cluster;
 use baton_proto::link::{ClusterSecret, LinkOptions};
 use baton_scheduler::ids::{Fingerprint, Incarnation, InstanceId};
 use baton_scheduler::transfer::TransferId;
 
 use super::handover::{Credentials, HandoverError, Owner, request};
-use super::mappings::Mappings;
+use super::mappings::{ForeignMemory, Mappings};
 use super::*;
 use crate::worker::Identity;
 
@@ -318,16 +319,24 @@ fn link(secret: &str) -> LinkOptions {
     }
 }
 
+fn own(life: Incarnation, kv: &KvCache, credentials: Credentials) -> Owner {
+    Owner::start(life, kv.share().unwrap(), "test", credentials, Arc::default()).unwrap()
+}
+
+fn layout_of(memory: &ForeignMemory) -> Option<KvLayout> {
+    memory.in_place().map(ForeignKv::layout)
+}
+
 #[tokio::test]
 async fn memory_is_handed_only_to_who_knows_the_secret_and_means_this_incarnation() {
     let kv = KvCache::shared(LAYOUT, N_BLOCKS).unwrap();
     let with = |secret: &str| Credentials::new(link(secret).secret.as_ref());
     let open = Credentials::new(None);
     let life = incarnation();
-    let _owner = Owner::start(life, kv.share().unwrap(), "test", with("right")).unwrap();
+    let _owner = own(life, &kv, with("right"));
     assert_eq!(
-        request(life.0, LAYOUT, &with("right"), None).await.unwrap().kv.layout(),
-        LAYOUT
+        layout_of(&request(life.0, LAYOUT, &with("right"), None).await.unwrap().memory),
+        Some(LAYOUT)
     );
     for wrong in [with("wrong"), open.clone()] {
         let refusal = request(life.0, LAYOUT, &wrong, None).await.err().expect("refused");
@@ -347,7 +356,7 @@ async fn memory_is_handed_only_to_who_knows_the_secret_and_means_this_incarnatio
     assert!(matches!(refusal, HandoverError::Layout { .. }), "{refusal}");
     // A reader that does not ask the owner to prove itself could be fooled; one that is not asked could take anything.
     let open_life = incarnation();
-    let _open_owner = Owner::start(open_life, kv.share().unwrap(), "test", open.clone()).unwrap();
+    let _open_owner = own(open_life, &kv, open.clone());
     let refusal = request(open_life.0, LAYOUT, &with("right"), None)
         .await
         .err()
@@ -361,7 +370,7 @@ async fn a_socket_asked_for_another_incarnation_refuses() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let kv = KvCache::shared(LAYOUT, N_BLOCKS).unwrap();
     let life = incarnation();
-    let _owner = Owner::start(life, kv.share().unwrap(), "test", Credentials::new(None)).unwrap();
+    let _owner = own(life, &kv, Credentials::new(None));
     let ask = async |words: &str| {
         use std::os::linux::net::SocketAddrExt as _;
         let name = format!("baton-kv-{:016x}", life.0);
@@ -390,12 +399,12 @@ async fn a_mapping_goes_with_its_incarnation() {
     let credentials = Credentials::new(None);
     let mappings = Mappings::new(LAYOUT, credentials.clone(), None);
     let life = incarnation();
-    let owner = Owner::start(life, kv.share().unwrap(), "test", credentials).unwrap();
+    let owner = own(life, &kv, credentials);
     let mapped = mappings.get(life.0).await.unwrap();
     let again = mappings.get(life.0).await.unwrap();
-    assert!(std::sync::Arc::ptr_eq(&mapped, &again), "a memory is mapped once");
+    assert!(Arc::ptr_eq(&mapped, &again), "a memory is mapped once");
     assert_eq!(mappings.n_held(), 1);
-    let memory = std::sync::Arc::downgrade(&mapped);
+    let memory = Arc::downgrade(&mapped);
     drop((owner, again, mapped));
     tokio::time::timeout(PATIENCE, async {
         while mappings.n_held() > 0 {
@@ -414,7 +423,7 @@ async fn the_mappings_are_bounded() {
     let credentials = Credentials::new(None);
     let mappings = Mappings::new(LAYOUT, credentials.clone(), None);
     let lives: Vec<Incarnation> = (0..66).map(|_| incarnation()).collect();
-    let start = |&life: &Incarnation| Owner::start(life, kv.share().unwrap(), "test", credentials.clone()).unwrap();
+    let start = |&life: &Incarnation| own(life, &kv, credentials.clone());
     let _owners: Vec<Owner> = lives.iter().map(start).collect();
     for life in &lives {
         mappings.get(life.0).await.unwrap();

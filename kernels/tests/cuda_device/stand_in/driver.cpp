@@ -38,6 +38,7 @@ enum : Result {
     INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
     NO_BINARY_FOR_GPU = 209,
+    PEER_ACCESS_UNSUPPORTED = 217,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600,
@@ -55,10 +56,12 @@ namespace {
 struct Settings {
     int64_t init_result = SUCCESS;
     int64_t driver_version = 13000;
-    int64_t n_devices = 1;
+    int64_t n_devices = 1;               // at most MAX_DEVICES
+    int64_t peer_access = 1;             // whether one reads another's memory
     int64_t capability = 90;
     int64_t total_bytes = int64_t{8} << 30;
     int64_t green_contexts = 1;
+    int64_t host_registration = 1;
     int64_t graph_bytes = 64 << 10;      // that a graph takes once it can be launched
     int64_t captured_launch_result = SUCCESS;
     int64_t end_capture_result = SUCCESS;
@@ -79,8 +82,16 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 bool is_initialized = false;
 Result sticky = SUCCESS;
 thread_local void* current_context = nullptr;
-int primary_context;
-int n_retained = 0;
+constexpr int MAX_DEVICES = 8;
+int primary_contexts[MAX_DEVICES];
+int n_retained[MAX_DEVICES];
+
+// Of a primary context; a green one is of device 0.
+int device_of(void* context) {
+    auto* primary = static_cast<int*>(context);
+    bool is_primary = primary >= primary_contexts && primary < primary_contexts + MAX_DEVICES;
+    return is_primary ? static_cast<int>(primary - primary_contexts) : 0;
+}
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 
@@ -107,7 +118,8 @@ struct MemoryHandle {
     uint64_t n_bytes;
     uint64_t offset;
     uint64_t file_bytes;
-    char rest[16];
+    int32_t device;
+    char rest[12];
 };
 static_assert(sizeof(MemoryHandle) == 64);
 constexpr char MEMORY_HANDLE[8] = "standin";
@@ -122,6 +134,8 @@ struct Foreign {
 };
 std::map<uintptr_t, Foreign> foreign_memory;
 std::map<uintptr_t, size_t> pinned_memory;
+// The part of it that was not allocated but registered.
+std::set<void*> registered_memory;
 size_t allocated_bytes = 0;
 // Calls of the driver that a card would be asked something by.
 int64_t n_calls = 0;
@@ -319,9 +333,11 @@ EXPORT int stand_in_set(const char* name, int64_t value) {
     if (key == "init_result") settings.init_result = value;
     else if (key == "driver_version") settings.driver_version = value;
     else if (key == "n_devices") settings.n_devices = value;
+    else if (key == "peer_access") settings.peer_access = value;
     else if (key == "capability") settings.capability = value;
     else if (key == "total_bytes") settings.total_bytes = value;
     else if (key == "green_contexts") settings.green_contexts = value;
+    else if (key == "host_registration") settings.host_registration = value;
     else if (key == "graph_bytes") settings.graph_bytes = value;
     else if (key == "captured_launch_result") settings.captured_launch_result = value;
     else if (key == "end_capture_result") settings.end_capture_result = value;
@@ -427,8 +443,14 @@ EXPORT Result cuDeviceGetName(char* name, int n, int) {
     std::snprintf(name, static_cast<size_t>(n), "CUDA stand-in");
     return SUCCESS;
 }
-EXPORT Result cuDeviceGetUuid_v2(char* uuid, int) {
-    std::memset(uuid, 0x5b, 16);
+EXPORT Result cuDeviceGetUuid_v2(char* uuid, int device) {
+    std::memset(uuid, 0x5b + device, 16);
+    return SUCCESS;
+}
+EXPORT Result cuDeviceCanAccessPeer(int* can_access, int device, int peer) {
+    CHECKED
+    if (std::min(device, peer) < 0 || std::max(device, peer) >= settings.n_devices) return INVALID_DEVICE;
+    *can_access = device != peer && settings.peer_access;
     return SUCCESS;
 }
 EXPORT Result cuDeviceTotalMem_v2(size_t* n_bytes, int) {
@@ -451,15 +473,16 @@ EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int) {
     }
     return SUCCESS;
 }
-EXPORT Result cuDevicePrimaryCtxRetain(void** context, int) {
+EXPORT Result cuDevicePrimaryCtxRetain(void** context, int device) {
     CHECKED
-    n_retained++;
-    *context = &primary_context;
+    if (device < 0 || device >= settings.n_devices || device >= MAX_DEVICES) return INVALID_DEVICE;
+    n_retained[device]++;
+    *context = &primary_contexts[device];
     return SUCCESS;
 }
-EXPORT Result cuDevicePrimaryCtxRelease_v2(int) {
+EXPORT Result cuDevicePrimaryCtxRelease_v2(int device) {
     Lock lock(mutex);
-    if (--n_retained < 0) die("a context is released more often than it was retained");
+    if (--n_retained[device] < 0) die("a context is released more often than it was retained");
     return SUCCESS;
 }
 EXPORT Result cuCtxSetCurrent(void* context) {
@@ -567,6 +590,7 @@ EXPORT Result cuIpcGetMemHandle(void* out, uint64_t at) {
     handle.n_bytes = allocation.n_bytes;
     handle.offset = static_cast<uint64_t>(reinterpret_cast<unsigned char*>(at) - first);
     handle.file_bytes = file_bytes;
+    handle.device = device_of(current_context);
     std::memcpy(out, &handle, sizeof handle);
     return SUCCESS;
 }
@@ -575,6 +599,7 @@ EXPORT Result cuIpcOpenMemHandle_v2(uint64_t* out, MemoryHandle handle, unsigned
     if (flags != 1 || std::memcmp(handle.magic, MEMORY_HANDLE, sizeof handle.magic) != 0) return INVALID_VALUE;
     // A process has its own memory already.
     if (handle.pid == getpid()) return INVALID_CONTEXT;
+    if (handle.device != device_of(current_context) && !settings.peer_access) return PEER_ACCESS_UNSUPPORTED;
     for (auto& [base, foreign] : foreign_memory)
         if (foreign.file == handle.file && foreign.map) {
             foreign.n_opened++;
@@ -624,9 +649,30 @@ EXPORT Result cuMemHostAlloc(void** out, size_t n_bytes, unsigned) {
 EXPORT Result cuMemFreeHost(void* p) {
     Lock lock(mutex);
     MAY_WAIT
-    if (pinned_memory.erase(reinterpret_cast<uintptr_t>(p)) == 0) die("host memory is freed that was not allocated here");
+    if (registered_memory.count(p) || pinned_memory.erase(reinterpret_cast<uintptr_t>(p)) == 0)
+        die("host memory is freed that was not allocated here");
     for (auto& [handle, stream] : streams) run_all(*stream);
     std::free(p);
+    return SUCCESS;
+}
+// Memory of the process that the driver locks where it is.
+EXPORT Result cuMemHostRegister_v2(void* p, size_t n_bytes, unsigned flags) {
+    IN_CONTEXT
+    MAY_WAIT
+    auto at = reinterpret_cast<uintptr_t>(p);
+    if (n_bytes == 0 || at % 4096 || flags) return INVALID_VALUE;
+    if (!settings.host_registration) return NOT_SUPPORTED;
+    counts.pinned_allocations++;
+    pinned_memory[at] = n_bytes;
+    registered_memory.insert(p);
+    return SUCCESS;
+}
+EXPORT Result cuMemHostUnregister(void* p) {
+    Lock lock(mutex);
+    MAY_WAIT
+    if (registered_memory.erase(p) == 0) die("host memory is unregistered that was not registered");
+    for (auto& [handle, stream] : streams) run_all(*stream);
+    pinned_memory.erase(reinterpret_cast<uintptr_t>(p));
     return SUCCESS;
 }
 

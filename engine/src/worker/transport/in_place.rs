@@ -4,15 +4,16 @@
 
 use std::sync::Arc;
 
-use baton_kernels::{ForeignKv, KernelError, KvLayout, KvRead, KvWrite};
+use baton_kernels::{ForeignKv, KvLayout, KvRead, KvWrite};
 use baton_proto::cluster::KvFrame;
 use baton_scheduler::transfer::{KvRange, TransferId};
 
 use super::counters::TransportCounters;
 use super::grpc::bare_frame;
+use super::mappings::ForeignMemory;
 use super::{KvReceiver, KvSender, Packed, TransportError, TransportKind, beside_others};
 
-pub(super) struct SharedMemorySender {
+pub(super) struct InPlaceSender {
     /// By which of the two memories.
     pub(super) kind: TransportKind,
     pub(super) transfer: TransferId,
@@ -20,7 +21,7 @@ pub(super) struct SharedMemorySender {
     pub(super) counters: Arc<TransportCounters>,
 }
 
-impl KvSender for SharedMemorySender {
+impl KvSender for InPlaceSender {
     fn kind(&self) -> TransportKind {
         self.kind
     }
@@ -44,28 +45,23 @@ impl KvSender for SharedMemorySender {
     }
 }
 
-pub(super) struct SharedMemoryReceiver {
-    pub(super) source: Arc<ForeignKv>,
+pub(super) struct InPlaceReceiver {
+    /// By which of the two memories.
+    pub(super) kind: TransportKind,
+    pub(super) source: Arc<ForeignMemory>,
     pub(super) counters: Arc<TransportCounters>,
 }
 
-impl KvReceiver for SharedMemoryReceiver {
+impl KvReceiver for InPlaceReceiver {
     fn kind(&self) -> TransportKind {
-        kind_of(&self.source)
+        self.kind
     }
 
     fn land(&mut self, frame: &KvFrame, slot: usize, writers: &mut [KvWrite]) -> Result<u64, TransportError> {
         let waits = writers.iter().any(KvWrite::is_on_device);
-        let landed = beside_others(waits, || land(&self.source, frame, slot, writers));
+        let source = self.source.in_place().expect("offered with its mapping");
+        let landed = beside_others(waits, || land(source, frame, slot, writers));
         self.counters.landed(self.kind(), landed)
-    }
-}
-
-/// By which way that memory is read.
-pub(super) fn kind_of(source: &ForeignKv) -> TransportKind {
-    match source.is_on_card() {
-        true => TransportKind::CudaIpc,
-        false => TransportKind::SharedMemory,
     }
 }
 
@@ -82,12 +78,7 @@ fn land(source: &ForeignKv, frame: &KvFrame, slot: usize, writers: &mut [KvWrite
         .copied()
         .zip(frame.generations.iter().copied())
         .collect();
-    match source.copy(slot, &blocks, writers) {
-        Ok(()) => Ok((writers.len() * source.layout().layer_block_bytes()) as u64),
-        Err(error @ KernelError::Stale { .. }) => Err(TransportError::Stale {
-            layer: frame.layer,
-            error,
-        }),
-        Err(error) => Err(error.into()),
-    }
+    let copied = source.copy(slot, &blocks, writers);
+    copied.map_err(|error| TransportError::of_copy(frame.layer, error))?;
+    Ok((writers.len() * source.layout().layer_block_bytes()) as u64)
 }
