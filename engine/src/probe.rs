@@ -266,6 +266,7 @@ impl Worker for Service {
     type PrefillStream = ReceiverStream<Result<cluster::TransferFrame, Status>>;
     type AttachStream = Empty<Result<cluster::GenerateEvent, Status>>;
     type KvEventsStream = Empty<Result<cluster::KvChanges, Status>>;
+    type StandingStream = Empty<Result<cluster::StandingResponse, Status>>;
     type MigrateStream = Empty<Result<cluster::TransferFrame, Status>>;
 
     async fn generate(&self, _: Request<cluster::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
@@ -280,10 +281,7 @@ impl Worker for Service {
         only_kv()
     }
 
-    async fn standing(
-        &self,
-        _: Request<cluster::StandingRequest>,
-    ) -> Result<Response<cluster::StandingResponse>, Status> {
+    async fn standing(&self, _: Request<cluster::StandingRequest>) -> Result<Response<Self::StandingStream>, Status> {
         only_kv()
     }
 

@@ -346,7 +346,11 @@ impl BatchScheduler {
         if self.config.windows.iter().all(Option::is_none) {
             return;
         }
-        let members = self.members(self.sequences[&id].group);
+        let sequence = &self.sequences[&id];
+        if sequence.keeps_unseen {
+            return;
+        }
+        let members = self.members(sequence.group);
         let is_here = |id: &SequenceId| self.running.contains(id) || self.paused.contains(id);
         let least = members.iter().filter(|id| is_here(id));
         let least = least.map(|id| self.sequences[id].n_computed).min().unwrap_or(0);

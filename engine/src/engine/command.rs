@@ -79,13 +79,18 @@ pub(super) enum Command {
         arrived: Arrived,
         numerics: Numerics,
     },
-    /// How many tokens each choice has.
-    Standing {
+    /// How many tokens each choice has, and from here on at most so many more.
+    Hold {
         request: RequestId,
+        n_tokens: usize,
+        /// Dead once the holder has gone.
+        holder: Weak<()>,
         reply: oneshot::Sender<Result<Vec<usize>, Failure>>,
     },
     StartMove {
         request: RequestId,
+        /// Blocks that the destination has for each choice.
+        room: Vec<usize>,
         /// Dead once the mover has gone.
         mover: Weak<()>,
         reply: oneshot::Sender<Result<StartedMove, Failure>>,

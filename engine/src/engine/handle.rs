@@ -20,7 +20,7 @@ use super::command::{Command, Granted, PrefixQuery, Purpose, StartedMove, WakeOn
 use super::events::{Generation, silence};
 use super::handoff::{PrefillJob, Reservation, refused};
 use super::load::{LoadReport, OpenCount, OpenPermit};
-use super::moving::RunningMove;
+use super::moving::{HeldRequest, RunningMove};
 use super::open_group::n_events_left;
 use super::prepared::Prepared;
 use super::step_loop;
@@ -349,27 +349,41 @@ impl EngineHandle {
         self.reserve_for(prepared, Purpose::Move(room)).await
     }
 
-    /// How many tokens each choice of a request that runs here has generated.
+    /// Holds a request that runs here: each choice generates at most `n_tokens` more than it has now, and then stands still,
+    /// and it gives up no KV that it has. A request that cannot be moved now is not held, nor one that is being moved.
     ///
     /// # Errors
     /// `Busy` when it does not run here, `Internal` when the engine has ended.
-    pub async fn standing(&self, request: RequestId) -> Result<Vec<usize>, Failure> {
+    pub async fn hold(&self, request: RequestId, n_tokens: usize) -> Result<HeldRequest, Failure> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Standing { request, reply })?;
-        answer.await.unwrap_or_else(|_| Err(silence()))
+        let holder = Arc::new(());
+        let wake = self.wake_on_drop();
+        self.send(Command::Hold {
+            request,
+            n_tokens,
+            holder: Arc::downgrade(&holder),
+            reply,
+        })?;
+        Ok(HeldRequest {
+            n_output_tokens: answer.await.unwrap_or_else(|_| Err(silence()))?,
+            _holder: holder,
+            _wake: wake,
+        })
     }
 
-    /// The right to move a request that runs here, with every choice that goes on decoding. The request goes on.
+    /// The right to move a request that runs here, with every choice that goes on decoding. The request goes on, as far as
+    /// there is room for it where it goes: `room` blocks of each choice.
     ///
     /// # Errors
     /// `Busy` when the request is unknown, moving already, or some choice is not decoding; `Internal` when the engine has
     /// ended.
-    pub async fn start_move(&self, request: RequestId) -> Result<RunningMove, Failure> {
+    pub async fn start_move(&self, request: RequestId, room: Vec<usize>) -> Result<RunningMove, Failure> {
         let (reply, answer) = oneshot::channel();
         let mover = Arc::new(());
         let wake = self.wake_on_drop();
         self.send(Command::StartMove {
             request,
+            room,
             mover: Arc::downgrade(&mover),
             reply,
         })?;

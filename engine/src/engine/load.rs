@@ -34,6 +34,8 @@ pub struct EngineCounters {
     pub n_joined: u64,
     /// Times a request was paused for a move.
     pub n_paused: u64,
+    /// Times a request stood still because there was no room yet, or no more, where it was to move.
+    pub n_held_back: u64,
     /// (layer, block) pairs made ready for a transfer.
     pub n_layer_blocks_ready: u64,
 }

@@ -37,7 +37,7 @@ pub use events::{EngineEvent, Generation, Timed};
 pub use handle::{AsyncScheduling, EngineConfig, EngineError, EngineHandle, start};
 pub use handoff::{PrefillEvent, PrefillJob, Reservation, ReservedBlocks, ReservedChoice};
 pub use load::{EngineCounters, LoadReport};
-pub use moving::{GroupBlocks, MoveStage, PausedMove, RunningMove, StageBlocks};
+pub use moving::{GroupBlocks, HeldRequest, MoveStage, PausedMove, RunningMove, StageBlocks};
 pub use prepared::Prepared;
 pub use watchdog::Health;
 

@@ -52,6 +52,21 @@ pub struct PausedMove {
     pub outputs: Vec<ChoiceState>,
 }
 
+/// A request that somebody is about to move. It goes no further than was agreed; dropping this lets it.
+pub struct HeldRequest {
+    pub(super) n_output_tokens: Vec<usize>,
+    // Dropped in this order: the loop wakes to a holder that has gone.
+    pub(super) _holder: Arc<()>,
+    pub(super) _wake: WakeOnDrop,
+}
+
+impl HeldRequest {
+    /// How many tokens each choice had generated when it was held.
+    pub fn n_output_tokens(&self) -> &[usize] {
+        &self.n_output_tokens
+    }
+}
+
 /// The right to move a running request. It goes on until it is paused; dropping this lets a paused one go on.
 pub struct RunningMove {
     pub(super) group: GroupId,

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 use std::sync::Weak;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_kernels::KvCache;
 use baton_scheduler::batch::BatchConfig;
@@ -41,6 +41,40 @@ pub(super) struct Waiter {
     pub(super) purpose: Purpose,
 }
 
+/// How far a request may go, because somebody has made room for so much elsewhere, or is about to.
+pub(super) struct Hold {
+    /// Dead once the holder has gone.
+    pub(super) holder: Weak<()>,
+    /// Tokens of each choice at which it stands still.
+    pub(super) n_most_tokens: Vec<usize>,
+    /// Since when it stands still for this.
+    pub(super) stopped_at: Option<Instant>,
+}
+
+/// How long a request stands still for a holder: then whoever waits for its tokens comes first, and the move may fail.
+const HOLD_PATIENCE: Duration = Duration::from_secs(2);
+
+impl Hold {
+    pub(super) fn new(holder: Weak<()>, n_most_tokens: Vec<usize>) -> Hold {
+        Hold {
+            holder,
+            n_most_tokens,
+            stopped_at: None,
+        }
+    }
+
+    /// Whether the holder has gone, or has taken too long.
+    pub(super) fn is_over(&self) -> bool {
+        self.holder.strong_count() == 0 || self.stopped_at.is_some_and(|at| at.elapsed() >= HOLD_PATIENCE)
+    }
+
+    /// Whether one of the choices that go on may go no further.
+    pub(super) fn is_reached(&self, choices: &[ChoiceState]) -> bool {
+        let mut choices = choices.iter().zip(&self.n_most_tokens);
+        choices.any(|(choice, &n_most)| choice.finish.is_none() && choice.output.len() >= n_most)
+    }
+}
+
 /// Whether a request still has something to say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Told {
@@ -64,6 +98,7 @@ pub(super) struct OpenGroup {
     is_fresh: bool,
     /// Whoever moves it; dead once that has gone.
     pub(super) mover: Option<Weak<()>>,
+    pub(super) hold: Option<Hold>,
     has_started: bool,
     /// The device gave one of its rows back: the host samples all that follow.
     pub(super) is_left_to_host: bool,
@@ -143,6 +178,7 @@ impl OpenGroup {
             prompt_logprobs: Vec::new(),
             is_fresh: state.is_fresh(),
             mover: None,
+            hold: None,
             has_started: false,
             is_left_to_host: false,
             _permit: permit,

@@ -121,6 +121,7 @@ impl<F: ForwardPass> StepLoop<F> {
             let woke = Instant::now();
             self.reap_abandoned();
             self.resume_abandoned();
+            self.hold_back();
             self.shared.heartbeat.beat(self.shared.now(), self.scheduler.has_work());
             let batch = self.schedule();
             self.publish_allocated();
@@ -158,7 +159,7 @@ impl<F: ForwardPass> StepLoop<F> {
     }
 
     /// Collects what is in flight: what follows must see every sequence as it stands.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         while !self.in_flight.is_empty() {
             self.finish_oldest();
         }
@@ -235,12 +236,22 @@ impl<F: ForwardPass> StepLoop<F> {
                 arrived,
                 numerics,
             } => self.join(group, arrived, numerics),
-            Command::Standing { request, reply } => {
-                let _ = reply.send(self.standing(request));
+            Command::Hold {
+                request,
+                n_tokens,
+                holder,
+                reply,
+            } => {
+                // Whoever asked may have gone, and then nobody holds it.
+                let _ = reply.send(self.hold(request, n_tokens, holder));
             }
-            Command::StartMove { request, mover, reply } => {
-                // Whoever asked may have gone, and then no mover lives.
-                let _ = reply.send(self.start_move(request, mover));
+            Command::StartMove {
+                request,
+                room,
+                mover,
+                reply,
+            } => {
+                let _ = reply.send(self.start_move(request, &room, mover));
             }
             Command::PinFull {
                 group,

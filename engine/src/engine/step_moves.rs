@@ -1,6 +1,7 @@
 //! What the step loop does for requests that move away, between two steps: pin, pause, resume.
 
 use std::sync::Weak;
+use std::time::Instant;
 
 use baton_kernels::KvRead;
 use baton_scheduler::batch::{Committed, GroupId, Resumed};
@@ -9,7 +10,7 @@ use baton_scheduler::request::Failure;
 
 use super::command::StartedMove;
 use super::moving::{GroupBlocks, MoveStage, PausedMove, StageBlocks};
-use super::open_group::{OpenGroup, Outlet};
+use super::open_group::{Hold, OpenGroup, Outlet};
 use super::step_loop::{StepLoop, is_pinned};
 use crate::forward::ForwardPass;
 
@@ -21,9 +22,65 @@ enum Extent {
 }
 
 impl<F: ForwardPass> StepLoop<F> {
-    pub(super) fn standing(&self, request: RequestId) -> Result<Vec<usize>, Failure> {
-        let choices = &self.open[&self.running(request)?].choices;
-        Ok(choices.iter().map(|choice| choice.output.len()).collect())
+    /// How many tokens each choice has. While the holder lives they generate at most `n_tokens` more, and give up nothing
+    /// that they have; a mover that is there already knows better how far they may go.
+    pub(super) fn hold(
+        &mut self,
+        request: RequestId,
+        n_tokens: usize,
+        holder: Weak<()>,
+    ) -> Result<Vec<usize>, Failure> {
+        let group = self.running(request)?;
+        let open = &self.open[&group];
+        let standing: Vec<usize> = open.choices.iter().map(|choice| choice.output.len()).collect();
+        if !open.is_moving() && self.scheduler.check_movable(group).is_ok() {
+            let n_most_tokens = standing.iter().map(|n| n.saturating_add(n_tokens)).collect();
+            self.set_hold(group, Hold::new(holder, n_most_tokens));
+        }
+        Ok(standing)
+    }
+
+    fn set_hold(&mut self, group: GroupId, hold: Hold) {
+        let open = self.open.get_mut(&group).expect("what is held is open");
+        let before = open.hold.replace(hold);
+        self.scheduler.keep_unseen(group, true);
+        if before.is_some_and(|before| before.stopped_at.is_some()) {
+            self.resume(group);
+        }
+    }
+
+    /// Groups go no further than their holders have room for, and those go on whose holders have gone or take too long.
+    pub(super) fn hold_back(&mut self) {
+        for group in self.held_groups(|_, hold| hold.is_over()) {
+            let open = self.open.get_mut(&group).expect("what is held is open");
+            let hold = open.hold.take().expect("it is held");
+            self.scheduler.keep_unseen(group, false);
+            if hold.stopped_at.is_some() {
+                self.resume(group);
+            }
+        }
+        let is_at_its_end = |open: &OpenGroup, hold: &Hold| hold.stopped_at.is_none() && hold.is_reached(&open.choices);
+        let mut at_their_end = self.held_groups(is_at_its_end);
+        at_their_end.retain(|group| self.scheduler.check_movable(*group).is_ok());
+        if at_their_end.is_empty() {
+            return;
+        }
+        self.settle();
+        for group in at_their_end {
+            // Collecting the steps in flight may have ended or preempted it.
+            if let Some(hold) = self.open.get_mut(&group).and_then(|open| open.hold.as_mut())
+                && self.scheduler.pause(group).is_ok()
+            {
+                hold.stopped_at = Some(Instant::now());
+                self.counters.n_held_back += 1;
+            }
+        }
+    }
+
+    fn held_groups(&self, is_meant: impl Fn(&OpenGroup, &Hold) -> bool) -> Vec<GroupId> {
+        let held = self.open.iter();
+        let held = held.filter(|(_, open)| open.hold.as_ref().is_some_and(|hold| is_meant(open, hold)));
+        held.map(|(&group, _)| group).collect()
     }
 
     /// The group of a request that generates here. Of several attempts at one request the youngest is the one that is meant.
@@ -35,7 +92,12 @@ impl<F: ForwardPass> StepLoop<F> {
             .ok_or_else(|| Failure::Busy(format!("request {request} does not run here")))
     }
 
-    pub(super) fn start_move(&mut self, request: RequestId, mover: Weak<()>) -> Result<StartedMove, Failure> {
+    pub(super) fn start_move(
+        &mut self,
+        request: RequestId,
+        room: &[usize],
+        mover: Weak<()>,
+    ) -> Result<StartedMove, Failure> {
         let busy = |message: String| Err(Failure::Busy(message));
         // Or else a group that the mover before this one paused would stand still until this one has gone.
         self.resume_abandoned();
@@ -45,11 +107,14 @@ impl<F: ForwardPass> StepLoop<F> {
             return busy(format!("a move of request {request} is under way"));
         }
         self.scheduler.check_movable(group)?;
-        open.mover = Some(mover);
-        Ok(StartedMove {
-            group,
-            n_choices: open.choices.len(),
-        })
+        open.mover = Some(mover.clone());
+        let n_choices = open.choices.len();
+        // The last token needs no room, and a step in flight samples one more.
+        let block_size = self.scheduler.config().block_size;
+        let n_most = |n_blocks: &usize| (n_blocks * block_size).saturating_sub(open.n_prompt);
+        let n_most_tokens = room.iter().map(n_most).collect();
+        self.set_hold(group, Hold::new(mover, n_most_tokens));
+        Ok(StartedMove { group, n_choices })
     }
 
     /// Whether this mover lives and is the one that moves the group.
@@ -73,13 +138,20 @@ impl<F: ForwardPass> StepLoop<F> {
         let stage = self.pin(group, from, Extent::Whole)?;
         self.scheduler.pause(group)?;
         self.counters.n_paused += 1;
+        self.scheduler.keep_unseen(group, false);
+        let open = self.open.get_mut(&group).expect("a group that is moved is open");
+        // When it goes on is the mover's decision from now on.
+        open.hold = None;
         Ok(PausedMove {
             stage,
-            outputs: self.open[&group].choices.clone(),
+            outputs: open.choices.clone(),
         })
     }
 
     pub(super) fn resume(&mut self, group: GroupId) {
+        if let Some(hold) = self.open.get_mut(&group).and_then(|open| open.hold.as_mut()) {
+            hold.stopped_at = None;
+        }
         let Resumed { copies, preempted } = self.scheduler.resume(group, &is_pinned(self.forward.kv_cache()));
         self.make_forks(&Committed {
             copies,

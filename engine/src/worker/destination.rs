@@ -29,7 +29,7 @@ use crate::engine::{Generation, Reservation};
 static NEXT_TRANSFER: AtomicU64 = AtomicU64::new(1);
 
 /// Room for what a moving choice generates before it pauses, besides a share of its context.
-const MIN_SLACK_BLOCKS: usize = 4;
+const MIN_SLACK_BLOCKS: usize = 8;
 /// A long context takes long to send, and grows meanwhile.
 const CONTEXT_BLOCKS_PER_SLACK_BLOCK: usize = 32;
 
@@ -52,9 +52,24 @@ pub(super) struct Taken {
     pub(super) registered: Registered,
 }
 
+/// Blocks for a request, and the call by which its source holds it back until it knows of them.
+struct Reserved {
+    reservation: Reservation,
+    hold: Option<Hold>,
+}
+
+type Hold = Streaming<cluster::StandingResponse>;
+
 /// Receives a request's KV from a prefill instance and generates it, to the terminal state.
 pub(super) async fn receive(worker: &Arc<Worker>, taken: Taken) {
-    let reserving = worker.engine.reserve(taken.state.clone());
+    let state = taken.state.clone();
+    let reserving = async {
+        let reservation = worker.engine.reserve(state).await?;
+        Ok(Reserved {
+            reservation,
+            hold: None,
+        })
+    };
     take_over(worker, Kind::Handoff, taken, reserving).await;
 }
 
@@ -63,7 +78,11 @@ pub(super) async fn attach(worker: &Arc<Worker>, taken: Taken) {
     let block_size = worker.engine.layout().block_size;
     let (state, source) = (taken.state.clone(), taken.source.clone());
     let reserving = async {
-        let n_ahead = n_ahead(worker, &state, &source).await;
+        let (standing, hold) = standing(worker, &state, &source).await.unzip();
+        let standing = standing.unwrap_or_default().into_iter();
+        let known = state.choices.iter().map(|choice| choice.output.len());
+        let ahead = known.zip(standing.chain(std::iter::repeat(0)));
+        let n_ahead: Vec<usize> = ahead.map(|(known, standing)| standing.saturating_sub(known)).collect();
         let outputs = state.choices.iter().zip(&n_ahead);
         let longest = outputs.map(|(choice, &n_ahead)| choice.output.len() + n_ahead).max();
         let n_context = state.request.prompt_ids.len() + longest.unwrap_or(0);
@@ -71,45 +90,45 @@ pub(super) async fn attach(worker: &Arc<Worker>, taken: Taken) {
             n_slack_blocks: MIN_SLACK_BLOCKS + n_context.div_ceil(block_size) / CONTEXT_BLOCKS_PER_SLACK_BLOCK,
             n_ahead,
         };
-        worker.engine.reserve_moved(state, room).await
+        let reservation = worker.engine.reserve_moved(state, room).await?;
+        Ok(Reserved { reservation, hold })
     };
     take_over(worker, Kind::Migration, taken, reserving).await;
 }
 
-/// Tokens of each choice that the source has and the front door does not know yet. A source that does not say is where the
-/// front door takes it to be.
-async fn n_ahead(worker: &Arc<Worker>, state: &PortableState, source: &cluster::Peer) -> Vec<usize> {
+/// How many tokens of each choice the source has, and the call by which it is held back to what there is room for at least. A
+/// source that does not say is where the front door takes it to be.
+async fn standing(worker: &Arc<Worker>, state: &PortableState, source: &cluster::Peer) -> Option<(Vec<usize>, Hold)> {
+    // It may be a step further before it stands still.
+    let n_more_tokens = (MIN_SLACK_BLOCKS - 1) * worker.engine.layout().block_size;
     let asking = async {
         let mut client = worker.peers.client(source).ok()?;
         let request = cluster::StandingRequest {
             handshake: Some(worker.identity.handshake(source)),
             request_id: state.request.id.0.to_be_bytes().to_vec(),
+            n_more_tokens: n_more_tokens as u32,
         };
-        client.standing(request).await.ok()
+        let mut hold = client.standing(request).await.ok()?.into_inner();
+        let answer = hold.message().await.ok()??;
+        let n_output_tokens = answer.n_output_tokens.into_iter().map(|n| n as usize);
+        Some((n_output_tokens.collect(), hold))
     };
-    let answer = tokio::time::timeout(STANDING_DEADLINE, asking).await;
-    let n_output_tokens = answer.ok().flatten().map(|answer| answer.into_inner().n_output_tokens);
-    let standing = n_output_tokens.unwrap_or_default().into_iter().map(|n| n as usize);
-    let known = state.choices.iter().map(|choice| choice.output.len());
-    known
-        .zip(standing.chain(std::iter::repeat(0)))
-        .map(|(known, standing)| standing.saturating_sub(known))
-        .collect()
+    tokio::time::timeout(STANDING_DEADLINE, asking).await.ok()?
 }
 
 async fn take_over(
     worker: &Arc<Worker>,
     kind: Kind,
     taken: Taken,
-    reserving: impl Future<Output = Result<Reservation, Failure>>,
+    reserving: impl Future<Output = Result<Reserved, Failure>>,
 ) {
     let outlet = &taken.registered.open.outlet;
-    let reservation = tokio::select! {
-        reservation = reserving => reservation,
+    let reserved = tokio::select! {
+        reserved = reserving => reserved,
         () = outlet.closed() => return,
     };
-    let reservation = match reservation {
-        Ok(reservation) => reservation,
+    let reserved = match reserved {
+        Ok(reserved) => reserved,
         Err(failure) => return outlet.fail(&failure, "", Used::default()).await,
     };
     let answered = async {
@@ -119,7 +138,7 @@ async fn take_over(
     if answered.await.is_err() {
         return;
     }
-    let driver = DestinationDriver::new(worker, kind, taken, reservation);
+    let driver = DestinationDriver::new(worker, kind, taken, reserved);
     // A front door that has gone needs no answer; all that is held goes with the driver.
     let _ = driver.run().await;
 }
@@ -133,6 +152,8 @@ struct DestinationDriver {
     plan: TransferPlan,
     machine: Destination,
     reservation: Option<Reservation>,
+    /// Until the source has answered to what there is room for.
+    hold: Option<Hold>,
     /// What was offered to the source.
     offer: Option<Offer>,
     receiver: Option<Box<dyn KvReceiver>>,
@@ -152,7 +173,8 @@ struct DestinationDriver {
 }
 
 impl DestinationDriver {
-    fn new(worker: &Arc<Worker>, kind: Kind, taken: Taken, reservation: Reservation) -> DestinationDriver {
+    fn new(worker: &Arc<Worker>, kind: Kind, taken: Taken, reserved: Reserved) -> DestinationDriver {
+        let Reserved { reservation, hold } = reserved;
         let Taken {
             state,
             source,
@@ -190,6 +212,7 @@ impl DestinationDriver {
             machine: begin(transfer, plan.clone(), progress_deadline, nanos(opened_at.elapsed())),
             plan,
             reservation: Some(reservation),
+            hold,
             offer: None,
             receiver: None,
             numerics: Numerics::Same,
@@ -328,6 +351,7 @@ impl DestinationDriver {
     }
 
     async fn take_frame(&mut self, frame: cluster::TransferFrame, opened_after: Duration) -> Result<(), Gone> {
+        self.hold = None;
         let fact = match frame.frame {
             Some(Frame::Accepted(accepted)) => self.accepted(&accepted),
             Some(Frame::Progress(progress)) => DestinationFact::Progress {

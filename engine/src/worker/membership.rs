@@ -347,6 +347,7 @@ fn counters(report: &LoadReport, service: &WorkerService) -> HashMap<String, u64
         ("moves_out_total", transfer.n_moved_out),
         ("moves_failed_total", transfer.n_moves_failed),
         ("moves_resumed_total", transfer.n_resumed),
+        ("moves_held_back_total", engine.n_held_back),
         ("kv_checksum_failures_total", transport.n_bad_checksums),
         ("kv_stale_total", transport.n_stale),
     ]

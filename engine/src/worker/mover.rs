@@ -102,7 +102,8 @@ impl Mover {
             ..worker.identity.accepted(request.handshake.as_ref())
         };
         let seat = worker.open.begin_move(id)?;
-        let running = worker.engine.start_move(id).await?;
+        let room = request.choices.iter().map(|room| room.n_blocks as usize).collect();
+        let running = worker.engine.start_move(id, room).await?;
         let n_choices = running.n_choices();
         if request.choices.len() != n_choices {
             let found = request.choices.len();

@@ -13,7 +13,7 @@ use baton_scheduler::ids::Epoch;
 use baton_scheduler::pacer::Pacer;
 use baton_scheduler::request::{Failure, PortableState, Request as Prompted};
 use baton_scheduler::timeline::Moment;
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
@@ -33,6 +33,9 @@ use super::peers::Peers;
 use super::transport::{KvTransports, TransportTotals};
 use super::{WorkerOptions, destination, kv_events, local, mover, source};
 use crate::engine::EngineHandle;
+
+/// How long a request may be held for a destination that makes room for it.
+const HOLD_DEADLINE: Duration = Duration::from_secs(10);
 
 /// What the tasks of a worker share.
 pub(super) struct Worker {
@@ -126,6 +129,7 @@ impl WorkerService {
 
 type EventReceiver = mpsc::Receiver<Result<cluster::GenerateEvent, Status>>;
 type EventStream = Pin<Box<dyn Stream<Item = Result<cluster::GenerateEvent, Status>> + Send>>;
+type StandingStream = Pin<Box<dyn Stream<Item = Result<cluster::StandingResponse, Status>> + Send>>;
 type FrameStream = Pin<Box<dyn Stream<Item = Result<cluster::TransferFrame, Status>> + Send>>;
 
 #[tonic::async_trait]
@@ -135,6 +139,7 @@ impl worker_server::Worker for WorkerService {
 
     type KvEventsStream = kv_events::ChangeStream;
     type AttachStream = EventStream;
+    type StandingStream = StandingStream;
     type MigrateStream = FrameStream;
 
     async fn generate(&self, request: Request<cluster::GenerateRequest>) -> Result<Response<EventStream>, Status> {
@@ -194,28 +199,42 @@ impl worker_server::Worker for WorkerService {
         ))))
     }
 
-    async fn standing(
-        &self,
-        request: Request<cluster::StandingRequest>,
-    ) -> Result<Response<cluster::StandingResponse>, Status> {
+    async fn standing(&self, request: Request<cluster::StandingRequest>) -> Result<Response<StandingStream>, Status> {
         let request = request.into_inner();
-        let standing = async {
+        let held = async {
             self.worker.identity.check_caller(request.handshake.as_ref())?;
             let id = request_id_from_wire("request_id", &request.request_id)
                 .map_err(|error| Failure::Invalid(error.to_string()))?;
-            self.worker.engine.standing(id).await
+            let n_tokens = match request.n_more_tokens {
+                0 => usize::MAX,
+                n => n as usize,
+            };
+            self.worker.engine.hold(id, n_tokens).await
         };
-        let answer = match standing.await {
-            Ok(standing) => cluster::StandingResponse {
-                n_output_tokens: standing.into_iter().map(|n| n as u32).collect(),
+        let held = held.await;
+        let answer = match &held {
+            Ok(held) => cluster::StandingResponse {
+                n_output_tokens: held.n_output_tokens().iter().map(|&n| n as u32).collect(),
                 failure: None,
             },
             Err(failure) => cluster::StandingResponse {
                 n_output_tokens: Vec::new(),
-                failure: Some((&failure).into()),
+                failure: Some(failure.into()),
             },
         };
-        Ok(Response::new(answer))
+        let held = held.ok().filter(|_| request.n_more_tokens > 0);
+        let stopping = self.worker.stopping.clone();
+        let until_given_up = futures::stream::once(async move {
+            if held.is_some() {
+                tokio::select! {
+                    () = tokio::time::sleep(HOLD_DEADLINE) => {}
+                    () = stopping.cancelled() => {}
+                }
+            }
+        });
+        let nothing_more = until_given_up.filter_map(|()| std::future::ready(None));
+        let answers = futures::stream::iter([Ok(answer)]).chain(nothing_more);
+        Ok(Response::new(Box::pin(answers)))
     }
 
     async fn resume(

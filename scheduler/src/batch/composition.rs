@@ -113,6 +113,7 @@ impl BatchScheduler {
         let sequence = self.sequences.get_mut(&id).expect("a running sequence exists");
         sequence.release_blocks(&mut self.pool, is_pinned);
         sequence.forget_computed();
+        sequence.keeps_unseen = false;
         self.running.remove(&id);
         self.preempted.insert(id);
         self.counters.n_preemptions += 1;

@@ -58,6 +58,15 @@ impl BatchScheduler {
         Ok(())
     }
 
+    /// Whether a group keeps the blocks that its queries see no more, because somebody fetches what it has. A choice that is
+    /// preempted has given all of them up, and keeps none from then on.
+    pub fn keep_unseen(&mut self, group: GroupId, keeps_unseen: bool) {
+        for id in self.members(group) {
+            let sequence = self.sequences.get_mut(&id).expect("a member exists");
+            sequence.keeps_unseen = keeps_unseen;
+        }
+    }
+
     /// Takes a group out of the coming steps. It keeps blocks and places, and is no victim of a preemption: only running
     /// sequences are, so that a pool held by paused ones stalls for [`super::BatchConfig::max_stall`] at most before
     /// somebody in line is refused.

@@ -55,6 +55,8 @@ pub(super) struct Sequence {
     /// Tokens after the last that a batch in flight is assumed to sample, 0 or 1; only while a batch is made ahead.
     pub(super) n_assumed: usize,
     pub(super) tables: BlockTables,
+    /// It gives up no block that its queries see no more: somebody is about to fetch them.
+    pub(super) keeps_unseen: bool,
     /// Reserved for the choices that fork from it: one block of each layer group for each.
     pub(super) spare: Vec<HeldBlock>,
     /// Keys of the full blocks of `tokens`, as far as they were needed.
@@ -105,6 +107,7 @@ impl Sequence {
             n_in_flight: 0,
             n_assumed: 0,
             tables: BlockTables::new(config.n_groups()),
+            keeps_unseen: false,
             spare: Vec::new(),
             keys: Vec::new(),
             n_held_blocks: vec![0; config.n_groups()],
@@ -136,6 +139,7 @@ impl Sequence {
             n_in_flight: 0,
             n_assumed: 0,
             tables: BlockTables::new(self.n_held_blocks.len()),
+            keeps_unseen: false,
             spare: Vec::new(),
             keys: self.keys.clone(),
             n_held_blocks: vec![0; self.n_held_blocks.len()],

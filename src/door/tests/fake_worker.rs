@@ -194,6 +194,7 @@ impl worker_server::Worker for FakeWorker {
     type PrefillStream = Frames;
     type AttachStream = Events;
     type KvEventsStream = Changes;
+    type StandingStream = futures::stream::Empty<Result<cluster::StandingResponse, Status>>;
     type MigrateStream = Frames;
 
     async fn generate(&self, request: Request<cluster::GenerateRequest>) -> Result<Response<Events>, Status> {
@@ -221,10 +222,7 @@ impl worker_server::Worker for FakeWorker {
         Ok(self.hand_over(Call::Attach, request.state, request.source))
     }
 
-    async fn standing(
-        &self,
-        _: Request<cluster::StandingRequest>,
-    ) -> Result<Response<cluster::StandingResponse>, Status> {
+    async fn standing(&self, _: Request<cluster::StandingRequest>) -> Result<Response<Self::StandingStream>, Status> {
         Err(Status::unimplemented("no front door asks this"))
     }
 

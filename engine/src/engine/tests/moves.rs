@@ -1,7 +1,10 @@
 //! From one running engine to another, copying what a migration would carry.
 
+use std::time::{Duration, Instant};
+
 use baton_kernels::KvWrite;
 use baton_scheduler::batch::{MoveRoom, Numerics};
+use futures::FutureExt;
 
 use super::super::hash_model::N_LAYERS;
 use super::super::{GroupBlocks, MoveStage, PausedMove, Reservation, RunningMove};
@@ -131,6 +134,11 @@ impl Stepped {
     }
 }
 
+/// More blocks for each choice than any test's request fills.
+fn ample(state: &PortableState) -> Vec<usize> {
+    vec![64; state.request.sampling.n as usize]
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Stages {
     /// Full blocks first, the rest at the pause.
@@ -148,7 +156,10 @@ async fn move_after(n_tokens: usize, fresh: &PortableState, all: &[ChoiceState],
     let mut known = vec![ChoiceState::default(); n];
     source.steps(n_tokens);
     hear(&mut generation, &mut known, n_tokens).await;
-    let Ok(mut running) = source.ask(source.engine.start_move(fresh.request.id)).await else {
+    let Ok(mut running) = source
+        .ask(source.engine.start_move(fresh.request.id, ample(fresh)))
+        .await
+    else {
         return false;
     };
     assert_eq!(running.n_choices(), n);
@@ -289,7 +300,9 @@ async fn a_finish_in_between_leaves_the_others_their_prompt() {
             .unwrap();
         let mut landing = Landing::of(&mut reservation);
         source.steps(n_known);
-        let started = source.ask(source.engine.start_move(fresh.request.id)).await;
+        let started = source
+            .ask(source.engine.start_move(fresh.request.id, ample(&fresh)))
+            .await;
         let mut running = started.unwrap();
         if pins_before {
             let stage = source.ask(running.pin_full(&landing.from)).await.unwrap();
@@ -333,7 +346,10 @@ async fn a_pause_leaves_tokens_unchanged() {
             source.steps(1);
             hear(&mut generation, &mut known, 1).await;
             while n_pauses < 6 {
-                let Ok(mut running) = source.ask(source.engine.start_move(state.request.id)).await else {
+                let Ok(mut running) = source
+                    .ask(source.engine.start_move(state.request.id, ample(&state)))
+                    .await
+                else {
                     break;
                 };
                 let Ok(paused) = source.ask(running.pause(&vec![vec![0]; 3])).await else {
@@ -383,10 +399,16 @@ async fn the_next_mover_finds_it_running() {
     let mut known = vec![ChoiceState::default(); 2];
     source.steps(1);
     hear(&mut generation, &mut known, 1).await;
-    let mut running = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
+    let mut running = source
+        .ask(source.engine.start_move(state.request.id, ample(&state)))
+        .await
+        .unwrap();
     let paused = source.ask(running.pause(&vec![vec![0]; 2])).await.unwrap();
     drop((running, paused));
-    let next = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
+    let next = source
+        .ask(source.engine.start_move(state.request.id, ample(&state)))
+        .await
+        .unwrap();
     for _ in 0..2 {
         source.ask(source.engine.take_prefix_events()).await.unwrap();
     }
@@ -398,6 +420,107 @@ async fn the_next_mover_finds_it_running() {
     }
     assert_eq!(known, all_alone(&engine, &state));
     drop(next);
+    settle(&engine).await;
+}
+
+impl Stepped {
+    /// Lets steps through until the load says so many paused choices.
+    async fn until_paused(&self, n_paused: usize) {
+        let is_so = async {
+            while self.engine.load().batch.n_paused != n_paused {
+                tokio::task::yield_now().await;
+            }
+        };
+        self.until(is_so).await;
+    }
+}
+
+/// All that has been told so far.
+fn hear_told(generation: &mut Generation, known: &mut [ChoiceState]) {
+    while let Some(Some(timed)) = generation.next().now_or_never() {
+        take(timed.event, known);
+    }
+}
+
+/// Somebody makes room for what a request has and some tokens more, and is told late that it may come.
+#[tokio::test]
+async fn a_held_request_goes_as_far_as_was_agreed() {
+    let source = Stepped::new(64);
+    let mut state = choices(&prompt(2, 9), 40, 11, 2);
+    state.request.sampling.stop_token_ids.clear();
+    let id = state.request.id;
+    let mut generation = source.engine.generate(state.clone()).unwrap();
+    let mut known = vec![ChoiceState::default(); 2];
+    source.steps(1);
+    hear(&mut generation, &mut known, 1).await;
+    for n_tokens in [5, 0] {
+        let held = source.ask(source.engine.hold(id, n_tokens)).await.unwrap();
+        let n_then = held.n_output_tokens().to_vec();
+        source.until_paused(2).await;
+        hear_told(&mut generation, &mut known);
+        for (choice, n_then) in known.iter().zip(n_then) {
+            // The step that was in flight when it came so far gives one more.
+            let most = n_then + n_tokens..=n_then + n_tokens + 1;
+            assert!(
+                most.contains(&choice.output.len()),
+                "{} of {most:?}",
+                choice.output.len()
+            );
+        }
+        drop(held);
+        source.until_paused(0).await;
+    }
+    // Nor is a holder waited for that takes too long.
+    let held = source.ask(source.engine.hold(id, 1)).await.unwrap();
+    source.until_paused(2).await;
+    let stopped_at = Instant::now();
+    source.until_paused(0).await;
+    assert!(stopped_at.elapsed() >= Duration::from_secs(1));
+    assert_eq!(source.engine.load().engine.n_held_back, 3);
+    let Stepped { permits, engine } = source;
+    drop(permits);
+    while let Some(timed) = generation.next().await {
+        take(timed.event, &mut known);
+    }
+    assert_eq!(known, all_alone(&engine, &state));
+    drop(held);
+    settle(&engine).await;
+}
+
+/// A mover that looks too late finds no more than there is room for.
+#[tokio::test]
+async fn a_moving_request_stands_still_where_its_room_ends() {
+    const N_ROOM: usize = 6;
+    let source = Stepped::new(64);
+    let mut state = choices(&prompt(2, 9), 40, 11, 2);
+    state.request.sampling.stop_token_ids.clear();
+    let id = state.request.id;
+    let mut generation = source.engine.generate(state.clone()).unwrap();
+    let mut known = vec![ChoiceState::default(); 2];
+    source.steps(1);
+    hear(&mut generation, &mut known, 1).await;
+    let held = source.ask(source.engine.hold(id, 1)).await.unwrap();
+    source.until_paused(2).await;
+    // The mover's room is what counts from now on.
+    let mut running = source.ask(source.engine.start_move(id, vec![N_ROOM; 2])).await.unwrap();
+    source.until_paused(0).await;
+    drop(held);
+    source.until_paused(2).await;
+    let full = running.pin_full(&vec![vec![0]; 2]).await.unwrap();
+    let paused = running.pause(&vec![vec![0]; 2]).await.unwrap();
+    for (choice, full) in paused.stage.choices.iter().zip(&full.choices) {
+        assert!((N_ROOM - 1..=N_ROOM).contains(&full.end), "{}", full.end);
+        assert_eq!(choice.end, N_ROOM);
+    }
+    drop((full, paused));
+    // What was paused goes on where it goes on; the room is the next mover's business.
+    drop(running);
+    let Stepped { permits, engine } = source;
+    drop(permits);
+    while let Some(timed) = generation.next().await {
+        take(timed.event, &mut known);
+    }
+    assert_eq!(known, all_alone(&engine, &state));
     settle(&engine).await;
 }
 
@@ -419,7 +542,10 @@ async fn a_paused_request_that_is_cancelled_frees_everything() {
         2,
     )
     .await;
-    let mut running = source.ask(source.engine.start_move(state.request.id)).await.unwrap();
+    let mut running = source
+        .ask(source.engine.start_move(state.request.id, ample(&state)))
+        .await
+        .unwrap();
     let paused = source.ask(running.pause(&vec![vec![0]; 3])).await.unwrap();
     drop((generation, source.permits));
     let engine = source.engine;
@@ -453,7 +579,7 @@ async fn a_move_is_refused_until_every_choice_decodes() {
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("it moves"),
     };
-    let start = || source.ask(source.engine.start_move(state.request.id));
+    let start = || source.ask(source.engine.start_move(state.request.id, ample(&state)));
     assert!(busy(start().await).contains("does not run here"));
     let mut generation = source.engine.generate(state.clone()).unwrap();
     // The first of two chunks.
@@ -485,7 +611,7 @@ async fn a_move_is_refused_until_every_choice_decodes() {
     assert_eq!(known, all_alone(&engine, &state));
     drop(again);
     engine.shutdown().await;
-    let gone = engine.start_move(state.request.id).await.map(|_| ());
+    let gone = engine.start_move(state.request.id, ample(&state)).await.map(|_| ());
     assert!(matches!(gone, Err(Failure::Internal(_))));
 }
 
@@ -505,7 +631,10 @@ async fn a_preempted_request_is_not_moved() {
     hear(&mut generations[1], &mut known[1], 1).await;
     // The younger of the two is the victim.
     let id = states[1].request.id;
-    let mut running = source.ask(source.engine.start_move(id)).await.unwrap();
+    let mut running = source
+        .ask(source.engine.start_move(id, ample(&states[1])))
+        .await
+        .unwrap();
     let mut stages = Vec::new();
     let refused = loop {
         match source.ask(running.pin_full(&vec![vec![0]; 2])).await {

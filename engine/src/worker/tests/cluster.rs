@@ -433,6 +433,7 @@ impl worker_server::Worker for FakeService {
     type AttachStream = Self::GenerateStream;
     type KvEventsStream = futures::stream::Empty<Result<cluster::KvChanges, Status>>;
     type MigrateStream = FrameStream;
+    type StandingStream = futures::stream::Empty<Result<cluster::StandingResponse, Status>>;
 
     async fn attach(&self, _: tonic::Request<cluster::AttachRequest>) -> Result<Response<Self::AttachStream>, Status> {
         Err(Status::unimplemented("a prefill service only"))
@@ -445,7 +446,7 @@ impl worker_server::Worker for FakeService {
     async fn standing(
         &self,
         _: tonic::Request<cluster::StandingRequest>,
-    ) -> Result<Response<cluster::StandingResponse>, Status> {
+    ) -> Result<Response<Self::StandingStream>, Status> {
         Err(Status::unimplemented("a prefill service only"))
     }
 

@@ -304,6 +304,81 @@ async fn a_front_door_that_is_far_behind_moves_a_request_all_the_same() {
     stop([destination, source]).await;
 }
 
+/// The link takes so long for the first stage that the request would generate far more than there is room for.
+#[tokio::test]
+async fn a_request_that_would_outgrow_its_room_waits_and_moves() {
+    let fresh = warm(2, 200, 200);
+    let expected = undisturbed(&fresh).await;
+    let mut setup = Setup::new("decode-0");
+    setup.options.move_bytes_per_second = Some(2 * kv_bytes(200 / BLOCK_SIZE));
+    let (source, pump) = slow(setup).await;
+    let destination = Setup::new("decode-1").start().await;
+    let mut door = Door::open(&source, &fresh).await;
+    door.hear_tokens(3).await;
+    let mut attached = Door {
+        state: door.state.clone(),
+        stream: door.attach(&source, &destination, 6).await,
+    };
+    attached.hear(is_moment(Moment::Joined)).await;
+    // On a busy machine also before the destination has answered with its room.
+    assert!((1..=2).contains(&source.load().engine.n_held_back));
+    drop(door);
+    attached.hear_end().await;
+    assert_eq!(attached.state.choices, expected.choices);
+    drop((attached, pump));
+    assert_eq!(destination.totals().n_moved_in, 1);
+    stop([destination, source]).await;
+}
+
+/// Whoever asked where a request stands has reserved room, and does not come.
+#[tokio::test]
+async fn a_request_stands_still_for_a_destination_only_as_long_as_it_asks() {
+    let fresh = warm(2, 50, 80);
+    let expected = undisturbed(&fresh).await;
+    let (source, pump) = slow(Setup::new("decode-0")).await;
+    let mut door = Door::open(&source, &fresh).await;
+    door.hear_tokens(3).await;
+    let request = |n_more_tokens| cluster::StandingRequest {
+        handshake: Some(source.handshake()),
+        request_id: fresh.request.id.0.to_be_bytes().to_vec(),
+        n_more_tokens,
+    };
+    let ask = async |n_more_tokens| {
+        let mut answers = source
+            .client()
+            .standing(request(n_more_tokens))
+            .await
+            .unwrap()
+            .into_inner();
+        let answer = answers.message().await.unwrap().expect("an answer comes");
+        assert_eq!(answer.failure, None);
+        (answer.n_output_tokens, answers)
+    };
+    // A peer that agrees on nothing is answered, and that is all.
+    let (_, mut answers) = ask(0).await;
+    assert_eq!(answers.message().await.unwrap(), None);
+    let (standing, answers) = ask(8).await;
+    source
+        .until("held back", |source| source.load().batch.n_paused == 2)
+        .await;
+    // The step that was in flight when it came so far gives one more.
+    let agreed = standing[0] as usize + 8..=standing[0] as usize + 9;
+    door.hear_tokens(*agreed.start()).await;
+    while timeout(Duration::from_millis(100), door.hear(|_| true)).await.is_ok() {}
+    for choice in &door.state.choices {
+        assert!(
+            agreed.contains(&choice.output.len()),
+            "{} of {agreed:?}",
+            choice.output.len()
+        );
+    }
+    drop(answers);
+    door.hear_end().await;
+    assert_eq!(door.state.choices, expected.choices);
+    drop((door, pump));
+    source.stop().await;
+}
+
 #[tokio::test]
 async fn a_dropped_move_goes_on_at_the_source_and_says_so() {
     let fresh = warm(2, 200, 100);

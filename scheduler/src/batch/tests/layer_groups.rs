@@ -185,3 +185,34 @@ fn a_reservation_begins_where_the_source_is() {
     destination.run();
     destination.assert_choices_as_alone(moved, &tokens, 20, 1);
 }
+
+/// However long somebody takes to fetch them, they are as far back as when he was told of them.
+#[test]
+fn blocks_that_somebody_fetches_are_kept() {
+    let mut world = World::new(mixed(200));
+    let tokens = lively(0, 40, 60);
+    let id = world.local(&tokens, 60);
+    let group = world.group(id);
+    let first = |world: &World| world.scheduler.computed_blocks(id, 1).first;
+    let after = |world: &mut World, n_tokens: usize| {
+        while world.outputs.get(&id).map_or(0, Vec::len) < n_tokens {
+            world.step();
+        }
+    };
+    after(&mut world, 4);
+    world.scheduler.keep_unseen(group, true);
+    let (first_then, n_held_then) = (first(&world), world.scheduler.ledger().held);
+    after(&mut world, 44);
+    assert_eq!(first(&world), first_then);
+    assert_eq!(
+        world.scheduler.ledger().held,
+        n_held_then + 3 * 10,
+        "40 tokens more in each group"
+    );
+    world.scheduler.keep_unseen(group, false);
+    after(&mut world, 45);
+    // The next query, at 84, and one token of slack see those from 78 on, in block 19.
+    assert_eq!(first(&world), 19);
+    world.run();
+    world.assert_as_alone(id, &tokens, 60);
+}

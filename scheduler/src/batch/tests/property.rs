@@ -46,6 +46,8 @@ enum Fact {
         family: u32,
         n_prompt: usize,
     },
+    /// Somebody fetches what it has, or no longer does.
+    Keep(usize, bool),
     Pause(usize),
     /// Perhaps while a transfer reads its blocks.
     Resume(usize, bool),
@@ -83,6 +85,7 @@ fn fact() -> impl Strategy<Value = Fact> {
             },
         ),
         2 => (0..3u32, 1..40usize).prop_map(|(family, n_prompt)| Fact::Embed { family, n_prompt }),
+        1 => (0..8usize, any::<bool>()).prop_map(|(i, keeps)| Fact::Keep(i, keeps)),
         2 => (0..8usize).prop_map(Fact::Pause),
         2 => (0..8usize, any::<bool>()).prop_map(|(i, pinned)| Fact::Resume(i, pinned)),
         2 => (0..8usize, any::<bool>()).prop_map(|(i, same)| Fact::Join(i, same)),
@@ -220,6 +223,13 @@ proptest! {
                     let state = PortableState::fresh(request, Epoch(1));
                     if world.scheduler.config().check_embedded(&state.request).is_ok() {
                         to_embed.insert(world.submit_group(&state, SequenceKind::Embedded), tokens);
+                    }
+                }
+                Fact::Keep(i, keeps) => {
+                    if let Some(group) = any_of(&groups_in(&world, Phase::Running), i)
+                        && world.scheduler.check_movable(group).is_ok()
+                    {
+                        world.scheduler.keep_unseen(group, keeps);
                     }
                 }
                 Fact::Pause(i) => {
