@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use baton_kernels::KvWrite;
-use baton_scheduler::batch::{MoveRoom, Numerics};
+use baton_scheduler::batch::{MoveRoom, Numerics, SlidingWindow};
 use futures::FutureExt;
 
 use super::super::hash_model::N_LAYERS;
@@ -98,8 +98,13 @@ struct Stepped {
 
 impl Stepped {
     fn new(n_blocks: usize) -> Stepped {
+        Stepped::limited_by(batch_config(n_blocks))
+    }
+
+    fn limited_by(config: BatchConfig) -> Stepped {
         let (permits, gate) = channel::bounded(0);
-        let engine = engine_of(model(n_blocks).gated(gate), n_blocks);
+        let model = model(config.n_blocks).gated(gate);
+        let engine = start(model, EngineConfig::new(config)).unwrap();
         let engine = engine.with_constraints(constraints::compiler());
         Stepped { permits, engine }
     }
@@ -428,6 +433,8 @@ impl Stepped {
     async fn until_paused(&self, n_paused: usize) {
         let is_so = async {
             while self.engine.load().batch.n_paused != n_paused {
+                let health = self.engine.health();
+                assert!(!matches!(health, Health::Dead(_)), "{health:?}");
                 tokio::task::yield_now().await;
             }
         };
@@ -484,6 +491,41 @@ async fn a_held_request_goes_as_far_as_was_agreed() {
     }
     assert_eq!(known, all_alone(&engine, &state));
     drop(held);
+    settle(&engine).await;
+}
+
+/// The model reads all that a sequence has, so that it would show at once if a window's blocks were given up.
+#[tokio::test]
+async fn a_request_that_is_fetched_keeps_what_its_window_leaves_behind() {
+    let window = SlidingWindow {
+        n_tokens: 24,
+        grain: 4,
+        slack: 4,
+    };
+    let source = Stepped::limited_by(BatchConfig {
+        windows: vec![Some(window)],
+        ..batch_config(64)
+    });
+    let state = greedy(&prompt(2, 9), 200);
+    let id = state.request.id;
+    let mut generation = source.engine.generate(state.clone()).unwrap();
+    let mut known = vec![ChoiceState::default()];
+    source.steps(1);
+    hear(&mut generation, &mut known, 1).await;
+    let held = source.ask(source.engine.hold(id, 60)).await.unwrap();
+    source.until_paused(1).await;
+    let mut running = source.ask(source.engine.start_move(id, vec![30])).await.unwrap();
+    drop(held);
+    source.until_paused(0).await;
+    source.until_paused(1).await;
+    let paused = running.pause(&[vec![0]]).await.unwrap();
+    assert_eq!(paused.stage.choices[0].end, 30);
+    hear_told(&mut generation, &mut known);
+    let (alone, _) = hash_model::alone(&state, usize::MAX);
+    assert_eq!(known[0].output, alone[..known[0].output.len()]);
+    drop((generation, running, paused));
+    let Stepped { permits, engine } = source;
+    drop(permits);
     settle(&engine).await;
 }
 
