@@ -6,7 +6,9 @@ mod choices;
 mod constraints;
 mod embeddings;
 mod handoff;
+mod holds;
 mod moves;
+mod stepped;
 mod stress;
 
 use std::sync::Arc;

@@ -1,36 +1,14 @@
 //! From one running engine to another, copying what a migration would carry.
 
-use std::time::{Duration, Instant};
-
 use baton_kernels::KvWrite;
-use baton_scheduler::batch::{MoveRoom, Numerics, SlidingWindow};
-use futures::FutureExt;
+use baton_scheduler::batch::{MoveRoom, Numerics};
 
 use super::super::hash_model::N_LAYERS;
 use super::super::{GroupBlocks, MoveStage, PausedMove, Reservation, RunningMove};
 use super::choices::{all_alone, assert_choices_as, assert_choices_as_alone, choices, cut};
 use super::constraints::{constrained, constrained_engine};
+use super::stepped::{Caught, Stepped, hear, take};
 use super::*;
-
-/// Hears the events of a generation until every choice has at least `n_tokens`, or has ended.
-async fn hear(generation: &mut Generation, known: &mut [ChoiceState], n_tokens: usize) {
-    while known
-        .iter()
-        .any(|choice| choice.finish.is_none() && choice.output.len() < n_tokens)
-    {
-        let Some(timed) = generation.next().await else { return };
-        take(timed.event, known);
-    }
-}
-
-fn take(event: EngineEvent, known: &mut [ChoiceState]) {
-    match event {
-        EngineEvent::Token { choice, token } => known[choice as usize].output.push(token),
-        EngineEvent::ChoiceFinished { choice, finish } => known[choice as usize].finish = Some(finish),
-        EngineEvent::Failed(failure) => panic!("{failure}"),
-        _ => {}
-    }
-}
 
 /// Of each choice, the writers and the first block that is owed.
 struct Landing {
@@ -87,55 +65,6 @@ impl Landing {
             self.from[choice] = vec![pinned.end as u32];
         }
         true
-    }
-}
-
-/// An engine whose steps wait for permits, so that a test knows where a request stands. Dropping the permits lets them go.
-struct Stepped {
-    permits: channel::Sender<()>,
-    engine: EngineHandle,
-}
-
-impl Stepped {
-    fn new(n_blocks: usize) -> Stepped {
-        Stepped::limited_by(batch_config(n_blocks))
-    }
-
-    fn limited_by(config: BatchConfig) -> Stepped {
-        let (permits, gate) = channel::bounded(0);
-        let model = model(config.n_blocks).gated(gate);
-        let engine = start(model, EngineConfig::new(config)).unwrap();
-        let engine = engine.with_constraints(constraints::compiler());
-        Stepped { permits, engine }
-    }
-
-    /// Lets so many steps through; there must be work for them.
-    fn steps(&self, n_steps: usize) {
-        (0..n_steps).for_each(|_| self.permits.send(()).unwrap());
-    }
-
-    /// Lets as many steps through as it takes until something has happened.
-    async fn until<T>(&self, event: impl Future<Output = T>) -> T {
-        self.within(usize::MAX, event).await
-    }
-
-    /// Asks the engine something. If it waits in a step, that one is let through, and no other.
-    async fn ask<T>(&self, question: impl Future<Output = T>) -> T {
-        self.within(1, question).await
-    }
-
-    /// Lets at most so many steps through until something has happened.
-    async fn within<T>(&self, mut n_steps: usize, event: impl Future<Output = T>) -> T {
-        let mut event = std::pin::pin!(event);
-        loop {
-            if let std::task::Poll::Ready(outcome) = futures::poll!(event.as_mut()) {
-                return outcome;
-            }
-            if n_steps > 0 && self.permits.try_send(()).is_ok() {
-                n_steps -= 1;
-            }
-            tokio::task::yield_now().await;
-        }
     }
 }
 
@@ -397,173 +326,23 @@ async fn a_pause_leaves_tokens_unchanged() {
 /// The mover that paused it has gone, and the next one has not asked for a pause.
 #[tokio::test]
 async fn the_next_mover_finds_it_running() {
-    let source = Stepped::new(64);
-    let mut state = choices(&prompt(2, 9), 40, 11, 2);
-    state.request.sampling.stop_token_ids.clear();
-    let mut generation = source.engine.generate(state.clone()).unwrap();
-    let mut known = vec![ChoiceState::default(); 2];
-    source.steps(1);
-    hear(&mut generation, &mut known, 1).await;
+    let caught = Caught::two_choices().await;
+    let (source, state) = (&caught.source, &caught.state);
     let mut running = source
-        .ask(source.engine.start_move(state.request.id, ample(&state)))
+        .ask(source.engine.start_move(state.request.id, ample(state)))
         .await
         .unwrap();
     let paused = source.ask(running.pause(&vec![vec![0]; 2])).await.unwrap();
     drop((running, paused));
     let next = source
-        .ask(source.engine.start_move(state.request.id, ample(&state)))
+        .ask(source.engine.start_move(state.request.id, ample(state)))
         .await
         .unwrap();
     for _ in 0..2 {
         source.ask(source.engine.take_prefix_events()).await.unwrap();
     }
     assert_eq!(source.engine.load().batch.n_paused, 0);
-    let Stepped { permits, engine } = source;
-    drop(permits);
-    while let Some(timed) = generation.next().await {
-        take(timed.event, &mut known);
-    }
-    assert_eq!(known, all_alone(&engine, &state));
-    drop(next);
-    settle(&engine).await;
-}
-
-impl Stepped {
-    /// Lets steps through until the load says so many paused choices.
-    async fn until_paused(&self, n_paused: usize) {
-        let is_so = async {
-            while self.engine.load().batch.n_paused != n_paused {
-                let health = self.engine.health();
-                assert!(!matches!(health, Health::Dead(_)), "{health:?}");
-                tokio::task::yield_now().await;
-            }
-        };
-        self.until(is_so).await;
-    }
-}
-
-/// All that has been told so far.
-fn hear_told(generation: &mut Generation, known: &mut [ChoiceState]) {
-    while let Some(Some(timed)) = generation.next().now_or_never() {
-        take(timed.event, known);
-    }
-}
-
-/// Somebody makes room for what a request has and some tokens more, and is told late that it may come.
-#[tokio::test]
-async fn a_held_request_goes_as_far_as_was_agreed() {
-    let source = Stepped::new(64);
-    let mut state = choices(&prompt(2, 9), 40, 11, 2);
-    state.request.sampling.stop_token_ids.clear();
-    let id = state.request.id;
-    let mut generation = source.engine.generate(state.clone()).unwrap();
-    let mut known = vec![ChoiceState::default(); 2];
-    source.steps(1);
-    hear(&mut generation, &mut known, 1).await;
-    for n_tokens in [5, 0] {
-        let held = source.ask(source.engine.hold(id, n_tokens)).await.unwrap();
-        let n_then = held.n_output_tokens().to_vec();
-        source.until_paused(2).await;
-        hear_told(&mut generation, &mut known);
-        for (choice, n_then) in known.iter().zip(n_then) {
-            // The step that was in flight when it came so far gives one more.
-            let most = n_then + n_tokens..=n_then + n_tokens + 1;
-            assert!(
-                most.contains(&choice.output.len()),
-                "{} of {most:?}",
-                choice.output.len()
-            );
-        }
-        drop(held);
-        source.until_paused(0).await;
-    }
-    // Nor is a holder waited for that takes too long.
-    let began = Instant::now();
-    let held = source.ask(source.engine.hold(id, 1)).await.unwrap();
-    source.until_paused(2).await;
-    source.until_paused(0).await;
-    assert!(began.elapsed() >= Duration::from_secs(2));
-    assert_eq!(source.engine.load().engine.n_held_back, 3);
-    let Stepped { permits, engine } = source;
-    drop(permits);
-    while let Some(timed) = generation.next().await {
-        take(timed.event, &mut known);
-    }
-    assert_eq!(known, all_alone(&engine, &state));
-    drop(held);
-    settle(&engine).await;
-}
-
-/// The model reads all that a sequence has, so that it would show at once if a window's blocks were given up.
-#[tokio::test]
-async fn a_request_that_is_fetched_keeps_what_its_window_leaves_behind() {
-    let window = SlidingWindow {
-        n_tokens: 24,
-        grain: 4,
-        slack: 4,
-    };
-    let source = Stepped::limited_by(BatchConfig {
-        windows: vec![Some(window)],
-        ..batch_config(64)
-    });
-    let state = greedy(&prompt(2, 9), 200);
-    let id = state.request.id;
-    let mut generation = source.engine.generate(state.clone()).unwrap();
-    let mut known = vec![ChoiceState::default()];
-    source.steps(1);
-    hear(&mut generation, &mut known, 1).await;
-    let held = source.ask(source.engine.hold(id, 60)).await.unwrap();
-    source.until_paused(1).await;
-    let mut running = source.ask(source.engine.start_move(id, vec![30])).await.unwrap();
-    drop(held);
-    source.until_paused(0).await;
-    source.until_paused(1).await;
-    let paused = running.pause(&[vec![0]]).await.unwrap();
-    assert_eq!(paused.stage.choices[0].end, 30);
-    hear_told(&mut generation, &mut known);
-    let (alone, _) = hash_model::alone(&state, usize::MAX);
-    assert_eq!(known[0].output, alone[..known[0].output.len()]);
-    drop((generation, running, paused));
-    let Stepped { permits, engine } = source;
-    drop(permits);
-    settle(&engine).await;
-}
-
-/// A mover that looks too late finds no more than there is room for.
-#[tokio::test]
-async fn a_moving_request_stands_still_where_its_room_ends() {
-    const N_ROOM: usize = 6;
-    let source = Stepped::new(64);
-    let mut state = choices(&prompt(2, 9), 40, 11, 2);
-    state.request.sampling.stop_token_ids.clear();
-    let id = state.request.id;
-    let mut generation = source.engine.generate(state.clone()).unwrap();
-    let mut known = vec![ChoiceState::default(); 2];
-    source.steps(1);
-    hear(&mut generation, &mut known, 1).await;
-    let held = source.ask(source.engine.hold(id, 1)).await.unwrap();
-    source.until_paused(2).await;
-    // The mover's room is what counts from now on.
-    let mut running = source.ask(source.engine.start_move(id, vec![N_ROOM; 2])).await.unwrap();
-    source.until_paused(0).await;
-    drop(held);
-    source.until_paused(2).await;
-    let full = running.pin_full(&vec![vec![0]; 2]).await.unwrap();
-    let paused = running.pause(&vec![vec![0]; 2]).await.unwrap();
-    for (choice, full) in paused.stage.choices.iter().zip(&full.choices) {
-        assert!((N_ROOM - 1..=N_ROOM).contains(&full.end), "{}", full.end);
-        assert_eq!(choice.end, N_ROOM);
-    }
-    drop((full, paused));
-    // What was paused goes on where it goes on; the room is the next mover's business.
-    drop(running);
-    let Stepped { permits, engine } = source;
-    drop(permits);
-    while let Some(timed) = generation.next().await {
-        take(timed.event, &mut known);
-    }
-    assert_eq!(known, all_alone(&engine, &state));
-    settle(&engine).await;
+    caught.ends_as_alone(next).await;
 }
 
 #[tokio::test]
